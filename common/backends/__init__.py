@@ -1,0 +1,41 @@
+"""Devices. `get_backend` is the one place that knows where each backend lives."""
+
+from __future__ import annotations
+
+import torch
+
+from common.backends.base import Backend
+from common.errors import QuasarError
+
+DEVICES = ("auto", "cpu", "cuda", "npu", "reference")
+
+
+def get_backend(device: str = "auto", dtype: torch.dtype | None = None) -> Backend:
+    """The backend for "auto" | "cpu" | "cuda[:i]" | "npu[:i]" | "reference".
+
+    dtype is that of activations and KV cache; None takes the device's own: float32 on CPU, bfloat16 elsewhere.
+    Raises QuasarError where the device is unknown or absent.
+    """
+    kind = device.partition(":")[0]
+    if kind == "auto":
+        device = kind = _best_device()
+    if kind in ("cpu", "reference"):
+        from common.backends.reference import ReferenceBackend
+
+        return ReferenceBackend("cpu", dtype or torch.float32)
+    if kind == "cuda":
+        from quasar_gpu.backend import CudaBackend
+
+        return CudaBackend(device, dtype or torch.bfloat16)
+    if kind == "npu":
+        from quasar_npu.backend import NpuBackend
+
+        return NpuBackend(device, dtype or torch.bfloat16)
+    raise QuasarError(f"--device {device} is unknown; use one of {', '.join(DEVICES)}")
+
+
+def _best_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    npu = getattr(torch, "npu", None)  # there once torch_npu has been imported
+    return "npu" if npu is not None and npu.is_available() else "cpu"

@@ -1,0 +1,149 @@
+"""The Backend contract: everything a decoder asks of a device, and nothing about models or drafts.
+
+A backend is free to fuse (an RMSNorm may quantise its output, attention may append to the cache first), so
+the contract is cut where devices fuse, not where textbooks cut. Shapes use these names:
+
+    tokens      new positions in this pass (1 for a plain step, gamma + 1 for a verification window)
+    in, out     features of a linear layer
+    heads, kv_heads, head_dim, capacity    attention and its cache
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ActivationQuant:
+    """How a linear layer wants its input: symmetric int8.
+
+    static_scale: None for one scale per token, computed on the fly; a float32 [1] tensor for one calibrated
+    scale per tensor.
+    """
+
+    static_scale: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Quantised activations: `values` int8 [tokens, in] times `scale` float32 [tokens] (or [1] if static)."""
+
+    values: Tensor
+    scale: Tensor
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """One layer's attention: head counts, scale, and the per-head RMSNorms of q and k where there are any."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    q_norm: Tensor | None  # [head_dim]
+    k_norm: Tensor | None  # [head_dim]
+    eps: float
+
+
+class KVCache:
+    """Keys and values of one sequence, preallocated; only committed positions count.
+
+    A pass writes at positions length .. length + tokens - 1; `commit(n)` keeps the first n of them. What is not
+    committed is overwritten by the next pass and never attended to, so rolling a rejected draft back costs nothing.
+    """
+
+    def __init__(
+        self, layers: int, kv_heads: int, capacity: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        shape = (layers, kv_heads, capacity, head_dim)
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.capacity = capacity
+        self.length = 0
+
+    def commit(self, tokens: int) -> None:
+        """Keep `tokens` more positions. Raises ValueError beyond the capacity."""
+        if not 0 <= tokens <= self.capacity - self.length:
+            raise ValueError(f"cannot commit {tokens} positions: {self.length} of {self.capacity} are in use")
+        self.length += tokens
+
+    @property
+    def free(self) -> int:
+        """Positions that are left."""
+        return self.capacity - self.length
+
+
+class Backend(ABC):
+    """One device. `dtype` is the floating-point type that activations and the KV cache have on it."""
+
+    name: str
+    device: torch.device
+    dtype: torch.dtype
+
+    # Weights: given in checkpoint layout once, kept in whatever form the device reads fastest.
+
+    @abstractmethod
+    def full_weight(self, weight: Tensor) -> Any:
+        """Takes a float weight [out, in]; returns the handle that `linear` wants."""
+
+    @abstractmethod
+    def int8_weight(self, values: Tensor, scale: Tensor) -> Any:
+        """Takes int8 [out, in] and float32 [out]; returns the handle that `int8_linear` wants."""
+
+    @abstractmethod
+    def linear(self, x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
+        """[tokens, in] -> [tokens, out], full precision."""
+
+    @abstractmethod
+    def int8_linear(self, x: Quantized, weight: Any, bias: Tensor | None) -> Tensor:
+        """[tokens, in] int8 -> [tokens, out] of `dtype`: int32 accumulation, one rescale, then the bias."""
+
+    # Everything between the matmuls.
+
+    @abstractmethod
+    def quantize(self, x: Tensor, quant: ActivationQuant) -> Quantized:
+        """[tokens, in] -> int8. Per token: scale = max|row| / 127 (1 for a row of zeros), round half to even."""
+
+    @abstractmethod
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, quant: ActivationQuant | None
+    ) -> tuple[Tensor | Quantized, Tensor]:
+        """Adds [tokens, hidden] to the residual stream and normalises the sum.
+
+        Returns (normalised, quantised if the next layer wants it so; the new residual stream).
+        """
+
+    @abstractmethod
+    def swiglu(self, gate_up: Tensor, quant: ActivationQuant | None) -> Tensor | Quantized:
+        """[tokens, 2 * intermediate], gate first -> silu(gate) * up."""
+
+    @abstractmethod
+    def append_rotated(
+        self, qkv: Tensor, spec: AttentionSpec, cos: Tensor, sin: Tensor, cache: KVCache, layer: int
+    ) -> Tensor:
+        """Splits [tokens, (heads + 2 * kv_heads) * head_dim], norms q and k per head if the model does, rotates
+        them by cos, sin [tokens, head_dim / 2] ("half" layout), writes k and v behind the committed positions.
+
+        Returns q [tokens, heads, head_dim].
+        """
+
+    @abstractmethod
+    def attention(self, q: Tensor, spec: AttentionSpec, cache: KVCache, layer: int) -> Tensor:
+        """Causal attention of a window: row i sees the committed positions and the window's first i + 1.
+
+        Returns [tokens, heads * head_dim].
+        """
+
+    # The device itself.
+
+    def new_cache(self, layers: int, kv_heads: int, capacity: int, head_dim: int) -> KVCache:
+        """An empty cache on this device."""
+        return KVCache(layers, kv_heads, capacity, head_dim, self.dtype, self.device)
+
+    def synchronize(self) -> None:
+        """Waits until the device has finished; a no-op where calls are synchronous. For clocks."""
+        return

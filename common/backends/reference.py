@@ -1,0 +1,121 @@
+"""The reference backend: CPU, plain PyTorch. It defines the numbers; every other backend is tested against it.
+
+Windows are computed row by row where PyTorch's kernels would otherwise round differently for different window
+sizes, so a token's logits never depend on which other tokens shared its pass. That is what makes greedy
+speculative output equal plain decoding bit for bit rather than almost always.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.backends.base import ActivationQuant, AttentionSpec, Backend, KVCache, Quantized
+
+# Passes up to this long are windows (computed row by row); longer ones are prefill chunks.
+MAX_WINDOW = 16
+
+
+class ReferenceBackend(Backend):
+    name = "reference"
+
+    def __init__(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        self.device = torch.device(device)
+        self.dtype = dtype
+
+    def full_weight(self, weight: Tensor) -> Tensor:
+        return weight.to(self.device, self.dtype)
+
+    def int8_weight(self, values: Tensor, scale: Tensor) -> Any:
+        return values.to(self.device), scale.to(self.device)
+
+    def linear(self, x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
+        if x.shape[0] > MAX_WINDOW:
+            return F.linear(x, weight, bias)
+        return torch.cat([F.linear(row, weight, bias) for row in x.split(1)])
+
+    def int8_linear(self, x: Quantized, weight: Any, bias: Tensor | None) -> Tensor:
+        values, scale = weight
+        accumulator = self.int8_matmul(x.values, values)
+        y = accumulator.float() * x.scale[:, None] * scale
+        return (y if bias is None else y + bias).to(self.dtype)
+
+    def int8_matmul(self, x: Tensor, weight: Tensor) -> Tensor:
+        """int8 [tokens, in] by int8 [out, in] -> int32 [tokens, out], exact."""
+        return torch._int_mm(x, weight.t())
+
+    def quantize(self, x: Tensor, quant: ActivationQuant) -> Quantized:
+        x = x.float()
+        if quant.static_scale is None:
+            peak = x.abs().amax(dim=-1)
+            scale = torch.where(peak > 0, peak / 127, 1.0)
+        else:
+            scale = quant.static_scale
+        values = (x / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
+        return Quantized(values, scale)
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, quant: ActivationQuant | None
+    ) -> tuple[Tensor | Quantized, Tensor]:
+        residual = x if residual is None else x + residual
+        y = _rms_norm(residual, weight, eps)
+        return (y if quant is None else self.quantize(y, quant)), residual
+
+    def swiglu(self, gate_up: Tensor, quant: ActivationQuant | None) -> Tensor | Quantized:
+        gate, up = gate_up.chunk(2, dim=-1)
+        y = F.silu(gate) * up
+        return y if quant is None else self.quantize(y, quant)
+
+    def append_rotated(
+        self, qkv: Tensor, spec: AttentionSpec, cos: Tensor, sin: Tensor, cache: KVCache, layer: int
+    ) -> Tensor:
+        tokens = qkv.shape[0]
+        q, k, v = qkv.view(tokens, -1, spec.head_dim).split([spec.heads, spec.kv_heads, spec.kv_heads], dim=1)
+        if spec.q_norm is not None and spec.k_norm is not None:
+            q, k = _rms_norm(q, spec.q_norm, spec.eps), _rms_norm(k, spec.k_norm, spec.eps)
+        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        end = cache.length + tokens
+        cache.k[layer, :, cache.length : end] = k.transpose(0, 1)
+        cache.v[layer, :, cache.length : end] = v.transpose(0, 1)
+        return q
+
+    def attention(self, q: Tensor, spec: AttentionSpec, cache: KVCache, layer: int) -> Tensor:
+        tokens, start = q.shape[0], cache.length
+        k, v = cache.k[layer, :, : start + tokens], cache.v[layer, :, : start + tokens]
+        if tokens > MAX_WINDOW:
+            return masked_attention(q, k, v, start)
+        rows = [_attend_row(q[i], k[:, : start + i + 1], v[:, : start + i + 1]) for i in range(tokens)]
+        return torch.stack(rows)
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+    """q [tokens, heads, head_dim]; k, v [kv_heads, start + tokens, head_dim] -> [tokens, heads * head_dim]."""
+    tokens, length = q.shape[0], k.shape[1]
+    mask = torch.ones(tokens, length, dtype=torch.bool, device=q.device).tril(start)
+    y = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k[None], v[None], attn_mask=mask, enable_gqa=True)
+    return y[0].transpose(0, 1).reshape(tokens, -1)
+
+
+def _attend_row(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q [heads, head_dim]; k, v [kv_heads, length, head_dim], all of it visible -> [heads * head_dim]."""
+    kv_heads, _, head_dim = k.shape
+    q = q.reshape(kv_heads, -1, head_dim)  # [kv_heads, group, head_dim]
+    scores = (q @ k.transpose(1, 2)).float() * head_dim**-0.5
+    return (scores.softmax(dim=-1).to(v.dtype) @ v).flatten()
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Over the last dimension, in float32 (float64 for float64 input)."""
+    y = x if x.dtype == torch.float64 else x.float()
+    y = y * torch.rsqrt(y.pow(2).mean(dim=-1, keepdim=True) + eps)
+    return (y * weight).to(x.dtype)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [tokens, heads, head_dim] by cos, sin [tokens, head_dim / 2]: rope, "half" layout (RoFormer, as in Llama)."""
+    a, b = x.chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)

@@ -1,0 +1,188 @@
+"""What a checkpoint's config.json says, reduced to the numbers one dense decoder needs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.errors import QuasarError
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A dense decoder-only transformer. OpenPangu Embedded and Qwen3 are two settings of it."""
+
+    architecture: str  # as in config.json: Qwen3ForCausalLM or PanguEmbeddedForCausalLM
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    max_position_embeddings: int
+    rope_theta: float
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    attention_bias: bool  # on q, k, v and o
+    qk_norm: bool  # RMSNorm of q and k per head
+    dtype: torch.dtype  # of the checkpoint
+
+    @property
+    def qkv_size(self) -> int:
+        """Output features of the fused q/k/v projection."""
+        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+
+# How the two families say the same thing: the field of config.json that puts biases on attention, and q/k norms.
+_FAMILIES = {
+    "Qwen3ForCausalLM": {"bias_field": "attention_bias", "qk_norm": True},
+    "PanguEmbeddedForCausalLM": {"bias_field": "bias", "qk_norm": False},
+}
+
+_SHARED_QWEN3 = dict(
+    architecture="Qwen3ForCausalLM",
+    vocab_size=151936,
+    head_dim=128,
+    max_position_embeddings=40960,
+    rope_theta=1e6,
+    rms_norm_eps=1e-6,
+    attention_bias=False,
+    qk_norm=True,
+    dtype=torch.bfloat16,
+)
+_SHARED_PANGU = dict(
+    architecture="PanguEmbeddedForCausalLM",
+    vocab_size=153376,
+    head_dim=128,
+    max_position_embeddings=32768,
+    rope_theta=1.6e7,
+    rms_norm_eps=1e-5,
+    attention_bias=True,
+    qk_norm=False,
+    dtype=torch.bfloat16,
+)
+DUMMY_SHAPES: dict[str, ModelConfig] = {
+    "qwen3-0.6b": ModelConfig(
+        **_SHARED_QWEN3,
+        hidden_size=1024,
+        num_layers=28,
+        num_heads=16,
+        num_kv_heads=8,
+        intermediate_size=3072,
+        tie_word_embeddings=True,
+    ),
+    "qwen3-8b": ModelConfig(
+        **_SHARED_QWEN3,
+        hidden_size=4096,
+        num_layers=36,
+        num_heads=32,
+        num_kv_heads=8,
+        intermediate_size=12288,
+        tie_word_embeddings=False,
+    ),
+    "openpangu-1b": ModelConfig(
+        **_SHARED_PANGU,
+        hidden_size=1536,
+        num_layers=26,
+        num_heads=12,
+        num_kv_heads=6,
+        intermediate_size=6144,
+        tie_word_embeddings=False,
+    ),
+    "openpangu-7b": ModelConfig(
+        **_SHARED_PANGU,
+        hidden_size=4096,
+        num_layers=34,
+        num_heads=32,
+        num_kv_heads=8,
+        intermediate_size=12800,
+        tie_word_embeddings=False,
+    ),
+}
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """Reads `folder`/config.json. Raises QuasarError on anything this decoder would compute wrongly."""
+    path = folder / "config.json"
+    fields = read_json(path)
+    architectures = fields.get("architectures") or [fields.get("model_type")]
+    architecture = architectures[0] if isinstance(architectures, list) else architectures
+    family = _FAMILIES.get(str(architecture))
+    if family is None:
+        raise QuasarError(f"{path}: architecture {architecture} is not supported; Quasar runs {', '.join(_FAMILIES)}")
+    _refuse_variants(path, fields)
+
+    def size(name: str, default: int | None = None) -> int:
+        value = fields.get(name, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+            raise QuasarError(f"{path}: {name} is {value!r}; it must be a positive whole number")
+        return value
+
+    def number(name: str, value: Any) -> float:
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+            raise QuasarError(f"{path}: {name} is {value!r}; it must be a positive number")
+        return float(value)
+
+    rope = fields.get("rope_parameters") or {}
+    dtype = str(fields.get("dtype") or fields.get("torch_dtype") or "float32").removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise QuasarError(f"{path}: dtype {dtype} is not supported; use one of {', '.join(DTYPES)}")
+    heads, hidden = size("num_attention_heads"), size("hidden_size")
+    config = ModelConfig(
+        architecture=str(architecture),
+        vocab_size=size("vocab_size"),
+        hidden_size=hidden,
+        num_layers=size("num_hidden_layers"),
+        num_heads=heads,
+        num_kv_heads=size("num_key_value_heads", heads),
+        # Qwen3 states head_dim (128 in class and checkpoints alike); OpenPangu leaves it to the division.
+        head_dim=size("head_dim", hidden // heads),
+        intermediate_size=size("intermediate_size"),
+        max_position_embeddings=size("max_position_embeddings", 32768),
+        rope_theta=number("rope_theta", fields.get("rope_theta", rope.get("rope_theta", 10000.0))),
+        rms_norm_eps=number("rms_norm_eps", fields.get("rms_norm_eps", 1e-6)),
+        tie_word_embeddings=bool(fields.get("tie_word_embeddings", False)),
+        attention_bias=bool(fields.get(family["bias_field"], False)),
+        qk_norm=bool(family["qk_norm"]),
+        dtype=DTYPES[dtype],
+    )
+    if config.num_heads % config.num_kv_heads:
+        raise QuasarError(
+            f"{path}: num_attention_heads {config.num_heads} is not a multiple of "
+            f"num_key_value_heads {config.num_kv_heads}"
+        )
+    if config.head_dim % 2:
+        raise QuasarError(f"{path}: head_dim {config.head_dim} is odd; rotary embeddings need an even one")
+    return config
+
+
+def _refuse_variants(path: Path, fields: dict[str, Any]) -> None:
+    """Settings that change the function and that this decoder does not implement."""
+    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise QuasarError(f"{path}: rope scaling {kind!r} is not supported; remove it to run at the trained length")
+    if fields.get("hidden_act", "silu") != "silu":
+        raise QuasarError(f"{path}: hidden_act {fields['hidden_act']!r} is not supported; Quasar runs silu")
+    if fields.get("use_sliding_window"):
+        raise QuasarError(f"{path}: use_sliding_window is not supported; set it to false")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; QuasarError if it is missing, not JSON or not an object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise QuasarError(f"{path}: no such file; a model is a Hugging Face checkpoint folder") from None
+    except (OSError, ValueError) as error:
+        raise QuasarError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise QuasarError(f"{path}: holds no JSON object")
+    return value

@@ -1,0 +1,136 @@
+"""The one decoder. It knows the order of operations; the backend knows the device, the linear layers the precision."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from common.backends.base import AttentionSpec, Backend, KVCache
+from common.models.config import ModelConfig
+from common.quantization.linear import FullLinear, Linear
+
+PREFILL_CHUNK = 512
+
+
+class DecoderLayer(nn.Module):
+    """Attention and SwiGLU MLP, each behind an RMSNorm, around one residual stream."""
+
+    def __init__(
+        self,
+        index: int,
+        attention: AttentionSpec,
+        eps: float,
+        backend: Backend,
+        *,
+        input_norm: Tensor,
+        qkv: Linear,
+        o: Linear,
+        post_norm: Tensor,
+        gate_up: Linear,
+        down: Linear,
+    ) -> None:
+        super().__init__()
+        self.index, self.attention, self.eps, self.backend = index, attention, eps, backend
+        self.input_norm, self.post_norm = input_norm, post_norm  # [hidden]
+        self.qkv, self.o, self.gate_up, self.down = qkv, o, gate_up, down
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, cache: KVCache
+    ) -> tuple[Tensor, Tensor]:
+        backend = self.backend
+        h, residual = backend.add_rms_norm(x, residual, self.input_norm, self.eps, self.qkv.activation_quant)
+        q = backend.append_rotated(self.qkv(h), self.attention, cos, sin, cache, self.index)
+        x = self.o(backend.attention(q, self.attention, cache, self.index))
+        h, residual = backend.add_rms_norm(x, residual, self.post_norm, self.eps, self.gate_up.activation_quant)
+        x = self.down(backend.swiglu(self.gate_up(h), self.down.activation_quant))
+        return x, residual
+
+
+class Decoder(nn.Module):
+    """Token ids in, logits out, over a KV cache."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        backend: Backend,
+        *,
+        embedding: Tensor,
+        layers: Sequence[DecoderLayer],
+        norm: Tensor,
+        lm_head: Linear,
+    ) -> None:
+        super().__init__()
+        self.config, self.backend = config, backend
+        self.embedding = embedding  # [vocab, hidden]
+        self.layers = nn.ModuleList(layers)
+        self.norm = norm  # [hidden]
+        self.lm_head = lm_head
+        self.cos, self.sin = rope_tables(config, backend)
+
+    def new_cache(self, capacity: int) -> KVCache:
+        """An empty cache for `capacity` positions."""
+        c = self.config
+        return self.backend.new_cache(c.num_layers, c.num_kv_heads, capacity, c.head_dim)
+
+    @torch.inference_mode()
+    def forward(self, ids: Tensor, cache: KVCache, keep: int) -> Tensor:
+        """One pass over `ids` [tokens], whose positions follow the committed ones.
+
+        Returns logits float32 [keep, vocab] of the last `keep` positions. The caller commits what it keeps.
+        """
+        tokens, start = ids.shape[0], cache.length
+        if tokens > cache.free:
+            raise ValueError(f"{tokens} tokens do not fit the KV cache: {cache.free} positions are free")
+        cos, sin = self.cos[start : start + tokens], self.sin[start : start + tokens]
+        x, residual = self.embedding[ids].to(self.backend.dtype), None
+        for layer in self.layers:
+            x, residual = layer(x, residual, cos, sin, cache)
+        if not keep:
+            return x.new_empty(0, self.config.vocab_size)
+        h, _ = self.backend.add_rms_norm(
+            x[-keep:], residual[-keep:], self.norm, self.config.rms_norm_eps, self.lm_head.activation_quant
+        )
+        logits = self.lm_head(h)
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def prefill(self, ids: Sequence[int] | Tensor, cache: KVCache, keep: int = 1) -> Tensor:
+        """Commits a prompt in chunks of PREFILL_CHUNK, so memory grows with the chunk and not with its square.
+
+        Returns logits float32 [keep, vocab] of the last `keep` positions.
+        """
+        prompt = torch.as_tensor(ids, dtype=torch.long, device=self.backend.device)
+        kept, done = [], 0
+        for chunk in prompt.split(PREFILL_CHUNK):
+            done += len(chunk)
+            kept.append(self(chunk, cache, keep=min(len(chunk), max(0, keep - (len(prompt) - done)))))
+            cache.commit(len(chunk))
+        return torch.cat(kept)
+
+    def linears(self) -> list[Linear]:
+        """Every linear layer, lm_head last."""
+        inner = [linear for layer in self.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+        return [*inner, self.lm_head]
+
+    def pack(self) -> None:
+        """Gives every full-precision weight its device layout, layer by layer. Needed before the first fast pass;
+        after it the weights can no longer be quantised. Does nothing the second time."""
+        for linear in self.linears():
+            if isinstance(linear, FullLinear):
+                linear.pack()
+
+    @property
+    def weight_bytes_per_pass(self) -> int:
+        """Bytes of weights that one pass reads: every linear layer once, and the norms (an embedding row is noise)."""
+        norms = [self.norm, *(norm for layer in self.layers for norm in (layer.input_norm, layer.post_norm))]
+        return sum(linear.nbytes for linear in self.linears()) + sum(n.numel() * n.element_size() for n in norms)
+
+
+def rope_tables(config: ModelConfig, backend: Backend) -> tuple[Tensor, Tensor]:
+    """cos, sin float32 [max_position_embeddings, head_dim / 2] on the device (Su et al. 2021)."""
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+    frequency = 1.0 / config.rope_theta**exponent
+    angle = torch.arange(config.max_position_embeddings).float()[:, None] * frequency
+    dtype = torch.float64 if backend.dtype == torch.float64 else torch.float32
+    return angle.cos().to(backend.device, dtype), angle.sin().to(backend.device, dtype)

@@ -1,0 +1,146 @@
+"""A model that can be talked to: decoder, tokenizer, stop ids; and where models are found."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from common.backends import get_backend
+from common.errors import QuasarError
+from common.models.config import DTYPES, DUMMY_SHAPES, ModelConfig, read_config, read_json
+from common.models.decoder import Decoder
+from common.models.loader import RandomTensors, SafetensorsFolder, build_decoder
+from common.quantization.fidelity import Fidelity
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ASSETS = Path(__file__).parent.parent / "assets"
+DEFAULT_MODEL = "tiny-qwen3"
+DUMMY_PREFIX = "dummy:"
+
+
+@dataclass
+class Model:
+    """What `generate` needs. `tokenizer` is None for random weights: those take and give token ids only."""
+
+    name: str
+    decoder: Decoder
+    tokenizer: PreTrainedTokenizerBase | None
+    stop_ids: frozenset[int]
+    precision: str = "full"
+    fidelity: Fidelity | None = None  # set by quantisation
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.decoder.config
+
+    def encode(self, text: str, chat: bool = False) -> list[int]:
+        """Token ids of a prompt; chat puts it into the model's chat template as a user turn."""
+        if self.tokenizer is None:
+            raise QuasarError(f"{self.name} has random weights and no tokenizer; give --prompt-ids 1,2,3")
+        if chat:
+            if not self.tokenizer.chat_template:
+                raise QuasarError(f"{self.name} has no chat template; leave out --chat")
+            turns = [{"role": "user", "content": text}]
+            return self.tokenizer.apply_chat_template(
+                turns, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        return self.tokenizer.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids without special tokens; their numbers where there is no tokenizer."""
+        if self.tokenizer is None:
+            return " ".join(map(str, ids))
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a model is put on a device."""
+
+    device: str = "auto"
+    dtype: str = "auto"  # of activations: auto, bfloat16, float16, float32
+    trust_remote_code: bool = False
+    progress: bool = False
+
+
+def load_full(name: str, options: LoadOptions) -> Model:
+    """A model in full precision. `name` is a folder, a shipped model, `dummy:SHAPE`, or a name on the hub."""
+    backend = get_backend(options.device, _dtype(options.dtype))
+    if name.startswith(DUMMY_PREFIX):
+        config = dummy_config(name.removeprefix(DUMMY_PREFIX))
+        decoder = build_decoder(config, RandomTensors(config.dtype), backend, options.progress)
+        return Model(name, decoder, None, frozenset())
+    folder = find_checkpoint(name, options.trust_remote_code)
+    config = read_config(folder)
+    decoder = build_decoder(config, SafetensorsFolder(folder), backend, options.progress)
+    tokenizer = _load_tokenizer(folder, options.trust_remote_code)
+    return Model(name, decoder, tokenizer, _stop_ids(folder, tokenizer))
+
+
+def dummy_config(shape: str) -> ModelConfig:
+    """A named shape for random weights."""
+    if shape not in DUMMY_SHAPES:
+        raise QuasarError(f"--dummy {shape} is unknown; use one of {', '.join(DUMMY_SHAPES)}")
+    return DUMMY_SHAPES[shape]
+
+
+def find_checkpoint(name: str, trust_remote_code: bool = False) -> Path:
+    """The folder that `name` means; downloads a hub repository (organisation/name) through huggingface_hub."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if (ASSETS / name / "config.json").exists():
+        return ASSETS / name
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        shipped = ", ".join(sorted(path.parent.name for path in ASSETS.glob("*/config.json")))
+        raise QuasarError(f"--model {name}: no such folder; shipped models are {shipped}, hub models organisation/name")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", *(["*.py"] if trust_remote_code else [])]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise QuasarError(f"--model {name}: not a folder here, and not to be had from the hub ({reason})") from None
+
+
+def _load_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer  # takes seconds to import
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "trust_remote_code" in str(error):
+            raise QuasarError(
+                f"{folder}: the tokenizer is Python code in the checkpoint; read it, then give --trust-remote-code"
+            ) from None
+        raise QuasarError(f"{folder}: no usable tokenizer ({reason})") from None
+
+
+def _stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """From generation_config.json, else config.json; and the tokenizer's own end token."""
+    ids: set[int] = set()
+    for file in ("generation_config.json", "config.json"):
+        if not ids and (folder / file).exists():
+            value = read_json(folder / file).get("eos_token_id")
+            ids.update(i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int))
+    if tokenizer.eos_token_id is not None:
+        ids.add(tokenizer.eos_token_id)
+    return frozenset(ids)
+
+
+def _dtype(name: str) -> torch.dtype | None:
+    if name == "auto":
+        return None
+    if name not in DTYPES:
+        raise QuasarError(f"--dtype {name} is unknown; use auto or one of {', '.join(DTYPES)}")
+    return DTYPES[name]

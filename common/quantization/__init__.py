@@ -1,0 +1,36 @@
+"""Full precision -> W8A8: calibrate, smooth, quantise, and see what it did."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from common.quantization.calibration import SMOOTHED, collect
+from common.quantization.linear import W8A8Linear
+from common.quantization.smoothquant import smooth_layer
+
+if TYPE_CHECKING:
+    from common.models.decoder import Decoder
+
+SEARCH_ROWS = 256  # sampled inputs per linear layer for the search over alpha
+log = logging.getLogger(__name__)
+
+
+def quantize_w8a8(
+    decoder: Decoder, sequences: Sequence[Sequence[int]], alpha: float | None = 0.5, progress: bool = False
+) -> None:
+    """Turns an unpacked full-precision decoder into W8A8 in place: SmoothQuant, then int8, layer by layer.
+
+    sequences are token ids to calibrate on; alpha None searches for the best per layer. lm_head, embedding and norms
+    stay in full precision.
+    """
+    stats = collect(decoder, sequences, SEARCH_ROWS if alpha is None else 0, progress)
+    for layer in tqdm(decoder.layers, desc="quantising", unit="layer", disable=not progress, leave=False):
+        used = smooth_layer(layer, stats[layer.index], alpha)
+        log.debug("layer %d: alpha %s", layer.index, used)
+        for name in SMOOTHED:
+            setattr(layer, name, W8A8Linear.from_full(getattr(layer, name)))
+        stats[layer.index].clear()
