@@ -46,28 +46,28 @@ _FAMILIES = {
     "PanguEmbeddedForCausalLM": {"bias_field": "bias", "qk_norm": False},
 }
 
-_SHARED_QWEN3 = dict(
-    architecture="Qwen3ForCausalLM",
-    vocab_size=151936,
-    head_dim=128,
-    max_position_embeddings=40960,
-    rope_theta=1e6,
-    rms_norm_eps=1e-6,
-    attention_bias=False,
-    qk_norm=True,
-    dtype=torch.bfloat16,
-)
-_SHARED_PANGU = dict(
-    architecture="PanguEmbeddedForCausalLM",
-    vocab_size=153376,
-    head_dim=128,
-    max_position_embeddings=32768,
-    rope_theta=1.6e7,
-    rms_norm_eps=1e-5,
-    attention_bias=True,
-    qk_norm=False,
-    dtype=torch.bfloat16,
-)
+_SHARED_QWEN3 = {
+    "architecture": "Qwen3ForCausalLM",
+    "vocab_size": 151936,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "rope_theta": 1e6,
+    "rms_norm_eps": 1e-6,
+    "attention_bias": False,
+    "qk_norm": True,
+    "dtype": torch.bfloat16,
+}
+_SHARED_PANGU = {
+    "architecture": "PanguEmbeddedForCausalLM",
+    "vocab_size": 153376,
+    "head_dim": 128,
+    "max_position_embeddings": 32768,
+    "rope_theta": 1.6e7,
+    "rms_norm_eps": 1e-5,
+    "attention_bias": True,
+    "qk_norm": False,
+    "dtype": torch.bfloat16,
+}
 DUMMY_SHAPES: dict[str, ModelConfig] = {
     "qwen3-0.6b": ModelConfig(
         **_SHARED_QWEN3,

@@ -78,7 +78,7 @@ class SamplingAcceptance(Acceptance):
 
 
 def target_distribution(logits: Tensor, sampling: Sampling) -> Tensor:
-    """float32 [rows, vocab] -> float64 probabilities: temperature, then top-k, then top-p, as transformers orders them."""
+    """float32 [rows, vocab] -> float64 probabilities: temperature, then top-k, then top-p, in transformers' order."""
     logits = logits.double() / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
         floor = logits.topk(sampling.top_k, dim=-1).values[:, -1:]

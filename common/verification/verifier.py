@@ -13,7 +13,7 @@ from common.verification.acceptance import Acceptance
 
 
 class Verifier:
-    """Holds the target's state of one sequence: its KV cache, which contains everything committed but the last token."""
+    """The target's state of one sequence: a KV cache that holds everything committed but the last token."""
 
     def __init__(self, decoder: Decoder, cache: KVCache, acceptance: Acceptance) -> None:
         self._decoder, self._cache, self._acceptance = decoder, cache, acceptance

@@ -1,0 +1,69 @@
+"""The `quasar` command: one module per subcommand, each with `add_parser(subparsers)` and `run(args)`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from common.errors import QuasarError
+
+_EPILOG = """examples:
+  quasar generate "def main():"                              the shipped model, W8A8, n-gram drafts
+  quasar generate --model Qwen/Qwen3-0.6B --chat "Why is the sky blue?"
+  quasar compare "class Stack:"                              plain, n-gram, W8A8 and Quasar side by side
+"""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Bad flags get one line, not the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    from common.cli import compare, generate
+
+    parser = OneLineParser(
+        prog="quasar",
+        description="Self-speculative decoding: n-gram drafts, verified in one W8A8 pass of the same model.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in (generate, compare):
+        command.add_parser(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, default_device: str | None = None) -> int:
+    """Runs one command; returns its exit code: 0, 2 for what the user can put right, 130 when interrupted.
+
+    default_device replaces "auto" where the command line names no device.
+    """
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if default_device is not None and getattr(args, "device", None) == "auto":
+        args.device = default_device
+    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(getattr(args, "verbose", 0), 2)]
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=level)
+    try:
+        args.run(args)
+        sys.stdout.flush()
+    except QuasarError as error:
+        print(f"quasar {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader (head, less) has what it wanted; keep the interpreter's own flush at exit quiet too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return 0

@@ -1,0 +1,93 @@
+"""`quasar compare`: one prompt by plain and n-gram decoding, in full precision and in W8A8."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from typing import Any
+
+from common.cli import flags
+from common.cli.generate import as_json
+from common.generation import GenerationSettings, Result, generate
+from common.models.model import Model
+
+SCHEMES = (
+    ("plain, full precision", "full", "none"),
+    ("n-gram, full precision", "full", "ngram"),
+    ("plain, W8A8", "w8a8", "none"),
+    ("Quasar (n-gram, W8A8)", "w8a8", "ngram"),
+)
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "compare",
+        help="one prompt by plain decoding, n-gram drafts, W8A8 and Quasar",
+        description="Generate from one prompt by all four schemes in one run, and show what each costs and whether "
+        "the text stays that of plain full precision.",
+    )
+    flags.add_generation_flags(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    flags.add_model_flags(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    settings = flags.settings_of(args, "none")
+    models = {precision: flags.load_model(args, precision) for precision in ("full", "w8a8")}
+    ids = flags.prompt_ids(args, models["full"])
+    rows = [(title, models[precision], replace(settings, draft=draft)) for title, precision, draft in SCHEMES]
+    for _, model, row_settings in rows:  # each scheme's first pass pays for allocations that are not its own
+        generate(model, ids, replace(row_settings, max_new_tokens=min(8, settings.max_new_tokens))).result()
+    results = [
+        (title, model, row_settings, generate(model, ids, row_settings).result()) for title, model, row_settings in rows
+    ]
+    baseline = results[0][3].token_ids
+    if args.json:
+        print(
+            json.dumps(
+                {
+                    title: as_json(result, model, used) | {"agreement": agreement(result.token_ids, baseline)}
+                    for title, model, used, result in results
+                },
+                ensure_ascii=False,
+            )
+        )
+        return
+    print(results[-1][3].text)
+    print(table(results), file=sys.stderr)
+    if models["w8a8"].fidelity is not None:
+        print(f"\nW8A8 against full precision: {models['w8a8'].fidelity}", file=sys.stderr)
+
+
+def table(results: list[tuple[str, Model, GenerationSettings, Result]]) -> str:
+    """A line per scheme."""
+    baseline = results[0][3]
+    lines = [
+        "",
+        f"{'scheme':<24}{'tokens':>7}{'passes':>8}{'acceptance':>12}{'MB/token':>10}{'tokens/s':>10}"
+        f"{'speed':>8}{'same text':>11}",
+    ]
+    for title, _, _, result in results:
+        stats = result.stats
+        speed = stats.tokens_per_second / baseline.stats.tokens_per_second if baseline.stats.tokens_per_second else 1.0
+        same = agreement(result.token_ids, baseline.token_ids)
+        lines.append(
+            f"{title:<24}{stats.tokens:>7}{stats.passes:>8}{stats.acceptance_length:>12.2f}"
+            f"{stats.weight_bytes_per_token / 1e6:>10.1f}{stats.tokens_per_second:>10.1f}{speed:>7.2f}x"
+            f"{same:>11.0%}"
+        )
+    lines.append(
+        "(acceptance: tokens per pass; MB/token: weights read; same text: leading tokens equal to the first row's)"
+    )
+    return "\n".join(lines)
+
+
+def agreement(ids: list[int], baseline: list[int]) -> float:
+    """Share of the baseline's tokens before the first that differs."""
+    same = next(
+        (i for i, (a, b) in enumerate(zip(ids, baseline, strict=False)) if a != b), min(len(ids), len(baseline))
+    )
+    return same / max(len(baseline), 1)

@@ -1,0 +1,208 @@
+"""Flags that several commands share, and what they mean in the API's terms."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from common.backends import DEVICES
+from common.drafting import DRAFTS
+from common.errors import QuasarError
+from common.generation import GenerationSettings
+from common.loading import PRECISIONS, load, quantize, texts_or_default
+from common.models.config import DUMMY_SHAPES
+from common.models.model import DEFAULT_MODEL, DUMMY_PREFIX, Model
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Which model, where, and how it is quantised (all but the precision)."""
+    group = parser.add_argument_group("model")
+    which = group.add_mutually_exclusive_group()
+    which.add_argument(
+        "--model",
+        default=DEFAULT_MODEL,
+        metavar="M",
+        help="checkpoint folder, hub name, or one of the shipped tiny-qwen3 and tiny-openpangu (default: %(default)s)",
+    )
+    which.add_argument(
+        "--dummy",
+        metavar="SHAPE",
+        choices=sorted(DUMMY_SHAPES),
+        help=f"random weights of a real shape, for timing: {', '.join(DUMMY_SHAPES)}",
+    )
+    group.add_argument(
+        "--device",
+        default="auto",
+        metavar="D",
+        help=f"{', '.join(DEVICES)}; cuda:1 picks a card (default: the best there is)",
+    )
+    group.add_argument(
+        "--dtype",
+        default="auto",
+        metavar="T",
+        help="of activations: bfloat16, float16, float32 (default: float32 on CPU, bfloat16 elsewhere)",
+    )
+    group.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code that the checkpoint brings (openPangu's tokenizer needs it)",
+    )
+    group = parser.add_argument_group("quantisation")
+    group.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help="JSONL with text, prompt or turns to calibrate on (default: built-in prompts)",
+    )
+    group.add_argument("--heldout", metavar="FILE", help="JSONL to measure the quantised model on (default: built in)")
+    group.add_argument(
+        "--alpha",
+        default="0.5",
+        metavar="A",
+        help="SmoothQuant's migration strength, 0 to 1, or auto to search it per layer (default: 0.5)",
+    )
+    group.add_argument("--force", action="store_true", help="go on with a quantised model that measures as garbage")
+    parser.add_argument("-v", "--verbose", action="count", default=0, help="log more; twice for debugging")
+
+
+def add_generation_flags(parser: argparse.ArgumentParser) -> None:
+    """What to generate (all but the draft)."""
+    defaults = GenerationSettings()
+    group = parser.add_argument_group("prompt")
+    group.add_argument("prompt", nargs="?", help='text to continue; "-" or nothing reads standard input')
+    group.add_argument("--prompt-file", metavar="FILE", help="read the prompt from a file")
+    group.add_argument("--prompt-ids", metavar="IDS", help="token ids instead of text: 1,2,3")
+    group.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
+    group = parser.add_argument_group("generation")
+    group.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=defaults.max_new_tokens,
+        metavar="N",
+        help="stop after N tokens (default: %(default)s)",
+    )
+    group.add_argument(
+        "--gamma",
+        type=int,
+        metavar="G",
+        help="draft exactly G tokens per pass (default: adapts to the measured acceptance)",
+    )
+    group.add_argument(
+        "--temperature",
+        type=float,
+        default=defaults.temperature,
+        metavar="T",
+        help="0 is greedy (default: %(default)s)",
+    )
+    group.add_argument(
+        "--top-k",
+        type=int,
+        default=defaults.top_k,
+        metavar="K",
+        help="sample among the K likeliest tokens; 0 is all (default: %(default)s)",
+    )
+    group.add_argument(
+        "--top-p",
+        type=float,
+        default=defaults.top_p,
+        metavar="P",
+        help="sample among the likeliest tokens that hold probability P (default: %(default)s)",
+    )
+    group.add_argument(
+        "--seed",
+        type=int,
+        default=defaults.seed,
+        metavar="S",
+        help="the same seed gives the same text, drafts or not (default: %(default)s)",
+    )
+    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be repeated")
+    group.add_argument("--ignore-eos", action="store_true", help="go on past the model's end token")
+
+
+def add_precision_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="w8a8",
+        help="of the model that verifies: full, or w8a8 by SmoothQuant (default: %(default)s)",
+    )
+
+
+def add_draft_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--draft", choices=DRAFTS, default="ngram", help="how tokens are drafted (default: %(default)s)"
+    )
+
+
+def load_model(args: argparse.Namespace, precision: str) -> Model:
+    """The model that the flags describe."""
+    name = args.model if args.dummy is None else DUMMY_PREFIX + args.dummy
+    progress = sys.stderr.isatty()
+    calibration, heldout = texts_or_default(args.calibration), texts_or_default(args.heldout)
+    alpha = _alpha(args.alpha)
+    model = load(
+        name, device=args.device, dtype=args.dtype, trust_remote_code=args.trust_remote_code, progress=progress
+    )
+    if precision == "w8a8":
+        quantize(model, calibration, heldout=heldout, alpha=alpha, force=args.force, progress=progress)
+    return model
+
+
+def settings_of(args: argparse.Namespace, draft: str) -> GenerationSettings:
+    """The generation settings that the flags describe."""
+    return GenerationSettings(
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+        draft=draft,
+        gamma=args.gamma,
+        ignore_eos=args.ignore_eos,
+        stop=tuple(args.stop),
+    )
+
+
+def prompt_ids(args: argparse.Namespace, model: Model) -> list[int]:
+    """Token ids of the one prompt that the flags name."""
+    given = [
+        flag
+        for flag, value in (
+            ("PROMPT", args.prompt),
+            ("--prompt-file", args.prompt_file),
+            ("--prompt-ids", args.prompt_ids),
+        )
+        if value is not None
+    ]
+    if len(given) > 1:
+        raise QuasarError(f"give one prompt, not {' and '.join(given)}")
+    if args.prompt_ids is not None:
+        try:
+            return [int(part) for part in args.prompt_ids.split(",")]
+        except ValueError:
+            raise QuasarError(
+                f"--prompt-ids {args.prompt_ids}: should be whole numbers with commas, as 1,2,3"
+            ) from None
+    return model.encode(_prompt_text(args), args.chat)
+
+
+def _prompt_text(args: argparse.Namespace) -> str:
+    if args.prompt_file is not None:
+        try:
+            return Path(args.prompt_file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise QuasarError(f"--prompt-file {args.prompt_file}: cannot be read as text ({error})") from None
+    if args.prompt not in (None, "-"):
+        return args.prompt
+    if args.prompt is None and sys.stdin.isatty():
+        raise QuasarError('no prompt; give one, as quasar generate "def main():", or pipe it in')
+    return sys.stdin.read()
+
+
+def _alpha(text: str) -> float | None:
+    if text == "auto":
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise QuasarError(f"--alpha {text}: should be a number from 0 to 1, or auto") from None

@@ -1,0 +1,84 @@
+"""`quasar generate`: text on stdout as it comes, one summary on stderr; or one JSON object."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from typing import Any
+
+from common.cli import flags
+from common.generation import Generation, GenerationSettings, Result, generate
+from common.models.model import Model
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "generate",
+        help="continue a prompt",
+        description="Continue a prompt. By default: the shipped model in W8A8, n-gram drafts, greedy.",
+    )
+    flags.add_generation_flags(parser)
+    flags.add_draft_flag(parser)
+    flags.add_precision_flag(parser)
+    parser.add_argument(
+        "--stream",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="print text as it comes (default), or all at the end",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    flags.add_model_flags(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    settings = flags.settings_of(args, args.draft)
+    model = flags.load_model(args, args.precision)
+    ids = flags.prompt_ids(args, model)
+    generation = generate(model, ids, settings)
+    if args.json:
+        print(json.dumps(as_json(generation.result(), model, settings), ensure_ascii=False))
+        return
+    if args.stream:
+        stream(generation)
+    result = generation.result()
+    print("" if args.stream else result.text, flush=True)
+    print(summary(result), file=sys.stderr)
+
+
+def stream(generation: Generation) -> None:
+    """Prints pieces as they become certain."""
+    for piece in generation:
+        print(piece, end="", flush=True)
+
+
+def as_json(result: Result, model: Model, settings: GenerationSettings) -> dict[str, Any]:
+    """One object for machines."""
+    return {
+        "text": result.text,
+        "token_ids": result.token_ids,
+        "prompt_tokens": result.prompt_tokens,
+        "finish_reason": result.finish_reason,
+        "stats": result.stats.as_dict(),
+        "settings": {
+            "model": model.name,
+            "device": str(model.decoder.backend.device),
+            "backend": model.decoder.backend.name,
+            "precision": model.precision,
+            **asdict(settings),
+        },
+        "fidelity": None if model.fidelity is None else asdict(model.fidelity),
+    }
+
+
+def summary(result: Result) -> str:
+    """One line of figures."""
+    stats = result.stats
+    seconds = stats.seconds_prefill + stats.seconds_decode
+    return (
+        f"[{stats.tokens} tokens in {seconds:.2f} s, {stats.tokens_per_second:.1f} tokens/s, {stats.passes} passes, "
+        f"acceptance length {stats.acceptance_length:.2f}, {stats.drafted} drafted, {stats.accepted} accepted, "
+        f"{stats.weight_bytes_per_token / 1e6:.1f} MB of weights read per token]"
+    )

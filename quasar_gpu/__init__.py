@@ -1,0 +1,1 @@
+"""NVIDIA: the CUDA backend, and `python -m quasar_gpu.generate`."""

@@ -1,0 +1,1 @@
+"""Ascend: the NPU backend, and `python -m quasar_npu.generate`."""
