@@ -145,5 +145,5 @@ def test_a_model_is_quantised_once(shipped):
 
 
 def test_alpha_is_checked():
-    with pytest.raises(QuasarError, match="alpha 1.5"):
+    with pytest.raises(QuasarError, match=r"alpha 1\.5"):
         quantize(load(device="reference"), alpha=1.5)
