@@ -18,8 +18,15 @@ setup(
             # No -march: each isa_*.c states its own instruction set, and the processor decides at run time.
             # No contraction: a fused multiply-add stands where it was asked for, so results are reproducible.
             extra_compile_args=[
-                "-O3", "-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden",
-                "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas",
+                "-O3",
+                "-std=gnu11",
+                "-ffp-contract=off",
+                "-fno-math-errno",
+                "-fvisibility=hidden",
+                "-Wall",
+                "-Wextra",
+                "-Wno-psabi",
+                "-Wno-unknown-pragmas",
             ],
             libraries=["m", "dl"],
             define_macros=[("Py_LIMITED_API", "0x030A0000")],

@@ -1,11 +1,12 @@
 """Kernels in C for decoding on CPU, called on tensors.
 
-Every kernel computes a token row's result from that row alone, in an order that depends neither on the number of
-rows, nor on the row's place among them, nor on the number of threads: bit for bit, a window of six verifies exactly
-what six single steps decode. Results may differ between instruction sets in the last bits, except the integer ones.
+Every kernel computes a token row's result from that row alone, in an order that depends neither on the
+number of rows, nor on the row's place among them, nor on the number of threads: bit for bit, a window of six
+verifies exactly what six single steps decode. Between instruction sets results may differ in the last bits,
+except the integer ones.
 
-Weights are packed once (`PackedInt8`, `PackedBf16`, `PackedFloat32`). Every tensor is a contiguous CPU tensor; a wrong
-dtype, layout or shape raises `ValueError`, since the C side sees addresses only.
+Weights are packed once (`PackedInt8`, `PackedBf16`, `PackedFloat32`). Tensors are contiguous and on CPU; a
+wrong dtype, layout or shape raises `ValueError`, since the C side sees addresses only.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def threads_shared() -> bool:
 
 @contextmanager
 def use_instruction_set(name: str) -> Iterator[None]:
-    """Run the kernels of another instruction set, for tests. For the whole process; `ValueError` where it cannot run."""
+    """Run another set's kernels, in the whole process: for tests. `ValueError` where it cannot run."""
     global _isa
     previous = _isa
     _kernels.select(name)
@@ -67,6 +68,8 @@ def use_instruction_set(name: str) -> Iterator[None]:
         _isa = previous
 
 
+Quantized = tuple[Tensor, Tensor]  # int8 [m, k], float32 scale per row [m]
+
 _BLOCK = 32  # outputs per block of a packed weight
 _float32, _int8 = torch.float32, torch.int8
 _threads = torch.get_num_threads
@@ -74,7 +77,8 @@ _threads = torch.get_num_threads
 
 def _pointer(tensor: Tensor, dtype: torch.dtype, elements: int) -> int:
     """The tensor's address, once it is known to be what the kernel takes it for."""
-    if tensor.dtype is not dtype or tensor.numel() != elements or not tensor.is_contiguous() or not tensor.is_cpu:
+    right = tensor.dtype is dtype and tensor.numel() == elements and tensor.is_contiguous() and tensor.is_cpu
+    if not right:
         raise ValueError(
             f"expected {elements} contiguous elements of {dtype} on CPU, "
             f"got {tuple(tensor.shape)} with strides {tensor.stride()} of {tensor.dtype} on {tensor.device}"
@@ -173,15 +177,21 @@ def float_linear(x: Tensor, weight: PackedBf16 | PackedFloat32, out: Tensor | No
     return out
 
 
-def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 [m, k] -> int8 [m, k] in [-127, 127] and float32 scale [m].
+def _quantized(m: int, k: int, out: Quantized | None) -> tuple[Tensor, Tensor, int, int]:
+    q, scale = out if out is not None else (torch.empty(m, k, dtype=_int8), torch.empty(m))
+    return q, scale, _pointer(q, _int8, m * k), _pointer(scale, _float32, m)
 
-    `scale = max(max|x| / 127, smallest normal float32)`, so a zero row gives zeros and nothing divides by zero;
-    `q = x / scale` rounded half to even: the same bits as PyTorch's division and `round`. NaN gives a NaN scale.
+
+def quantize_per_token(x: Tensor, out: Quantized | None = None) -> Quantized:
+    """float32 [m, k] -> int8 [m, k] in [-127, 127] and float32 scale [m] (`out` if given).
+
+    `scale = max(max|x| / 127, smallest normal float32)`, so a zero row gives zeros and nothing divides by
+    zero; `q = x / scale` rounded half to even: the same bits as PyTorch's division and `round`. A NaN or an
+    infinity in the row becomes its scale.
     """
     m, k = x.shape
-    q, scale = torch.empty(m, k, dtype=_int8), torch.empty(m)
-    _kernels.quantize(_pointer(x, _float32, m * k), q.data_ptr(), scale.data_ptr(), m, k, _threads())
+    q, scale, q_pointer, scale_pointer = _quantized(m, k, out)
+    _kernels.quantize(_pointer(x, _float32, m * k), q_pointer, scale_pointer, m, k, _threads())
     return q, scale
 
 
@@ -203,14 +213,14 @@ def add_rms_norm(
 
 
 def add_rms_norm_quantize(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Quantized | None = None
+) -> Quantized:
     """`quantize_per_token(add_rms_norm(...))` in one pass, bit for bit: int8 [m, k], float32 scale [m]."""
     m, k = x.shape
-    q, scale = torch.empty(m, k, dtype=_int8), torch.empty(m)
+    q, scale, q_pointer, scale_pointer = _quantized(m, k, out)
     _kernels.add_rms_norm(
         _pointer(x, _float32, m * k), 0 if residual is None else _pointer(residual, _float32, m * k),
-        _pointer(weight, _float32, k), eps, 0, q.data_ptr(), scale.data_ptr(), m, k, _threads(),
+        _pointer(weight, _float32, k), eps, 0, q_pointer, scale_pointer, m, k, _threads(),
     )  # fmt: skip
     return q, scale
 
@@ -226,13 +236,11 @@ def swiglu(gate_up: Tensor, out: Tensor | None = None) -> Tensor:
     return out
 
 
-def swiglu_quantize(gate_up: Tensor) -> tuple[Tensor, Tensor]:
+def swiglu_quantize(gate_up: Tensor, out: Quantized | None = None) -> Quantized:
     """`quantize_per_token(swiglu(gate_up))` in one pass, bit for bit: int8 [m, k], float32 scale [m]."""
     m, k = gate_up.shape[0], gate_up.shape[1] // 2
-    q, scale = torch.empty(m, k, dtype=_int8), torch.empty(m)
-    _kernels.swiglu(
-        _pointer(gate_up, _float32, 2 * m * k), 0, q.data_ptr(), scale.data_ptr(), m, k, _threads()
-    )
+    q, scale, q_pointer, scale_pointer = _quantized(m, k, out)
+    _kernels.swiglu(_pointer(gate_up, _float32, 2 * m * k), 0, q_pointer, scale_pointer, m, k, _threads())
     return q, scale
 
 
@@ -246,13 +254,15 @@ def rope_qk_append(
     q_weight: Tensor | None = None,
     k_weight: Tensor | None = None,
     eps: float = 1e-6,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Splits `qkv`, normalises and rotates q and k, appends k and v to the cache, returns q [m, heads, dim].
+    """Splits `qkv`, normalises and rotates q and k, appends k and v to the cache, returns q.
 
-    qkv: float32 [m, (heads + 2 * kv_heads) * dim], the heads of q, then of k, then of v. Row i stands at position
-    `start + i`. cos, sin: float32 [positions, dim / 2] or [positions, dim] (of which the first half is read); the
-    pairs are (i, i + dim / 2). Caches: float32 [kv_heads, capacity, dim], written at `start` and after.
+    qkv: float32 [m, (heads + 2 * kv_heads) * dim], the heads of q, then of k, then of v. Row i stands at
+    position `start + i`. cos, sin: float32 [positions, dim / 2] or [positions, dim], of which the first half
+    is read; the pairs are (i, i + dim / 2). Caches: float32 [kv_heads, capacity, dim], written from `start`.
     q_weight, k_weight: float32 [dim], RMSNorm of each head before the rotation (Qwen3), or None.
+    Returns q: float32 [m, heads, dim] (`out` if given).
     """
     m, width = qkv.shape
     kv_heads, capacity, dim = k_cache.shape
@@ -262,13 +272,14 @@ def rope_qk_append(
         raise ValueError(f"{heads=} {dim=}, tables {tuple(cos.shape)}: dim must be a multiple of 16")
     if start < 0 or start + m > capacity or start + m > cos.shape[0]:
         raise ValueError(f"positions {start} to {start + m} leave the cache or the rope tables")
-    q = torch.empty(m, heads, dim)
+    q = torch.empty(m, heads, dim) if out is None else out
     cached, table = kv_heads * capacity * dim, cos.shape[0] * stride
     _kernels.rope_qk_append(
         _pointer(qkv, _float32, m * (heads + 2 * kv_heads) * dim),
         0 if q_weight is None else _pointer(q_weight, _float32, dim),
         0 if k_weight is None else _pointer(k_weight, _float32, dim),
-        eps, _pointer(cos, _float32, table), _pointer(sin, _float32, table), q.data_ptr(),
+        eps, _pointer(cos, _float32, table), _pointer(sin, _float32, table),
+        _pointer(q, _float32, m * heads * dim),
         _pointer(k_cache, _float32, cached), _pointer(v_cache, _float32, cached),
         m, heads, kv_heads, dim, stride, start, capacity, _threads(),
     )  # fmt: skip
@@ -280,8 +291,8 @@ def attention(
 ) -> Tensor:
     """Causal attention of m new tokens over the cache, grouped queries.
 
-    q: float32 [m, heads, dim]; caches: float32 [kv_heads, capacity, dim] that already hold the new tokens; row i
-    attends to positions 0 .. start + i. Returns float32 [m, heads * dim] (`out` if given).
+    q: float32 [m, heads, dim]; caches: float32 [kv_heads, capacity, dim] that already hold the new tokens;
+    row i attends to positions 0 .. start + i. Returns float32 [m, heads * dim] (`out` if given).
     """
     m, heads, dim = q.shape
     kv_heads, capacity, _ = k_cache.shape
@@ -295,4 +306,14 @@ def attention(
         _pointer(v_cache, _float32, cached), _pointer(out, _float32, m * heads * dim),
         scale, m, heads, kv_heads, dim, start, capacity, _threads(),
     )  # fmt: skip
+    return out
+
+
+def argmax(x: Tensor) -> Tensor:
+    """Index of each row's largest value, the lowest on ties: float32 [m, n] -> int64 [m]."""
+    m, n = x.shape
+    if not 0 < n < 2**31:
+        raise ValueError(f"argmax over {n} values")
+    out = torch.empty(m, dtype=torch.int64)
+    _kernels.argmax(_pointer(x, _float32, m * n), out.data_ptr(), m, n, _threads())
     return out

@@ -19,13 +19,15 @@
 #endif
 #define SLAB (4 * VL) /* output columns kept in registers at a time */
 
-/* keys[n][dim] -> out[dim][64], zero beyond n. */
-INLINE void transpose_keys(const float *keys, float *out, int64_t n, int64_t dim)
+/* keys[n][dim] -> out[dim][64], zero from n to the next multiple of 16, undefined beyond.
+ * Meanwhile this chunk's values are fetched: arithmetic and memory would take turns otherwise. */
+INLINE void transpose_keys(const float *keys, const float *values, float *out, int64_t n, int64_t dim)
 {
 #if ISA_AVX512
-    for (int64_t key = 0; key < KEYS; key += 16)
+    for (int64_t key = 0; key < n; key += 16)
         for (int64_t d = 0; d < dim; d += 16) {
             __m512 a[16], b[16];
+            UNROLL for (int i = 0; i < 16; i++) __builtin_prefetch(values + (key + i) * dim + d, 0, 2);
             UNROLL for (int i = 0; i < 16; i++)
                 a[i] = key + i < n ? _mm512_loadu_ps(keys + (key + i) * dim + d) : _mm512_setzero_ps();
             UNROLL for (int i = 0; i < 16; i += 2) {
@@ -54,27 +56,41 @@ INLINE void transpose_keys(const float *keys, float *out, int64_t n, int64_t dim
             }
         }
 #else
+    (void)values;
     for (int64_t d = 0; d < dim; d++)
-        for (int64_t key = 0; key < KEYS; key++)
+        for (int64_t key = 0; key < (n + 15) / 16 * 16; key++)
             out[d * KEYS + key] = key < n ? keys[key * dim + d] : 0.0f;
 #endif
 }
 
-/* scores[rows][64] = q[rows][dim] @ keys[dim][64] */
-INLINE void score_tile(const float *q, const float *keys, float *scores, int64_t dim, const int rows)
+/* scores[rows][64] = q[rows][dim] @ keys[dim][64], of which the first `vectors` vectors are computed. */
+INLINE void score_vectors(const float *q, const float *keys, float *scores, int64_t dim, const int rows,
+                          const int vectors)
 {
     vf acc[ATTENTION_TILE][KV];
-    UNROLL for (int r = 0; r < rows; r++) UNROLL for (int v = 0; v < KV; v++) acc[r][v] = (vf){0};
+    UNROLL for (int r = 0; r < rows; r++) UNROLL for (int v = 0; v < vectors; v++) acc[r][v] = (vf){0};
     for (int64_t d = 0; d < dim; d++) {
         vf k[KV];
-        UNROLL for (int v = 0; v < KV; v++) k[v] = load(keys + d * KEYS + v * VL);
+        UNROLL for (int v = 0; v < vectors; v++) k[v] = load(keys + d * KEYS + v * VL);
         UNROLL for (int r = 0; r < rows; r++) {
             vf qr = splat(q[r * dim + d]);
-            UNROLL for (int v = 0; v < KV; v++) acc[r][v] = fma_(qr, k[v], acc[r][v]);
+            UNROLL for (int v = 0; v < vectors; v++) acc[r][v] = fma_(qr, k[v], acc[r][v]);
         }
     }
-    UNROLL for (int r = 0; r < rows; r++) UNROLL for (int v = 0; v < KV; v++)
+    UNROLL for (int r = 0; r < rows; r++) UNROLL for (int v = 0; v < vectors; v++)
         store(scores + r * KEYS + v * VL, acc[r][v]);
+}
+
+INLINE void score_tile(const float *q, const float *keys, float *scores, int64_t dim, const int rows, int64_t seen)
+{
+    if (seen > 48)
+        score_vectors(q, keys, scores, dim, rows, KV);
+    else if (seen > 32)
+        score_vectors(q, keys, scores, dim, rows, KV * 3 / 4);
+    else if (seen > 16)
+        score_vectors(q, keys, scores, dim, rows, KV / 2);
+    else
+        score_vectors(q, keys, scores, dim, rows, KV / 4);
 }
 
 /* out[rows][columns from d] = out * rescale[rows] + p[rows][from .. to) @ values[from .. to)[dim] */
@@ -139,23 +155,29 @@ INLINE float softmax_step(float *scores, int64_t valid, float *maximum, float *s
     return rescale;
 }
 
-/* One chunk for `rows` consecutive rows; `valid` of its keys are seen by each. The values that all see are added for
+/* One chunk for `rows` consecutive rows; `valid` of its keys are seen by each. Meanwhile `bytes` from `next` are
+ * fetched. The values that all see are added for
  * all at once, then each row goes on by itself: the same order of additions as alone. */
 INLINE void attend(const float *q, const float *keys, const float *values, float *scores, float *out, float *maximum,
-                   float *sum, const int64_t *valid, int64_t dim, const int rows)
+                   float *sum, const int64_t *valid, int64_t dim, const char *next, int64_t bytes, const int rows)
 {
     float rescale[ATTENTION_TILE];
-    score_tile(q, keys, scores, dim, rows);
+    for (int64_t i = 0; i < bytes / 2; i += 64)
+        __builtin_prefetch(next + i, 0, 2);
+    score_tile(q, keys, scores, dim, rows, valid[rows - 1]);
     for (int r = 0; r < rows; r++)
         rescale[r] = softmax_step(scores + r * KEYS, valid[r], maximum + r, sum + r);
+    for (int64_t i = bytes / 2; i < bytes; i += 64)
+        __builtin_prefetch(next + i, 0, 2);
     value_rows(scores, values, out, rescale, 0, valid[0], dim, rows);
     for (int r = 1; r < rows; r++)
         if (valid[r] > valid[0])
             value_rows(scores + r * KEYS, values, out + r * dim, NULL, valid[0], valid[r], dim, 1);
 }
 
-/* Tokens first .. last (exclusive) of kv head `head`. */
-static void attention_item(const struct attention_args *a, int64_t head, int64_t first, int64_t last, char *scratch)
+/* Tokens first .. last (exclusive) of kv head `head`; `next_head` probably follows on this thread. */
+static void attention_item(const struct attention_args *a, int64_t head, int64_t first, int64_t last,
+                           int64_t next_head, char *scratch)
 {
     const int64_t dim = a->dim, group = a->heads / a->kv_heads, rows = (last - first) * group;
     const float *k_cache = a->k_cache + head * a->capacity * dim, *v_cache = a->v_cache + head * a->capacity * dim;
@@ -176,17 +198,29 @@ static void attention_item(const struct attention_args *a, int64_t head, int64_t
     const int64_t end = a->start + last; /* positions that the last token sees */
     for (int64_t chunk = 0; chunk < end; chunk += KEYS) {
         const float *values = v_cache + chunk * dim;
-        transpose_keys(k_cache + chunk * dim, keys, end - chunk < KEYS ? end - chunk : KEYS, dim);
+        transpose_keys(k_cache + chunk * dim, values, keys, end - chunk < KEYS ? end - chunk : KEYS, dim);
         /* Tokens before this one do not reach the chunk. */
         int64_t skip = chunk - a->start - first;
-        for (int64_t row = skip > 0 ? skip * group : 0, n; row < rows; row += n) {
+        int64_t begin = skip > 0 ? skip * group : 0;
+        /* The next keys are fetched in as many parts as there are steps. */
+        int64_t ahead = end - chunk - KEYS;
+        const float *next = k_cache + (chunk + KEYS) * dim;
+        if (ahead <= 0) {
+            next = a->k_cache + next_head * a->capacity * dim;
+            ahead = next_head < a->kv_heads ? end : 0;
+        }
+        int64_t steps = (rows - begin) / ATTENTION_TILE + (rows - begin) % ATTENTION_TILE;
+        int64_t part = (ahead < KEYS ? ahead : KEYS) * dim * 4 / steps;
+        for (int64_t row = begin, n, step = 0; row < rows; row += n, step++) {
             int64_t valid[4];
             n = rows - row < ATTENTION_TILE ? 1 : ATTENTION_TILE;
             for (int64_t r = 0; r < n; r++) {
                 valid[r] = a->start + first + (row + r) / group + 1 - chunk;
                 valid[r] = valid[r] < KEYS ? valid[r] : KEYS;
             }
-#define ATTEND(rows) attend(q + row * dim, keys, values, scores, out + row * dim, maximum + row, sum + row, valid, dim, rows)
+#define ATTEND(rows)                                                                                               \
+    attend(q + row * dim, keys, values, scores, out + row * dim, maximum + row, sum + row, valid, dim,             \
+           (const char *)next + step * part, part, rows)
             if (n == 1)
                 ATTEND(1);
             else
@@ -204,7 +238,6 @@ static void attention_item(const struct attention_args *a, int64_t head, int64_t
 static void attention(void *data, int thread, int threads)
 {
     struct attention_args *a = data;
-    (void)threads;
     int64_t per_head = (a->m + a->tokens_per_item - 1) / a->tokens_per_item, items = per_head * a->kv_heads;
     char *scratch = a->scratch + thread * a->scratch_bytes;
     for (;;) {
@@ -214,6 +247,6 @@ static void attention(void *data, int thread, int threads)
         /* Last tokens first: they see most, and short items even out the end. */
         int64_t first = (per_head - 1 - item / a->kv_heads) * a->tokens_per_item;
         int64_t last = first + a->tokens_per_item < a->m ? first + a->tokens_per_item : a->m;
-        attention_item(a, item % a->kv_heads, first, last, scratch);
+        attention_item(a, item % a->kv_heads, first, last, item % a->kv_heads + threads, scratch);
     }
 }

@@ -5,5 +5,6 @@
 #include "rows.h"
 
 const struct kernels KERNELS = {
-    ISA_NAME, int8_linear, bf16_linear, f32_linear, quantize, norm, swiglu, rope, attention, exp_array,
+    ISA_NAME, int8_linear, bf16_linear, f32_linear, quantize, norm, swiglu, rope, attention, argmax,
+    exp_array,
 };

@@ -80,11 +80,17 @@ struct attention_args {
 };
 
 
+struct argmax_args {
+    const float *x;          /* [m, n] */
+    int64_t *out;            /* [m] */
+    int64_t m, n;
+};
+
 typedef void (*task_fn)(void *args, int thread, int threads);
 
 struct kernels {
     const char *name;
-    task_fn int8_linear, bf16_linear, f32_linear, quantize, norm, swiglu, rope, attention;
+    task_fn int8_linear, bf16_linear, f32_linear, quantize, norm, swiglu, rope, attention, argmax;
     void (*exp)(const float *x, float *y, int64_t n); /* for the accuracy test */
 };
 

@@ -206,6 +206,15 @@ FUNCTION(py_attention, 12)
     Py_RETURN_NONE;
 }
 
+/* x, out, m, n, threads */
+FUNCTION(py_argmax, 5)
+    struct argmax_args a = {.x = ADDRESS(0), .out = ADDRESS(1), .m = INT(2), .n = INT(3)};
+    Py_BEGIN_ALLOW_THREADS
+    parallel_run(isa->argmax, &a, team(a.m, a.n, INT(4)));
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
 /* bits (8, 16, 32), weight, packed, n, k */
 FUNCTION(py_pack, 5)
     Py_BEGIN_ALLOW_THREADS
@@ -282,6 +291,7 @@ static PyMethodDef methods[] = {
     FAST("swiglu", py_swiglu),
     FAST("rope_qk_append", py_rope_qk_append),
     FAST("attention", py_attention),
+    FAST("argmax", py_argmax),
     FAST("pack", py_pack),
     FAST("exp", py_exp),
     FAST("fork_join", py_fork_join),

@@ -4,6 +4,20 @@
 
 #include <float.h>
 
+
+/* x / scale without the division: one step of correction after multiplying by the rounded reciprocal gives the
+ * correctly rounded quotient (Markstein 1990) where multiply-add is fused. */
+INLINE vf divide(vf x, vf scale, vf reciprocal)
+{
+#if ISA_AVX512 || ISA_AVX2
+    vf quotient = x * reciprocal;
+    return fma_(fma_(-quotient, scale, x), reciprocal, quotient);
+#else
+    (void)reciprocal;
+    return x / scale;
+#endif
+}
+
 /* scale = max(max|x| / 127, smallest normal float), q = x / scale rounded half to even: the true division, so that
  * it is bit for bit what plain PyTorch computes. A NaN in the row makes its scale NaN. */
 INLINE float quantize_row(const float *x, int8_t *q, int64_t n)
@@ -22,10 +36,11 @@ INLINE float quantize_row(const float *x, int8_t *q, int64_t n)
     memcpy(&absmax, &bits, 4);
     float scale = absmax / 127.0f;
     scale = scale < FLT_MIN ? FLT_MIN : scale;
+    vf scales = splat(scale), reciprocal = splat(1.0f / scale);
     for (i = 0; i + VL <= n; i += VL)
-        *(vb_any *)(q + i) = __builtin_convertvector(round_to_int(load(x + i) / scale), vb);
+        *(vb_any *)(q + i) = __builtin_convertvector(round_to_int(divide(load(x + i), scales, reciprocal)), vb);
     if (i < n) {
-        vb tail = __builtin_convertvector(round_to_int(load_part(x + i, n - i) / scale), vb);
+        vb tail = __builtin_convertvector(round_to_int(divide(load_part(x + i, n - i), scales, reciprocal)), vb);
         memcpy(q + i, &tail, (size_t)(n - i));
     }
     return scale;
@@ -130,6 +145,52 @@ static void rope(void *data, int thread, int threads)
             rope_head(x, a->k_weight, a->eps, cos, sin, a->k_cache + (h * a->capacity + position) * dim, dim);
         for (int64_t h = 0; h < a->kv_heads; h++, x += dim)
             memcpy(a->v_cache + (h * a->capacity + position) * dim, x, (size_t)dim * sizeof(float));
+    }
+}
+
+/* The first index of the largest value; of the first NaN where there is one, as torch.argmax has it. */
+static void argmax(void *data, int thread, int threads)
+{
+    const struct argmax_args *a = data;
+    int64_t from, to;
+    share(a->m, thread, threads, &from, &to);
+    for (int64_t row = from; row < to; row++) {
+        const float *x = a->x + row * a->n;
+        vf best = splat(-INFINITY);
+        vi index = {0}, at, nan = {0};
+        for (int lane = 0; lane < VL; lane++)
+            at[lane] = lane;
+        int64_t i = 0;
+        for (; i + VL <= a->n; i += VL, at += VL) {
+            vf v = load(x + i);
+            vi more = v > best;
+            best = select_(more, v, best);
+            index = (more & at) | (~more & index);
+            nan |= v != v;
+        }
+        float top = -INFINITY;
+        int64_t found = 0;
+        int any_nan = 0;
+        for (int lane = 0; lane < VL; lane++) {
+            any_nan |= nan[lane];
+            if (best[lane] > top || (best[lane] == top && index[lane] < found)) {
+                top = best[lane];
+                found = index[lane];
+            }
+        }
+        for (; i < a->n; i++) {
+            any_nan |= x[i] != x[i];
+            if (x[i] > top) {
+                top = x[i];
+                found = i;
+            }
+        }
+        for (i = 0; any_nan && i < a->n; i++)
+            if (x[i] != x[i]) {
+                found = i;
+                break;
+            }
+        a->out[row] = found;
     }
 }
 
