@@ -26,15 +26,14 @@ Layer = Callable[[int], object]  # runs on the i-th copy of the weight
 Kernels = dict[str, tuple[int, Callable[[int], Layer]]]  # name -> bytes per weight, rows -> layer to time
 
 
-def read_bandwidth() -> float:
-    """GB/s of summing 1 GiB of float32, best of 5."""
-    block = torch.ones(1 << 28)
-    times = []
-    for _ in range(5):
+def read_bandwidth(block: Tensor, repeats: int) -> list[float]:
+    """GB/s of summing `block`, each time."""
+    speeds = []
+    for _ in range(repeats):
         start = time.perf_counter()
         block.sum()
-        times.append(time.perf_counter() - start)
-    return block.nbytes / min(times) / 1e9
+        speeds.append(block.nbytes / (time.perf_counter() - start) / 1e9)
+    return speeds
 
 
 def quantized(n: int, k: int) -> tuple[Tensor, Tensor]:
@@ -173,24 +172,32 @@ def main() -> None:
         "torch": torch.__version__,
         "threads": args.threads,
         "instruction_set": native.instruction_set(),
-        "read_gb_per_s": read_bandwidth(),
         "shapes": [],
     }
     print(
-        f"torch {torch.__version__}, {args.threads} threads, {native.instruction_set()}, "
-        f"read bandwidth {report['read_gb_per_s']:.1f} GB/s; milliseconds per layer, median of {args.repeats}"
+        f"torch {torch.__version__}, {args.threads} threads, {native.instruction_set()}; median ms per layer"
     )
+    block = torch.ones(1 << 28)  # 1 GiB
     for k, n in args.shape or [(1024, 3072), (3072, 1024)]:
         kernels = library_kernels(n, k, args.copies) | native_kernels(n, k, args.copies)
-        # Long inputs are bound by arithmetic: a few copies say as much.
-        columns = {m: measure(kernels, m, args.copies if m <= 32 else 3, args.repeats) for m in args.rows}
-        print(f"\n| K={k} N={n} | floor | " + " | ".join(f"M={m}" for m in args.rows) + " |")
+        speeds, columns = [], {}
+        for m in args.rows:
+            speeds += read_bandwidth(block, 2)
+            # Long inputs are bound by arithmetic: a few copies say as much.
+            columns[m] = measure(kernels, m, args.copies if m <= 32 else 3, args.repeats)
+        bandwidth = statistics.median(speeds)
+        print(
+            f"\nread bandwidth {bandwidth:.1f} GB/s ({min(speeds):.1f} to {max(speeds):.1f}): 1 GiB, summed"
+        )
+        print(f"| K={k} N={n} | floor | " + " | ".join(f"M={m}" for m in args.rows) + " |")
         print("|---" * (len(args.rows) + 2) + "|")
         for name, (width, _) in kernels.items():
-            floor = n * k * width / report["read_gb_per_s"] / 1e6
+            floor = n * k * width / bandwidth / 1e6
             times = {m: columns[m][name] for m in args.rows}
             print(f"| {name} | {floor:.2f} | " + " | ".join(f"{t:.3f}" for t in times.values()) + " |")
-            report["shapes"].append({"k": k, "n": n, "kernel": name, "floor_ms": floor, "ms": times})
+            report["shapes"].append(
+                {"k": k, "n": n, "kernel": name, "read_gb_per_s": bandwidth, "floor_ms": floor, "ms": times}
+            )
     if args.json:
         args.json.write_text(json.dumps(report, indent=1))
 

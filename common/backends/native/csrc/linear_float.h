@@ -16,11 +16,9 @@
 #define FLOAT_PANEL 64
 #define FLOAT_CHUNK 256
 
-INLINE void prefetch_ahead(const void *p) { __builtin_prefetch((const char *)p + 4096, 0, 3); }
-
 /* sums[rows][32] (+)= x[rows][k] @ one block's chunk. */
 INLINE void float_tile(const void *weight, const int bf16, const float *x, int64_t stride, int64_t k, const int rows,
-                       const int add, float (*sums)[BLOCK])
+                       const int add, const int once, float (*sums)[BLOCK])
 {
     vf acc[FLOAT_ROWS][NV];
     UNROLL for (int r = 0; r < rows; r++) UNROLL for (int v = 0; v < NV; v++) acc[r][v] = (vf){0};
@@ -28,7 +26,7 @@ INLINE void float_tile(const void *weight, const int bf16, const float *x, int64
         vf w[NV];
         if (bf16) {
             const int32_t *pairs = (const int32_t *)weight + i * (BLOCK / 2);
-            prefetch_ahead(pairs);
+            prefetch_weight(pairs, once);
             UNROLL for (int v = 0; v < NV / 2; v++) {
                 vi both = *(const vi_any *)(pairs + v * VL);
                 w[v] = (vf)(both << 16);
@@ -36,8 +34,8 @@ INLINE void float_tile(const void *weight, const int bf16, const float *x, int64
             }
         } else {
             const float *p = (const float *)weight + i * BLOCK;
-            prefetch_ahead(p);
-            prefetch_ahead(p + 16);
+            prefetch_weight(p, once);
+            prefetch_weight(p + 16, once);
             UNROLL for (int v = 0; v < NV; v++) w[v] = load(p + v * VL);
         }
         UNROLL for (int r = 0; r < rows; r++) {
@@ -53,20 +51,20 @@ INLINE void float_tile(const void *weight, const int bf16, const float *x, int64
 }
 
 INLINE void float_rows(const void *w, const int bf16, const float *x, int64_t stride, int64_t k, int64_t rows,
-                       int add, float (*sums)[BLOCK])
+                       int add, const int once, float (*sums)[BLOCK])
 {
     switch (rows) {
-    case 1: float_tile(w, bf16, x, stride, k, 1, add, sums); break;
+    case 1: float_tile(w, bf16, x, stride, k, 1, add, once, sums); break;
 #if FLOAT_ROWS >= 2
-    case 2: float_tile(w, bf16, x, stride, k, 2, add, sums); break;
+    case 2: float_tile(w, bf16, x, stride, k, 2, add, once, sums); break;
 #endif
 #if FLOAT_ROWS >= 8
-    case 3: float_tile(w, bf16, x, stride, k, 3, add, sums); break;
-    case 4: float_tile(w, bf16, x, stride, k, 4, add, sums); break;
-    case 5: float_tile(w, bf16, x, stride, k, 5, add, sums); break;
-    case 6: float_tile(w, bf16, x, stride, k, 6, add, sums); break;
-    case 7: float_tile(w, bf16, x, stride, k, 7, add, sums); break;
-    default: float_tile(w, bf16, x, stride, k, 8, add, sums); break;
+    case 3: float_tile(w, bf16, x, stride, k, 3, add, once, sums); break;
+    case 4: float_tile(w, bf16, x, stride, k, 4, add, once, sums); break;
+    case 5: float_tile(w, bf16, x, stride, k, 5, add, once, sums); break;
+    case 6: float_tile(w, bf16, x, stride, k, 6, add, once, sums); break;
+    case 7: float_tile(w, bf16, x, stride, k, 7, add, once, sums); break;
+    default: float_tile(w, bf16, x, stride, k, 8, add, once, sums); break;
 #endif
     }
 }
@@ -85,8 +83,12 @@ INLINE void float_linear(const struct float_linear_args *a, const int bf16, int 
                 int64_t k = a->k - chunk < FLOAT_CHUNK ? a->k - chunk : FLOAT_CHUNK;
                 for (int64_t row = 0; row < panel_rows; row += FLOAT_ROWS) {
                     int64_t rows = panel_rows - row < FLOAT_ROWS ? panel_rows - row : FLOAT_ROWS;
-                    float_rows(w + chunk * BLOCK * width, bf16, a->x + (panel + row) * a->k + chunk, a->k, k, rows,
-                               chunk > 0, sums + row);
+                    const char *wc = w + chunk * BLOCK * width;
+                    const float *x = a->x + (panel + row) * a->k + chunk;
+                    if (a->m <= FLOAT_ROWS)
+                        float_rows(wc, bf16, x, a->k, k, rows, chunk > 0, 1, sums + row);
+                    else
+                        float_rows(wc, bf16, x, a->k, k, rows, chunk > 0, 0, sums + row);
                 }
             }
             int64_t column = block * BLOCK, columns = a->n - column < BLOCK ? a->n - column : BLOCK;

@@ -7,7 +7,6 @@
 
 #define INT8_ROWS 8    /* rows that share one pass over a block */
 #define INT8_PANEL 64  /* rows whose activations stay in the L2 cache meanwhile */
-#define PREFETCH 4096  /* bytes ahead: past the end of the page, where the hardware's prefetcher stops */
 
 INLINE int32_t four(const int8_t *x)
 {
@@ -18,14 +17,15 @@ INLINE int32_t four(const int8_t *x)
 
 /* sums[rows][32] of (weight + 128) * x over one block. */
 INLINE void int8_tile(const uint8_t *w, const int8_t *x, int64_t stride, int64_t k4, const int rows,
-                      int32_t (*sums)[BLOCK])
+                      const int once, int32_t (*sums)[BLOCK])
 {
+    (void)once;
 #if ISA_AVX512
     __m512i acc[INT8_ROWS][2];
     UNROLL for (int r = 0; r < rows; r++) acc[r][0] = acc[r][1] = _mm512_setzero_si512();
     for (int64_t k = 0; k < k4; k++, w += BLOCK * 4) {
-        _mm_prefetch((const char *)w + PREFETCH, _MM_HINT_T0);
-        _mm_prefetch((const char *)w + PREFETCH + 64, _MM_HINT_T0);
+        prefetch_weight(w, once);
+        prefetch_weight(w + 64, once);
         __m512i w0 = _mm512_loadu_si512(w), w1 = _mm512_loadu_si512(w + 64);
         UNROLL for (int r = 0; r < rows; r++) {
             __m512i xr = _mm512_set1_epi32(four(x + r * stride + 4 * k));
@@ -96,17 +96,17 @@ INLINE void int8_tile(const uint8_t *w, const int8_t *x, int64_t stride, int64_t
 
 /* Rows must be a constant for the accumulators to live in registers. */
 INLINE void int8_rows(const uint8_t *w, const int8_t *x, int64_t stride, int64_t k4, int64_t rows,
-                      int32_t (*sums)[BLOCK])
+                      const int once, int32_t (*sums)[BLOCK])
 {
     switch (rows) {
-    case 1: int8_tile(w, x, stride, k4, 1, sums); break;
-    case 2: int8_tile(w, x, stride, k4, 2, sums); break;
-    case 3: int8_tile(w, x, stride, k4, 3, sums); break;
-    case 4: int8_tile(w, x, stride, k4, 4, sums); break;
-    case 5: int8_tile(w, x, stride, k4, 5, sums); break;
-    case 6: int8_tile(w, x, stride, k4, 6, sums); break;
-    case 7: int8_tile(w, x, stride, k4, 7, sums); break;
-    default: int8_tile(w, x, stride, k4, 8, sums); break;
+    case 1: int8_tile(w, x, stride, k4, 1, once, sums); break;
+    case 2: int8_tile(w, x, stride, k4, 2, once, sums); break;
+    case 3: int8_tile(w, x, stride, k4, 3, once, sums); break;
+    case 4: int8_tile(w, x, stride, k4, 4, once, sums); break;
+    case 5: int8_tile(w, x, stride, k4, 5, once, sums); break;
+    case 6: int8_tile(w, x, stride, k4, 6, once, sums); break;
+    case 7: int8_tile(w, x, stride, k4, 7, once, sums); break;
+    default: int8_tile(w, x, stride, k4, 8, once, sums); break;
     }
 }
 
@@ -123,7 +123,10 @@ static void int8_linear(void *data, int thread, int threads)
             for (int64_t row = panel; row < panel_end; row += INT8_ROWS) {
                 int32_t sums[INT8_ROWS][BLOCK] __attribute__((aligned(64)));
                 int64_t rows = panel_end - row < INT8_ROWS ? panel_end - row : INT8_ROWS;
-                int8_rows(w, a->x + row * stride, stride, a->k4, rows, sums);
+                if (a->m <= INT8_ROWS)
+                    int8_rows(w, a->x + row * stride, stride, a->k4, rows, 1, sums);
+                else
+                    int8_rows(w, a->x + row * stride, stride, a->k4, rows, 0, sums);
                 for (int64_t r = 0; r < rows; r++) {
                     int64_t at = (row + r) * a->n + column;
                     /* Unsigned, because the shifted sum may pass 2^31 and come back. */
