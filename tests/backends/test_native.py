@@ -198,12 +198,12 @@ def tables(positions: int, dim: int, whole: bool) -> tuple[Tensor, Tensor]:
 def test_rope_qk_append(heads: int, kv_heads: int, dim: int, normed: bool, whole: bool) -> None:
     """To 2e-6; nothing is written outside the appended positions."""
     m, start, capacity = 5, 7, 20
-    qkv, (cos, sin) = torch.randn(m, (heads + 2 * kv_heads) * dim), tables(30, dim, whole)
+    qkv, (cos, sin) = torch.randn(m, (heads + 2 * kv_heads) * dim), tables(m, dim, whole)
     weights = (torch.rand(dim), torch.rand(dim)) if normed else (None, None)
     k_cache, v_cache = torch.full((2, kv_heads, capacity, dim), 9.0)
     q = native.rope_qk_append(qkv, cos, sin, k_cache, v_cache, start, *weights, eps=1e-6)
 
-    angle_cos, angle_sin = (t[start : start + m, None, : dim // 2].double() for t in (cos, sin))
+    angle_cos, angle_sin = (t[:, None, : dim // 2].double() for t in (cos, sin))
 
     def expected(x: Tensor, weight: Tensor | None) -> Tensor:
         x = x.double()
@@ -315,7 +315,8 @@ def test_attention_of_a_token_does_not_depend_on_its_company(
         rows = []
         for start in range(0, tokens, window):
             part = qkv[start : start + window]
-            q = native.rope_qk_append(part, cos, sin, *caches, start, norm, norm)
+            at = slice(start, start + len(part))
+            q = native.rope_qk_append(part, cos[at], sin[at], *caches, start, norm, norm)
             rows.append(native.attention(q, *caches, start, dim**-0.5))
         return torch.cat(rows), caches
 

@@ -107,6 +107,11 @@ class _Packed:
         self.bias = None if bias is None else bias.to(_float32).contiguous().clone()
         self._bias_pointer = 0 if bias is None else _pointer(self.bias, _float32, self.n)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight itself, padding apart."""
+        return self.n * self.k * self.tensor.element_size()
+
 
 class PackedInt8(_Packed):
     """int8 weight [n, k] with a float32 scale per output [n] and an optional bias [n]."""
@@ -259,7 +264,7 @@ def rope_qk_append(
     """Splits `qkv`, normalises and rotates q and k, appends k and v to the cache, returns q.
 
     qkv: float32 [m, (heads + 2 * kv_heads) * dim], the heads of q, then of k, then of v. Row i stands at
-    position `start + i`. cos, sin: float32 [positions, dim / 2] or [positions, dim], of which the first half
+    position `start + i`. cos, sin of those positions: float32 [m, dim / 2] or [m, dim], of which the first half
     is read; the pairs are (i, i + dim / 2). Caches: float32 [kv_heads, capacity, dim], written from `start`.
     q_weight, k_weight: float32 [dim], RMSNorm of each head before the rotation (Qwen3), or None.
     Returns q: float32 [m, heads, dim] (`out` if given).
@@ -270,8 +275,8 @@ def rope_qk_append(
     stride = cos.shape[1]
     if dim % 16 or heads < 1 or (stride != dim and 2 * stride != dim):
         raise ValueError(f"{heads=} {dim=}, tables {tuple(cos.shape)}: dim must be a multiple of 16")
-    if start < 0 or start + m > capacity or start + m > cos.shape[0]:
-        raise ValueError(f"positions {start} to {start + m} leave the cache or the rope tables")
+    if start < 0 or start + m > capacity or m != cos.shape[0]:
+        raise ValueError(f"positions {start} to {start + m} leave the cache, or {len(cos)} rows of rope do not fit")
     q = torch.empty(m, heads, dim) if out is None else out
     cached, table = kv_heads * capacity * dim, cos.shape[0] * stride
     _kernels.rope_qk_append(

@@ -138,7 +138,7 @@ static void rope(void *data, int thread, int threads)
     for (int64_t row = from; row < to; row++) {
         const float *x = a->qkv + row * width;
         int64_t position = a->start + row;
-        const float *cos = a->cos + position * a->table_stride, *sin = a->sin + position * a->table_stride;
+        const float *cos = a->cos + row * a->table_stride, *sin = a->sin + row * a->table_stride;
         for (int64_t h = 0; h < a->heads; h++, x += dim)
             rope_head(x, a->q_weight, a->eps, cos, sin, a->q + (row * a->heads + h) * dim, dim);
         for (int64_t h = 0; h < a->kv_heads; h++, x += dim)
