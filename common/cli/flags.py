@@ -124,7 +124,8 @@ def add_precision_flag(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=PRECISIONS,
         default="w8a8",
-        help="of the model that verifies: full, or w8a8 by SmoothQuant (default: %(default)s)",
+        help="of the model that verifies: full, w8a8 by SmoothQuant, int4 weights with 16-bit (w4a16) or int4 (w4a4) "
+        "activations (default: %(default)s)",
     )
 
 
@@ -134,8 +135,8 @@ def add_draft_flag(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_model(args: argparse.Namespace, precision: str) -> Model:
-    """The model that the flags describe."""
+def load_model(args: argparse.Namespace, precision: str, lossless: bool = False) -> Model:
+    """The model that the flags describe; lossless keeps its full-precision weights too."""
     name = args.model if args.dummy is None else DUMMY_PREFIX + args.dummy
     progress = sys.stderr.isatty()
     calibration, heldout = texts_or_default(args.calibration), texts_or_default(args.heldout)
@@ -143,8 +144,17 @@ def load_model(args: argparse.Namespace, precision: str) -> Model:
     model = load(
         name, device=args.device, dtype=args.dtype, trust_remote_code=args.trust_remote_code, progress=progress
     )
-    if precision == "w8a8":
-        quantize(model, calibration, heldout=heldout, alpha=alpha, force=args.force, progress=progress)
+    if precision != "full":
+        quantize(
+            model,
+            calibration,
+            precision=precision,
+            keep_full=lossless,
+            heldout=heldout,
+            alpha=alpha,
+            force=args.force,
+            progress=progress,
+        )
     return model
 
 

@@ -35,6 +35,7 @@ class Model:
     stop_ids: frozenset[int]
     precision: str = "full"
     fidelity: Fidelity | None = None  # set by quantisation
+    full: Decoder | None = None  # the full-precision decoder that lossless generation confirms with
 
     @property
     def config(self) -> ModelConfig:
