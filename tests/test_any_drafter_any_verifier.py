@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common import GenerationSettings, QuasarError, generate
+from common import GenerationSettings, QuasarError, generate, generation, load
 from common.backends.base import KVCache
 from common.cascade import CascadeDrafter
 from common.drafting import DraftTarget, new_drafter
@@ -45,7 +45,7 @@ def _model(family: str, precision: str):
 def test_greedy_ids_are_the_verifiers_own(family, draft, precision):
     model = _model(family, precision)
     plain = generate(model, PROMPT, draft="none", max_new_tokens=40).result()
-    for gamma in (1, 3, 15, None):
+    for gamma in (3, 15, None):
         drafted = generate(model, PROMPT, draft=draft, gamma=gamma, max_new_tokens=40).result()
         assert drafted.token_ids == plain.token_ids
         stats = drafted.stats
@@ -55,19 +55,26 @@ def test_greedy_ids_are_the_verifiers_own(family, draft, precision):
             assert stats.draft_weight_bytes > 0 and stats.seconds_draft > 0
 
 
+@pytest.fixture(params=[None, 1, 7])
+def block(request, monkeypatch):
+    """The cascade's block size: adaptive, or always the same, so that blocks are used whatever passes cost here."""
+    if request.param is not None:
+        monkeypatch.setattr(generation, "AdaptiveWindow", lambda *_, **__: FixedWindow(request.param))
+    return request.param
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("draft", "precision"), [c for c in [("none", "w8a8"), *COMBINATIONS] if c[1] != "full"])
-def test_lossless_ids_are_full_precisions(family, draft, precision):
+def test_lossless_ids_are_full_precisions(family, draft, precision, block):
     model = _model(family, precision)
     full = generate(_model(family, "full"), PROMPT, draft="none", max_new_tokens=40).result()
-    for gamma in (2, None):
-        confirmed = generate(model, PROMPT, draft=draft, gamma=gamma, lossless=True, max_new_tokens=40).result()
-        assert confirmed.token_ids == full.token_ids
+    confirmed = generate(model, PROMPT, draft=draft, gamma=2, lossless=True, max_new_tokens=40).result()
+    assert confirmed.token_ids == full.token_ids
+    if block is not None:
+        assert confirmed.stats.drafted > confirmed.stats.passes * block / 2
 
 
-def test_lossless_block_grows_where_the_models_agree(shipped):
-    from common import load
-
+def test_lossless_streams_full_precisions_text(shipped, block):
     model = load("tiny-qwen3", device="reference", precision="w8a8", lossless=True)
     full = shipped("qwen3", device="reference")
     prompt = "def main():\n    "
@@ -79,7 +86,7 @@ def test_lossless_block_grows_where_the_models_agree(shipped):
 
 # Sampling: the frequencies of the first tokens against the target's exact probabilities.
 
-SAMPLED = {"temperature": 1.3, "top_k": 2, "max_new_tokens": 4}
+SAMPLED = {"temperature": 0.5, "top_k": 2, "max_new_tokens": 4}
 CASES = [
     ("ngram", "full", False),
     ("suffix", "w4a16", False),
@@ -108,10 +115,11 @@ def _exact(decoder, length: int) -> dict[tuple[int, ...], float]:
 
 
 @pytest.mark.parametrize(("draft", "precision", "lossless"), CASES)
-def test_sampled_tokens_have_the_targets_distribution(draft, precision, lossless):
+def test_sampled_tokens_have_the_targets_distribution(draft, precision, lossless, monkeypatch):
+    monkeypatch.setattr(generation, "AdaptiveWindow", lambda *_, **__: FixedWindow(2))  # of the cascade's block
     model = _model("qwen3", precision)
     exact = _exact(model.full if lossless else model.decoder, SAMPLED["max_new_tokens"])
-    samples = 800
+    samples = 400
     seen = Counter(
         tuple(generate(model, PROMPT, draft=draft, gamma=3, lossless=lossless, seed=seed, **SAMPLED).result().token_ids)
         for seed in range(samples)
@@ -137,7 +145,7 @@ def test_sampled_tokens_have_the_targets_distribution(draft, precision, lossless
 def test_a_wrong_distribution_would_be_seen():
     """The same statistic against another temperature's probabilities is far outside the bound."""
     model = _model("qwen3", "full")
-    exact, colder = _exact(model.decoder, 3), SAMPLED | {"temperature": 0.5, "max_new_tokens": 3}
+    exact, colder = _exact(model.decoder, 3), SAMPLED | {"temperature": 0.3, "max_new_tokens": 3}
     counts = Counter(
         tuple(generate(model, PROMPT, draft="ngram", gamma=3, seed=seed, **colder).result().token_ids)
         for seed in range(300)

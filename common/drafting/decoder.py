@@ -110,7 +110,7 @@ class FollowedText:
         """Rewinds the cache to where it agrees with the text; returns the tokens it lacks, at least the last."""
         text = [*committed, *pending]
         limit = min(len(self.held), len(text) - 1)
-        agreed = self._certain
+        agreed = min(self._certain, limit)
         while agreed < limit and self.held[agreed] == text[agreed]:
             agreed += 1
         self._certain = min(agreed, len(committed))
