@@ -13,6 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Co
 
 from common import Model, load
 
+# Tiny models gain nothing from threads, and on a busy machine their barriers cost seconds.
+torch.set_num_threads(1)
+
 FAMILIES = ("qwen3", "openpangu")
 TINY = {"qwen3": "tiny-qwen3", "openpangu": "tiny-openpangu"}
 # Sizes that no kernel likes: odd vocabulary, few heads, head_dim * heads != hidden for Qwen3.

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from common.backends import native
 from common.backends.base import Backend
+from common.backends.cpu import CpuBackend
+from common.backends.reference import ReferenceBackend
 from common.errors import QuasarError
 
 DEVICES = ("auto", "cpu", "cuda", "npu", "reference")
@@ -19,9 +22,9 @@ def get_backend(device: str = "auto", dtype: torch.dtype | None = None) -> Backe
     kind = device.partition(":")[0]
     if kind == "auto":
         device = kind = _best_device()
+    if kind == "cpu" and dtype in (None, torch.float32) and native.available():
+        return CpuBackend()
     if kind in ("cpu", "reference"):
-        from common.backends.reference import ReferenceBackend
-
         return ReferenceBackend("cpu", dtype or torch.float32)
     if kind == "cuda":
         from quasar_gpu.backend import CudaBackend

@@ -10,15 +10,9 @@ from typing import Any
 
 from common.cli import flags
 from common.cli.generate import as_json
+from common.evaluation.decode import SCHEMES
 from common.generation import GenerationSettings, Result, generate
 from common.models.model import Model
-
-SCHEMES = (
-    ("plain, full precision", "full", "none"),
-    ("n-gram, full precision", "full", "ngram"),
-    ("plain, W8A8", "w8a8", "none"),
-    ("Quasar (n-gram, W8A8)", "w8a8", "ngram"),
-)
 
 
 def add_parser(subparsers: Any) -> None:

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING
 from common.backends.base import KVCache
 from common.drafting.base import Drafter
 from common.drafting.ngram import NGramDrafter
+from common.drafting.suffix import SuffixDrafter, open_store
 from common.errors import QuasarError
 from common.verification.sampling import Sampling
 
 if TYPE_CHECKING:
     from common.models.model import Model
 
-DRAFTS = ("none", "ngram", "suffix", "suffix:FILE", "self:w4a4", "self:skip=K", "model:PATH")
+_DRAFTERS: dict[str, type[Drafter] | None] = {"none": None, "ngram": NGramDrafter, "suffix": SuffixDrafter}
+DRAFTS = (*_DRAFTERS, "suffix:FILE", "self:w4a4", "self:skip=K", "model:PATH")
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ def check_draft(name: str) -> None:
     if kind == "self" and value.startswith("skip="):
         if not value.removeprefix("skip=").isdecimal():
             raise QuasarError(f"--draft {name}: K in self:skip=K is a number of layers")
-    elif name not in DRAFTS[:3] and name != "self:w4a4" and not (kind in ("suffix", "model") and value):
+    elif name not in _DRAFTERS and name != "self:w4a4" and not (kind in ("suffix", "model") and value):
         raise QuasarError(f"--draft {name} is unknown; use one of {', '.join(DRAFTS)}")
 
 
@@ -42,16 +44,13 @@ def new_drafter(name: str, target: DraftTarget) -> Drafter | None:
     Raises QuasarError on an unknown name, or one that the target model cannot be drafted for by.
     """
     check_draft(name)
-    if name == "none":
-        return None
-    if name == "ngram":
-        return NGramDrafter()
+    if name in _DRAFTERS:
+        made = _DRAFTERS[name]
+        return None if made is None else made()
     kind, _, value = name.partition(":")
-    # Looked for only when asked for: the plain drafters need neither.
     if kind == "suffix":
-        from common.drafting.suffix import SuffixDrafter, open_store
-
-        return SuffixDrafter(open_store(value, target.model) if value else None)
+        return SuffixDrafter(open_store(value, target.model))
+    # Models import calibration and tokenizers: only where a model drafts.
     from common.drafting.decoder import ModelDrafter, SelfDrafter
     from common.drafting.draft_models import draft_decoder
 

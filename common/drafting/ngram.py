@@ -21,6 +21,10 @@ class NGramDrafter(Drafter):
         self._tokens: list[int] = []
         self._latest: dict[tuple[int, ...], int] = {}  # n-gram -> index of the token that followed it last
 
+    def __len__(self) -> int:
+        """Tokens seen so far."""
+        return len(self._tokens)
+
     def extend(self, tokens: Sequence[int]) -> None:
         known = self._tokens
         for token in tokens:

@@ -41,8 +41,7 @@ def rotate_decoder(decoder: Decoder) -> Tensor:
     tie to the embedding. Returns the matrix by which down_proj's input is yet to be rotated."""
     residual = hadamard(decoder.config.hidden_size)
     online = hadamard(decoder.config.intermediate_size, ONLINE_BLOCK)
-    dtype = decoder.backend.dtype
-    decoder.embedding = rotate_last(decoder.embedding, residual).to(dtype)
+    decoder.embedding = rotate_last(decoder.embedding, residual).to(decoder.embedding.dtype)
     for layer in decoder.layers:
         _rotate_v(layer)
         layer.qkv = _rotated_in(layer.qkv, layer.input_norm, residual)
@@ -52,9 +51,11 @@ def rotate_decoder(decoder: Decoder) -> Tensor:
         layer.down.weight = rotate_last(layer.down.weight, online)
         layer.input_norm = torch.ones_like(layer.input_norm)
         layer.post_norm = torch.ones_like(layer.post_norm)
+    stored_as = decoder.lm_head.weight.dtype  # the one matrix that stays in full precision
     decoder.lm_head = _rotated_in(decoder.lm_head, decoder.norm, residual)
+    decoder.lm_head.weight = decoder.lm_head.weight.to(stored_as)
     decoder.norm = torch.ones_like(decoder.norm)
-    return online.to(decoder.backend.device, dtype)
+    return online.to(decoder.backend.device, decoder.backend.dtype)
 
 
 def _rotated_in(linear: FullLinear, norm: Tensor, matrix: Tensor) -> FullLinear:

@@ -113,3 +113,10 @@ def test_costs_are_measured_once_and_grow_with_the_window():
     assert pass_costs(decoder) is costs
     seconds = [costs(size) for size in range(1, SIZES[-1] + 1)]
     assert seconds[0] > 0 and seconds == sorted(seconds)
+
+
+def test_an_empty_draft_says_nothing():
+    window = AdaptiveWindow(memory_bound)
+    before = vars(window).copy()
+    window.observe(0, 0, 0.0)
+    assert vars(window) == before

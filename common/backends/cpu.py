@@ -1,0 +1,78 @@
+"""The fast CPU backend: the C kernels of common/backends/native, at the speed memory allows.
+
+Row-invariant as the reference is: every kernel computes a token's row in an order that depends on that row alone, so
+windows need not be taken apart. Full-precision weights stay as the checkpoint has them: bfloat16 is widened in
+registers, which reads half the bytes of float32 and multiplies the very same numbers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.backends import native
+from common.backends.base import ActivationQuant, AttentionSpec, KVCache, Quantized
+from common.backends.reference import ReferenceBackend
+
+_HEAD_STEP = 16  # the attention kernels take head sizes that are multiples of it
+
+
+class CpuBackend(ReferenceBackend):
+    name = "cpu"
+
+    def __init__(self) -> None:
+        super().__init__("cpu", torch.float32)
+
+    def full_weight(self, weight: Tensor) -> Any:
+        if weight.dtype == torch.bfloat16:
+            return native.PackedBf16(weight.contiguous())
+        return native.PackedFloat32(weight.float().contiguous())
+
+    def int8_weight(self, values: Tensor, scale: Tensor) -> Any:
+        return native.PackedInt8(values.contiguous(), scale)
+
+    def linear(self, x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
+        y = native.float_linear(x.contiguous(), weight)
+        return y if bias is None else y.add_(bias)
+
+    def int8_linear(self, x: Quantized, weight: Any, bias: Tensor | None) -> Tensor:
+        scale = x.scale if len(x.scale) == len(x.values) else x.scale.expand(len(x.values)).contiguous()
+        y = native.int8_linear(x.values, scale, weight)
+        return y if bias is None else y.add_(bias)
+
+    def quantize(self, x: Tensor, quant: ActivationQuant) -> Quantized:
+        if quant.static_scale is not None:
+            return super().quantize(x, quant)
+        return Quantized(*native.quantize_per_token(x))
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, quant: ActivationQuant | None
+    ) -> tuple[Tensor | Quantized, Tensor]:
+        # The kernels add the residual to x in place: x is the previous layer's output and nobody else's.
+        x = x.contiguous()
+        if quant is not None and quant.static_scale is None:
+            return Quantized(*native.add_rms_norm_quantize(x, residual, weight, eps)), x
+        y = native.add_rms_norm(x, residual, weight, eps)
+        return (y if quant is None else self.quantize(y, quant)), x
+
+    def swiglu(self, gate_up: Tensor, quant: ActivationQuant | None) -> Tensor | Quantized:
+        if quant is not None and quant.static_scale is None:
+            return Quantized(*native.swiglu_quantize(gate_up))
+        y = native.swiglu(gate_up)
+        return y if quant is None else self.quantize(y, quant)
+
+    def append_rotated(
+        self, qkv: Tensor, spec: AttentionSpec, cos: Tensor, sin: Tensor, cache: KVCache, layer: int
+    ) -> Tensor:
+        if spec.head_dim % _HEAD_STEP:
+            return super().append_rotated(qkv, spec, cos, sin, cache, layer)
+        return native.rope_qk_append(
+            qkv, cos, sin, cache.k[layer], cache.v[layer], cache.length, spec.q_norm, spec.k_norm, spec.eps
+        )
+
+    def attention(self, q: Tensor, spec: AttentionSpec, cache: KVCache, layer: int) -> Tensor:
+        if spec.head_dim % _HEAD_STEP:
+            return super().attention(q, spec, cache, layer)
+        return native.attention(q, cache.k[layer], cache.v[layer], cache.length, spec.head_dim**-0.5)

@@ -1,0 +1,324 @@
+"""Kernels in C for decoding on CPU, called on tensors.
+
+Every kernel computes a token row's result from that row alone, in an order that depends neither on the
+number of rows, nor on the row's place among them, nor on the number of threads: bit for bit, a window of six
+verifies exactly what six single steps decode. Between instruction sets results may differ in the last bits,
+except the integer ones.
+
+Weights are packed once (`PackedInt8`, `PackedBf16`, `PackedFloat32`). Tensors are contiguous and on CPU; a
+wrong dtype, layout or shape raises `ValueError`, since the C side sees addresses only.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+try:
+    from . import _kernels
+except ImportError:  # not built: no C compiler at install time
+    _kernels = None
+
+# The processor's fastest set unless QUASAR_NATIVE_ISA names another (avx512, avxvnni, avx2, plain).
+_isa: str | None = None
+_threads_shared = False
+if _kernels is not None:
+    # The runtime that torch itself is linked to, whatever its file is called.
+    _threads_shared = _kernels.use_openmp(str(Path(torch.__path__[0]) / "lib" / "libtorch_cpu.so"))
+    _isa = os.environ.get("QUASAR_NATIVE_ISA") or _kernels.supported()[0]
+    _kernels.select(_isa)
+
+
+def available() -> bool:
+    """Whether the kernels were built."""
+    return _kernels is not None
+
+
+def instruction_sets() -> list[str]:
+    """What this processor can run, fastest first; empty when the kernels were not built."""
+    return _kernels.supported() if _kernels is not None else []
+
+
+def instruction_set() -> str | None:
+    """The set in use."""
+    return _isa
+
+
+def threads_shared() -> bool:
+    """Whether torch's own OpenMP threads are used; without them every kernel runs on one thread."""
+    return _threads_shared
+
+
+@contextmanager
+def use_instruction_set(name: str) -> Iterator[None]:
+    """Run another set's kernels, in the whole process: for tests. `ValueError` where it cannot run."""
+    global _isa
+    previous = _isa
+    _kernels.select(name)
+    _isa = name
+    try:
+        yield
+    finally:
+        _kernels.select(previous)
+        _isa = previous
+
+
+Quantized = tuple[Tensor, Tensor]  # int8 [m, k], float32 scale per row [m]
+
+_BLOCK = 32  # outputs per block of a packed weight
+_float32, _int8 = torch.float32, torch.int8
+_threads = torch.get_num_threads
+
+
+def _pointer(tensor: Tensor, dtype: torch.dtype, elements: int) -> int:
+    """The tensor's address, once it is known to be what the kernel takes it for."""
+    right = tensor.dtype is dtype and tensor.numel() == elements and tensor.is_contiguous() and tensor.is_cpu
+    if not right:
+        raise ValueError(
+            f"expected {elements} contiguous elements of {dtype} on CPU, "
+            f"got {tuple(tensor.shape)} with strides {tensor.stride()} of {tensor.dtype} on {tensor.device}"
+        )
+    return tensor.data_ptr()
+
+
+class _Packed:
+    """A weight in the kernels' layout: `n` outputs, `k` inputs, `tensor` keeps the bytes alive."""
+
+    __slots__ = ("_bias_pointer", "_pointer", "bias", "k", "n", "tensor")
+    bits: int
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype, k_step: int, bias: Tensor | None):
+        if weight.dim() != 2:
+            raise ValueError(f"expected a weight of shape [n, k], got {tuple(weight.shape)}")
+        self.n, self.k = weight.shape
+        source = _pointer(weight, dtype, self.n * self.k)
+        blocks, steps = -(-self.n // _BLOCK), -(-self.k // k_step)
+        # [blocks, steps, 32, k_step] in the layouts of csrc/pack.c; the address must not change from here on
+        self.tensor = torch.empty(
+            blocks * steps * _BLOCK * k_step, dtype=torch.uint8 if dtype is _int8 else dtype
+        )
+        self._pointer = self.tensor.data_ptr()
+        _kernels.pack(self.bits, source, self._pointer, self.n, self.k)
+        self.bias = None if bias is None else bias.to(_float32).contiguous().clone()
+        self._bias_pointer = 0 if bias is None else _pointer(self.bias, _float32, self.n)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight itself, padding apart."""
+        return self.n * self.k * self.tensor.element_size()
+
+
+class PackedInt8(_Packed):
+    """int8 weight [n, k] with a float32 scale per output [n] and an optional bias [n]."""
+
+    __slots__ = ("_scale_pointer", "scale")
+    bits = 8
+
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None = None):
+        super().__init__(weight, _int8, 4, bias)
+        self.scale = scale.to(_float32).contiguous().clone()
+        self._scale_pointer = _pointer(self.scale, _float32, self.n)
+
+
+class PackedBf16(_Packed):
+    """bfloat16 weight [n, k], read as bf16 and multiplied in float32; optional bias [n]."""
+
+    __slots__ = ()
+    bits = 16
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        super().__init__(weight, torch.bfloat16, 1, bias)
+
+
+class PackedFloat32(_Packed):
+    """float32 weight [n, k], optional bias [n]."""
+
+    __slots__ = ()
+    bits = 32
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        super().__init__(weight, _float32, 1, bias)
+
+
+def int8_linear(x: Tensor, x_scale: Tensor, weight: PackedInt8, out: Tensor | None = None) -> Tensor:
+    """`((x @ weight.T) * x_scale[:, None]) * w_scale + bias` with exact int32 sums.
+
+    x: int8 [m, k], x_scale: float32 [m]; returns float32 [m, n] (`out` if given).
+    """
+    m, n, k = x.shape[0], weight.n, weight.k
+    if out is None:
+        out = torch.empty(m, n)
+    _kernels.int8_linear(
+        _pointer(x, _int8, m * k), _pointer(x_scale, _float32, m), weight._pointer, weight._scale_pointer,
+        weight._bias_pointer, _pointer(out, _float32, m * n), 0, m, n, k, _threads(),
+    )  # fmt: skip
+    return out
+
+
+def int8_accumulate(x: Tensor, weight: PackedInt8) -> Tensor:
+    """The exact sums `x @ weight.T` alone: int8 [m, k] -> int32 [m, n]."""
+    m, n, k = x.shape[0], weight.n, weight.k
+    out = torch.empty(m, n, dtype=torch.int32)
+    _kernels.int8_linear(
+        _pointer(x, _int8, m * k), 0, weight._pointer, 0, 0, 0, out.data_ptr(), m, n, k, _threads()
+    )
+    return out
+
+
+def float_linear(x: Tensor, weight: PackedBf16 | PackedFloat32, out: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias`, multiplied and summed in float32: float32 [m, k] -> float32 [m, n]."""
+    m, n, k = x.shape[0], weight.n, weight.k
+    if out is None:
+        out = torch.empty(m, n)
+    _kernels.float_linear(
+        weight.bits == 16, _pointer(x, _float32, m * k), weight._pointer, weight._bias_pointer,
+        _pointer(out, _float32, m * n), m, n, k, _threads(),
+    )  # fmt: skip
+    return out
+
+
+def _quantized(m: int, k: int, out: Quantized | None) -> tuple[Tensor, Tensor, int, int]:
+    q, scale = out if out is not None else (torch.empty(m, k, dtype=_int8), torch.empty(m))
+    return q, scale, _pointer(q, _int8, m * k), _pointer(scale, _float32, m)
+
+
+def quantize_per_token(x: Tensor, out: Quantized | None = None) -> Quantized:
+    """float32 [m, k] -> int8 [m, k] in [-127, 127] and float32 scale [m] (`out` if given).
+
+    `scale = max(max|x| / 127, smallest normal float32)`, so a zero row gives zeros and nothing divides by
+    zero; `q = x / scale` rounded half to even: the same bits as PyTorch's division and `round`. A NaN or an
+    infinity in the row becomes its scale.
+    """
+    m, k = x.shape
+    q, scale, q_pointer, scale_pointer = _quantized(m, k, out)
+    _kernels.quantize(_pointer(x, _float32, m * k), q_pointer, scale_pointer, m, k, _threads())
+    return q, scale
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Tensor | None = None
+) -> Tensor:
+    """Adds `residual` to `x` IN PLACE (unless None), returns `x * rsqrt(mean(x^2) + eps) * weight`.
+
+    x, residual: float32 [m, k], weight: float32 [k]; returns float32 [m, k] (`out` if given).
+    """
+    m, k = x.shape
+    if out is None:
+        out = torch.empty(m, k)
+    _kernels.add_rms_norm(
+        _pointer(x, _float32, m * k), 0 if residual is None else _pointer(residual, _float32, m * k),
+        _pointer(weight, _float32, k), eps, _pointer(out, _float32, m * k), 0, 0, m, k, _threads(),
+    )  # fmt: skip
+    return out
+
+
+def add_rms_norm_quantize(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Quantized | None = None
+) -> Quantized:
+    """`quantize_per_token(add_rms_norm(...))` in one pass, bit for bit: int8 [m, k], float32 scale [m]."""
+    m, k = x.shape
+    q, scale, q_pointer, scale_pointer = _quantized(m, k, out)
+    _kernels.add_rms_norm(
+        _pointer(x, _float32, m * k), 0 if residual is None else _pointer(residual, _float32, m * k),
+        _pointer(weight, _float32, k), eps, 0, q_pointer, scale_pointer, m, k, _threads(),
+    )  # fmt: skip
+    return q, scale
+
+
+def swiglu(gate_up: Tensor, out: Tensor | None = None) -> Tensor:
+    """`silu(gate) * up`: float32 [m, 2 * k], gate first -> float32 [m, k]."""
+    m, k = gate_up.shape[0], gate_up.shape[1] // 2
+    if out is None:
+        out = torch.empty(m, k)
+    _kernels.swiglu(
+        _pointer(gate_up, _float32, 2 * m * k), _pointer(out, _float32, m * k), 0, 0, m, k, _threads()
+    )
+    return out
+
+
+def swiglu_quantize(gate_up: Tensor, out: Quantized | None = None) -> Quantized:
+    """`quantize_per_token(swiglu(gate_up))` in one pass, bit for bit: int8 [m, k], float32 scale [m]."""
+    m, k = gate_up.shape[0], gate_up.shape[1] // 2
+    q, scale, q_pointer, scale_pointer = _quantized(m, k, out)
+    _kernels.swiglu(_pointer(gate_up, _float32, 2 * m * k), 0, q_pointer, scale_pointer, m, k, _threads())
+    return q, scale
+
+
+def rope_qk_append(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    start: int,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Splits `qkv`, normalises and rotates q and k, appends k and v to the cache, returns q.
+
+    qkv: float32 [m, (heads + 2 * kv_heads) * dim], the heads of q, then of k, then of v. Row i stands at
+    position `start + i`. cos, sin of those positions: float32 [m, dim / 2] or [m, dim], of which the first half
+    is read; the pairs are (i, i + dim / 2). Caches: float32 [kv_heads, capacity, dim], written from `start`.
+    q_weight, k_weight: float32 [dim], RMSNorm of each head before the rotation (Qwen3), or None.
+    Returns q: float32 [m, heads, dim] (`out` if given).
+    """
+    m, width = qkv.shape
+    kv_heads, capacity, dim = k_cache.shape
+    heads = width // dim - 2 * kv_heads
+    stride = cos.shape[1]
+    if dim % 16 or heads < 1 or (stride != dim and 2 * stride != dim):
+        raise ValueError(f"{heads=} {dim=}, tables {tuple(cos.shape)}: dim must be a multiple of 16")
+    if start < 0 or start + m > capacity or m != cos.shape[0]:
+        raise ValueError(f"positions {start} to {start + m} leave the cache, or {len(cos)} rows of rope do not fit")
+    q = torch.empty(m, heads, dim) if out is None else out
+    cached, table = kv_heads * capacity * dim, cos.shape[0] * stride
+    _kernels.rope_qk_append(
+        _pointer(qkv, _float32, m * (heads + 2 * kv_heads) * dim),
+        0 if q_weight is None else _pointer(q_weight, _float32, dim),
+        0 if k_weight is None else _pointer(k_weight, _float32, dim),
+        eps, _pointer(cos, _float32, table), _pointer(sin, _float32, table),
+        _pointer(q, _float32, m * heads * dim),
+        _pointer(k_cache, _float32, cached), _pointer(v_cache, _float32, cached),
+        m, heads, kv_heads, dim, stride, start, capacity, _threads(),
+    )  # fmt: skip
+    return q
+
+
+def attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, start: int, scale: float, out: Tensor | None = None
+) -> Tensor:
+    """Causal attention of m new tokens over the cache, grouped queries.
+
+    q: float32 [m, heads, dim]; caches: float32 [kv_heads, capacity, dim] that already hold the new tokens;
+    row i attends to positions 0 .. start + i. Returns float32 [m, heads * dim] (`out` if given).
+    """
+    m, heads, dim = q.shape
+    kv_heads, capacity, _ = k_cache.shape
+    if dim % 16 or heads % kv_heads or start < 0 or start + m > capacity:
+        raise ValueError(f"{heads=} {kv_heads=} {dim=} {start=} {m=} {capacity=}")
+    if out is None:
+        out = torch.empty(m, heads * dim)
+    cached = kv_heads * capacity * dim
+    _kernels.attention(
+        _pointer(q, _float32, m * heads * dim), _pointer(k_cache, _float32, cached),
+        _pointer(v_cache, _float32, cached), _pointer(out, _float32, m * heads * dim),
+        scale, m, heads, kv_heads, dim, start, capacity, _threads(),
+    )  # fmt: skip
+    return out
+
+
+def argmax(x: Tensor) -> Tensor:
+    """Index of each row's largest value, the lowest on ties: float32 [m, n] -> int64 [m]."""
+    m, n = x.shape
+    if not 0 < n < 2**31:
+        raise ValueError(f"argmax over {n} values")
+    out = torch.empty(m, dtype=torch.int64)
+    _kernels.argmax(_pointer(x, _float32, m * n), out.data_ptr(), m, n, _threads())
+    return out

@@ -1,0 +1,10 @@
+/* Included last by each isa_*.c: every kernel compiled for that instruction set, and the table of them. */
+#include "attention.h"
+#include "linear_float.h"
+#include "linear_int8.h"
+#include "rows.h"
+
+const struct kernels KERNELS = {
+    ISA_NAME, int8_linear, bf16_linear, f32_linear, quantize, norm, swiglu, rope, attention, argmax,
+    exp_array,
+};

@@ -1,0 +1,116 @@
+/* The kernels' arguments and the table through which one instruction set's versions are called.
+ *
+ * Every kernel runs as `task(args, thread, threads)` on each thread of a team, takes its share of the work
+ * and returns; none waits for another thread. The promise kept by all: what is computed for one token row
+ * depends neither on the number of rows, nor on the row's place among them, nor on the number of threads. */
+#pragma once
+#include <stdint.h>
+
+#define BLOCK 32       /* outputs per block of a packed weight */
+#define MAX_THREADS 256
+
+struct int8_linear_args {
+    const int8_t *x;         /* [m, k4 * 4], zero beyond k */
+    const float *x_scale;    /* [m] */
+    const int32_t *x_sum;    /* [m]: sum of each row of x */
+    const uint8_t *weight;   /* [ceil(n / 32), k4, 32, 4]: int8 value + 128, 128 where padded */
+    const float *w_scale;    /* [n] */
+    const float *bias;       /* [n] or NULL */
+    float *out;              /* [m, n], or NULL when accumulators are asked for */
+    int32_t *accumulators;   /* [m, n] or NULL */
+    int64_t m, n, k4;
+};
+
+struct float_linear_args {
+    const float *x;          /* [m, k] */
+    const void *weight;      /* float: [ceil(n / 32), k, 32]; bf16: [ceil(n / 32), k, 16, 2], see pack.c */
+    const float *bias;       /* [n] or NULL */
+    float *out;              /* [m, n] */
+    int64_t m, n, k;
+};
+
+struct quantize_args {
+    const float *x;          /* [m, k] */
+    int8_t *q;               /* [m, k] */
+    float *scale;            /* [m] */
+    int64_t m, k;
+};
+
+struct norm_args {
+    float *x;                /* [m, k]: residual is added in place */
+    const float *residual;   /* [m, k] or NULL */
+    const float *weight;     /* [k] */
+    float eps;
+    float *y;                /* [m, k], or NULL when q is asked for */
+    int8_t *q;               /* [m, k] or NULL */
+    float *scale;            /* [m] with q */
+    float *scratch;          /* [threads, k] with q */
+    int64_t m, k;
+};
+
+struct swiglu_args {
+    const float *x;          /* [m, 2, k]: gate, then up */
+    float *y;                /* [m, k], or NULL when q is asked for */
+    int8_t *q;               /* [m, k] or NULL */
+    float *scale;            /* [m] with q */
+    float *scratch;          /* [threads, k] with q */
+    int64_t m, k;
+};
+
+struct rope_args {
+    const float *qkv;        /* [m, (heads + 2 * kv_heads) * dim] */
+    const float *q_weight;   /* [dim] or NULL: RMSNorm of each query head */
+    const float *k_weight;   /* [dim] or NULL */
+    float eps;
+    const float *cos, *sin;  /* [positions, table_stride]; the first dim / 2 of each row are read */
+    float *q;                /* [m, heads, dim] */
+    float *k_cache, *v_cache; /* [kv_heads, capacity, dim] */
+    int64_t m, heads, kv_heads, dim, table_stride, start, capacity;
+};
+
+struct attention_args {
+    const float *q;          /* [m, heads, dim] */
+    const float *k_cache, *v_cache; /* [kv_heads, capacity, dim] */
+    float *out;              /* [m, heads * dim] */
+    float scale;
+    char *scratch;           /* [threads, scratch_bytes], 64-byte aligned */
+    int64_t m, heads, kv_heads, dim, start, capacity;
+    int64_t tokens_per_item, scratch_bytes;
+    int64_t next;            /* work items handed out so far */
+};
+
+
+struct argmax_args {
+    const float *x;          /* [m, n] */
+    int64_t *out;            /* [m] */
+    int64_t m, n;
+};
+
+typedef void (*task_fn)(void *args, int thread, int threads);
+
+struct kernels {
+    const char *name;
+    task_fn int8_linear, bf16_linear, f32_linear, quantize, norm, swiglu, rope, attention, argmax;
+    void (*exp)(const float *x, float *y, int64_t n); /* for the accuracy test */
+};
+
+extern const struct kernels kernels_avx512, kernels_avxvnni, kernels_avx2, kernels_plain;
+
+/* parallel.c */
+int parallel_use(const char *library);
+void parallel_run(task_fn task, void *args, int threads);
+
+/* pack.c: weights from row-major [n, k] to the layouts above */
+void pack_int8(const int8_t *weight, uint8_t *packed, int64_t n, int64_t k);
+void pack_bf16(const uint16_t *weight, uint16_t *packed, int64_t n, int64_t k);
+void pack_f32(const float *weight, float *packed, int64_t n, int64_t k);
+
+/* Rows of q that share one pass over a chunk of keys, and the keys of a chunk. */
+#define ATTENTION_ROWS 64
+#define ATTENTION_KEYS 64
+static inline int64_t attention_scratch_bytes(int64_t rows, int64_t dim)
+{
+    /* transposed keys, scores of up to 4 rows, then per row: scaled query, output, maximum, sum (and alignment) */
+    int64_t floats = (dim + 4) * ATTENTION_KEYS + rows * (2 * dim + 2) + 16;
+    return (int64_t)sizeof(float) * (floats - floats % 16);
+}

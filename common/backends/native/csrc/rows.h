@@ -1,0 +1,201 @@
+/* What is done to each token row by itself: quantise, RMSNorm, SwiGLU, rotary embedding. */
+#pragma once
+#include "simd.h"
+
+#include <float.h>
+
+
+/* x / scale without the division: one step of correction after multiplying by the rounded reciprocal gives the
+ * correctly rounded quotient (Markstein 1990) where multiply-add is fused. */
+INLINE vf divide(vf x, vf scale, vf reciprocal)
+{
+#if ISA_AVX512 || ISA_AVX2
+    vf quotient = x * reciprocal;
+    return fma_(fma_(-quotient, scale, x), reciprocal, quotient);
+#else
+    (void)reciprocal;
+    return x / scale;
+#endif
+}
+
+/* scale = max(max|x| / 127, smallest normal float), q = x / scale rounded half to even: the true division, so that
+ * it is bit for bit what plain PyTorch computes. A NaN in the row makes its scale NaN. */
+INLINE float quantize_row(const float *x, int8_t *q, int64_t n)
+{
+    /* Without their sign bit floats order as integers do, NaN above infinity. */
+    vi top = {0}, no_sign = splat_int(0x7fffffff);
+    int64_t i = 0;
+    for (; i + VL <= n; i += VL)
+        top = max_int(top, (vi)load(x + i) & no_sign);
+    if (i < n)
+        top = max_int(top, (vi)load_part(x + i, n - i) & no_sign);
+    int32_t bits = 0;
+    for (int lane = 0; lane < VL; lane++)
+        bits = top[lane] > bits ? top[lane] : bits;
+    float absmax;
+    memcpy(&absmax, &bits, 4);
+    float scale = absmax / 127.0f;
+    scale = scale < FLT_MIN ? FLT_MIN : scale;
+    vf scales = splat(scale), reciprocal = splat(1.0f / scale);
+    for (i = 0; i + VL <= n; i += VL)
+        *(vb_any *)(q + i) = __builtin_convertvector(round_to_int(divide(load(x + i), scales, reciprocal)), vb);
+    if (i < n) {
+        vb tail = __builtin_convertvector(round_to_int(divide(load_part(x + i, n - i), scales, reciprocal)), vb);
+        memcpy(q + i, &tail, (size_t)(n - i));
+    }
+    return scale;
+}
+
+static void quantize(void *data, int thread, int threads)
+{
+    const struct quantize_args *a = data;
+    int64_t from, to;
+    share(a->m, thread, threads, &from, &to);
+    for (int64_t row = from; row < to; row++)
+        a->scale[row] = quantize_row(a->x + row * a->k, a->q + row * a->k, a->k);
+}
+
+INLINE float inverse_rms(const float *x, int64_t n, float eps)
+{
+    vf acc[4] = {{0}, {0}, {0}, {0}}; /* four chains, so that latency does not bound it */
+    int64_t i = 0;
+    for (; i + 4 * VL <= n; i += 4 * VL)
+        UNROLL for (int c = 0; c < 4; c++)
+        {
+            vf v = load(x + i + c * VL);
+            acc[c] = fma_(v, v, acc[c]);
+        }
+    for (; i < n; i += VL) {
+        vf v = load_up_to(x + i, n - i);
+        acc[0] = fma_(v, v, acc[0]);
+    }
+    float mean = sum_lanes((acc[0] + acc[1]) + (acc[2] + acc[3])) / (float)n;
+    return 1.0f / sqrtf(mean + eps);
+}
+
+static void norm(void *data, int thread, int threads)
+{
+    const struct norm_args *a = data;
+    int64_t from, to, k = a->k;
+    share(a->m, thread, threads, &from, &to);
+    for (int64_t row = from; row < to; row++) {
+        float *x = a->x + row * k, *y = a->q ? a->scratch + thread * k : a->y + row * k;
+        if (a->residual) {
+            const float *residual = a->residual + row * k;
+            for (int64_t i = 0; i < k; i += VL)
+                store_up_to(x + i, load_up_to(x + i, k - i) + load_up_to(residual + i, k - i), k - i);
+        }
+        vf inverse = splat(inverse_rms(x, k, a->eps));
+        for (int64_t i = 0; i < k; i += VL)
+            store_up_to(y + i, load_up_to(x + i, k - i) * inverse * load_up_to(a->weight + i, k - i), k - i);
+        if (a->q)
+            a->scale[row] = quantize_row(y, a->q + row * k, k);
+    }
+}
+
+static void swiglu(void *data, int thread, int threads)
+{
+    const struct swiglu_args *a = data;
+    int64_t from, to, k = a->k;
+    share(a->m, thread, threads, &from, &to);
+    for (int64_t row = from; row < to; row++) {
+        const float *gate = a->x + row * 2 * k, *up = gate + k;
+        float *y = a->q ? a->scratch + thread * k : a->y + row * k;
+        for (int64_t i = 0; i < k; i += VL) {
+            vf g = load_up_to(gate + i, k - i);
+            vf silu = g / (exp_(-g) + 1.0f);
+            store_up_to(y + i, silu * load_up_to(up + i, k - i), k - i);
+        }
+        if (a->q)
+            a->scale[row] = quantize_row(y, a->q + row * k, k);
+    }
+}
+
+/* One head: optional RMSNorm, then the rotation of the pairs (i, i + dim / 2). dim / 2 is a multiple of 8. */
+INLINE void rope_head(const float *x, const float *weight, float eps, const float *cos, const float *sin, float *y,
+                      int64_t dim)
+{
+    int64_t half = dim / 2;
+    vf inverse = splat(weight ? inverse_rms(x, dim, eps) : 1.0f);
+    for (int64_t i = 0; i < half; i += VL) {
+        int64_t n = half - i;
+        vf a = load_up_to(x + i, n), b = load_up_to(x + half + i, n);
+        if (weight) {
+            a = a * inverse * load_up_to(weight + i, n);
+            b = b * inverse * load_up_to(weight + half + i, n);
+        }
+        vf c = load_up_to(cos + i, n), s = load_up_to(sin + i, n);
+        store_up_to(y + i, a * c - b * s, n);
+        store_up_to(y + half + i, b * c + a * s, n);
+    }
+}
+
+static void rope(void *data, int thread, int threads)
+{
+    const struct rope_args *a = data;
+    int64_t from, to, dim = a->dim, width = (a->heads + 2 * a->kv_heads) * dim;
+    share(a->m, thread, threads, &from, &to);
+    for (int64_t row = from; row < to; row++) {
+        const float *x = a->qkv + row * width;
+        int64_t position = a->start + row;
+        const float *cos = a->cos + row * a->table_stride, *sin = a->sin + row * a->table_stride;
+        for (int64_t h = 0; h < a->heads; h++, x += dim)
+            rope_head(x, a->q_weight, a->eps, cos, sin, a->q + (row * a->heads + h) * dim, dim);
+        for (int64_t h = 0; h < a->kv_heads; h++, x += dim)
+            rope_head(x, a->k_weight, a->eps, cos, sin, a->k_cache + (h * a->capacity + position) * dim, dim);
+        for (int64_t h = 0; h < a->kv_heads; h++, x += dim)
+            memcpy(a->v_cache + (h * a->capacity + position) * dim, x, (size_t)dim * sizeof(float));
+    }
+}
+
+/* The first index of the largest value; of the first NaN where there is one, as torch.argmax has it. */
+static void argmax(void *data, int thread, int threads)
+{
+    const struct argmax_args *a = data;
+    int64_t from, to;
+    share(a->m, thread, threads, &from, &to);
+    for (int64_t row = from; row < to; row++) {
+        const float *x = a->x + row * a->n;
+        vf best = splat(-INFINITY);
+        vi index = {0}, at, nan = {0};
+        for (int lane = 0; lane < VL; lane++)
+            at[lane] = lane;
+        int64_t i = 0;
+        for (; i + VL <= a->n; i += VL, at += VL) {
+            vf v = load(x + i);
+            vi more = v > best;
+            best = select_(more, v, best);
+            index = (more & at) | (~more & index);
+            nan |= v != v;
+        }
+        float top = -INFINITY;
+        int64_t found = 0;
+        int any_nan = 0;
+        for (int lane = 0; lane < VL; lane++) {
+            any_nan |= nan[lane];
+            if (best[lane] > top || (best[lane] == top && index[lane] < found)) {
+                top = best[lane];
+                found = index[lane];
+            }
+        }
+        for (; i < a->n; i++) {
+            any_nan |= x[i] != x[i];
+            if (x[i] > top) {
+                top = x[i];
+                found = i;
+            }
+        }
+        for (i = 0; any_nan && i < a->n; i++)
+            if (x[i] != x[i]) {
+                found = i;
+                break;
+            }
+        a->out[row] = found;
+    }
+}
+
+static void exp_array(const float *x, float *y, int64_t n)
+{
+    for (int64_t i = 0; i < n; i += VL)
+        store_up_to(y + i, exp_(load_up_to(x + i, n - i)), n - i);
+}

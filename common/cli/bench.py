@@ -1,0 +1,227 @@
+"""`quasar bench step | decode`: speed, as ratios within one run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from common.cli import flags
+from common.errors import QuasarError
+from common.evaluation import decode, peers, speed
+from common.generation import GenerationSettings
+from common.loading import PRECISIONS, texts_or_default
+from common.models.model import ASSETS, Model, find_checkpoint
+from common.quantization.calibration import read_texts
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "bench", help="measure speed", description="Measure speed, as ratios within one run."
+    )
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="step|decode")
+    step = kinds.add_parser(
+        "step",
+        help="one forward pass of M new tokens",
+        description="Time forward passes of M new tokens behind a context, every precision in turn, against the time "
+        "that reading the weights once takes at the bandwidth measured in the same run.",
+    )
+    step.add_argument(
+        "--rows",
+        type=_numbers,
+        default=[1, 2, 4, 6, 8, 16],
+        metavar="M,M",
+        help="new tokens per pass (default: 1,2,4,6,8,16)",
+    )
+    step.add_argument("--context", type=int, default=128, metavar="N", help="committed tokens (default: %(default)s)")
+    step.add_argument(
+        "--precisions",
+        type=_precisions,
+        default=["full", "w8a8"],
+        metavar="P,P",
+        help=f"of {', '.join(PRECISIONS)} (default: full,w8a8)",
+    )
+    step.add_argument("--peer", action="append", default=[], choices=peers.PEERS, help="time another engine too")
+    step.set_defaults(run=run_step)
+    ends = kinds.add_parser(
+        "decode",
+        help="tokens per second end to end",
+        description="Decode by all four schemes, in turn: real prompts, or --acceptance L, which replays a stated "
+        "acceptance length (for random weights) and says so.",
+    )
+    ends.add_argument("--prompts", metavar="FILE", help="JSONL with text, prompt or turns (default: built in)")
+    ends.add_argument(
+        "--limit", type=int, default=8, metavar="N", help="take the first N prompts (default: %(default)s)"
+    )
+    ends.add_argument("--acceptance", type=float, metavar="L", help="replay this acceptance length instead")
+    ends.add_argument(
+        "--context", type=int, default=128, metavar="N", help="with --acceptance: prompt tokens (default: %(default)s)"
+    )
+    ends.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="per prompt (default: %(default)s)")
+    ends.add_argument("--gamma", type=int, metavar="G", help="fixed window (default: adapts)")
+    ends.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
+    ends.set_defaults(run=run_decode)
+    for each, repeats in ((step, 9), (ends, 3)):
+        each.add_argument("--repeats", type=int, default=repeats, metavar="N", help="rounds (default: %(default)s)")
+        each.add_argument("--json", metavar="FILE", help="write the figures there too")
+        flags.add_model_flags(each)
+    step.add_argument("--plot", metavar="FILE.png", help="draw bars against the memory floor (needs matplotlib)")
+
+
+def run_step(args: argparse.Namespace) -> None:
+    _positive(args, "repeats", "context")
+    target = None if args.plot is None else _plotter(args.plot)
+    steps: dict[str, tuple[speed.Step, int]] = {}
+    for precision in args.precisions:
+        model = flags.load_model(args, precision)
+        step = speed.decoder_step(model.decoder, args.context, max(args.rows))
+        steps[precision] = step, model.decoder.weight_bytes_per_pass
+        config, backend = model.config, model.decoder.backend
+    folder = None if args.dummy else find_checkpoint(args.model)
+    if "transformers" in args.peer:
+        found = peers.transformers_steps(config, folder, args.context, backend.device)
+        steps |= {name: (step, 0) for name, step in found.items()}
+    with tqdm(total=args.repeats + 2, desc="timing", unit="round", disable=not sys.stderr.isatty(), leave=False) as bar:
+        costs = speed.time_steps(steps, args.rows, args.repeats, config.vocab_size, backend, bar.update)
+    print(step_table(costs, args.dummy or args.model, args.context, backend.name))
+    figures = [
+        asdict(c) | {"gigabytes_per_second": c.gigabytes_per_second, "percent_of_floor": c.percent_of_floor}
+        for c in costs
+    ]
+    _write_json(args, {"backend": backend.name, "device": str(backend.device), "steps": figures})
+    if target is not None:
+        target(costs)
+
+
+def step_table(costs: list[speed.StepCost], name: str, context: int, backend: str) -> str:
+    """A line per scheme and number of rows."""
+    ours = [c for c in costs if c.weight_bytes]
+    bandwidth = ours[0].weight_bytes / ours[0].floor_ms / 1e6 if ours else 0.0
+    lines = [
+        f"{name}, {context} tokens of context, backend {backend}, measured bandwidth {bandwidth:.1f} GB/s",
+        f"{'scheme':<24}{'M':>4}{'ms':>10}{'spread':>8}{'MB read':>10}{'GB/s':>8}{'of floor':>10}{'vs full':>9}",
+    ]
+    full = {c.rows: c.milliseconds for c in costs if c.scheme == "full"}
+    for c in sorted(costs, key=lambda c: c.rows):
+        own = (
+            f"{c.weight_bytes / 1e6:>10.1f}{c.gigabytes_per_second:>8.1f}{c.percent_of_floor:>9.0f}%"
+            if c.weight_bytes
+            else f"{'':>28}"
+        )
+        ratio = f"{full[c.rows] / c.milliseconds:>8.2f}x" if c.rows in full else ""
+        lines.append(f"{c.scheme:<24}{c.rows:>4}{c.milliseconds:>10.2f}{c.spread:>8.0%}{own}{ratio}")
+    return "\n".join(lines)
+
+
+def run_decode(args: argparse.Namespace) -> None:
+    _positive(args, "repeats", "context", "limit", "max_new_tokens")
+    if args.acceptance is not None and not 1 <= args.acceptance <= decode.MAX_GAMMA + 1:
+        raise QuasarError(f"--acceptance {args.acceptance}: tokens per pass lie between 1 and {decode.MAX_GAMMA + 1}")
+    models = {precision: flags.load_model(args, precision) for precision in ("full", "w8a8")}
+    if args.acceptance is not None:
+        runs = decode.replayed(models, args.acceptance, args.context, args.max_new_tokens)
+    else:
+        settings = GenerationSettings(
+            max_new_tokens=args.max_new_tokens, gamma=args.gamma, temperature=args.temperature
+        )
+        runs = decode.over_prompts(models, _prompts(args, models["full"]), settings)
+    with tqdm(
+        total=args.repeats + 1, desc="decoding", unit="round", disable=not sys.stderr.isatty(), leave=False
+    ) as bar:
+        speeds = decode.compare_runs(runs, args.repeats, args.acceptance is not None, bar.update)
+    print(decode_table(speeds))
+    _write_json(args, {"backend": models["full"].decoder.backend.name, "decode": [s.as_dict() for s in speeds]})
+
+
+def decode_table(speeds: list[decode.DecodeSpeed]) -> str:
+    """A line per scheme."""
+    lines = [f"{'scheme':<24}{'tokens/s':>10}{'spread':>8}{'acceptance':>12}{'vs plain':>10}"]
+    lines += [
+        f"{s.scheme:<24}{s.tokens_per_second:>10.1f}{s.spread:>8.0%}{s.acceptance_length:>12.2f}{s.speed:>9.2f}x"
+        for s in speeds
+    ]
+    lines.append(f"Quasar over n-gram in full precision: {speeds[3].speed / speeds[1].speed:.2f}x")
+    if speeds[0].replayed:
+        lines.append("(acceptance lengths are replayed as stated, not measured)")
+    return "\n".join(lines)
+
+
+def _prompts(args: argparse.Namespace, model: Model) -> list[list[int]]:
+    texts = texts_or_default(args.prompts) or read_texts(ASSETS / "calibration.jsonl")
+    return [model.encode(text) for text in texts[: args.limit]]
+
+
+def _plotter(path: str) -> Any:
+    """A function that draws the costs; asked for before the measurement, so that nothing is measured in vain."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise QuasarError("--plot needs matplotlib; pip install 'quasar-inference[bench]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    def draw(costs: list[speed.StepCost]) -> None:
+        names, rows = list(dict.fromkeys(c.scheme for c in costs)), sorted({c.rows for c in costs})
+        figure, axes = pyplot.subplots(figsize=(9, 4.5))
+        width = 0.8 / len(names)
+        for i, name in enumerate(names):
+            own = {c.rows: c for c in costs if c.scheme == name}
+            places = [at + i * width for at in range(len(rows))]
+            bars = axes.bar(places, [own[m].milliseconds for m in rows], width * 0.9, label=name)
+            floors = [own[m].floor_ms for m in rows]
+            if any(floors):
+                axes.hlines(
+                    floors,
+                    [at - width / 2 for at in places],
+                    [at + width / 2 for at in places],
+                    colors="black",
+                    label="its weights, read once" if i == 0 else None,
+                )
+            axes.bar_label(bars, fmt="%.0f", fontsize=7)
+        axes.set_xticks([at + width * (len(names) - 1) / 2 for at in range(len(rows))], [f"M = {m}" for m in rows])
+        axes.set_ylabel("ms per pass")
+        axes.legend()
+        figure.savefig(path, dpi=150, bbox_inches="tight")
+
+    return draw
+
+
+def _write_json(args: argparse.Namespace, figures: dict[str, Any]) -> None:
+    if args.json is None:
+        return
+    path = Path(args.json)
+    beside = path.with_name(path.name + ".partial")
+    settings = {k: v for k, v in vars(args).items() if k != "run"}
+    try:
+        beside.write_text(json.dumps({"settings": settings, **figures}, indent=1) + "\n", encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        raise QuasarError(f"--json {path}: cannot be written ({error})") from None
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        rows = [int(part) for part in text.split(",")]
+    except ValueError:
+        rows = []
+    if not rows or min(rows) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} should be numbers above 0 with commas, as 1,6")
+    return rows
+
+
+def _precisions(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := [name for name in names if name not in PRECISIONS]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(PRECISIONS)}")
+    return names
+
+
+def _positive(args: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        if getattr(args, name) < 1:
+            raise QuasarError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")

@@ -1,0 +1,91 @@
+"""The engines that users would otherwise run, on the same weights, behind the same context."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from common.evaluation.speed import Step
+from common.models.config import ModelConfig
+from common.models.loader import RandomTensors
+
+PEERS = ("transformers",)
+
+
+def transformers_steps(config: ModelConfig, folder: Path | None, context: int, device: torch.device) -> dict[str, Step]:
+    """transformers' own model, eager, sdpa attention, dynamic cache: float32 and bfloat16 on CPU, bfloat16 elsewhere.
+
+    folder None takes the random weights that `--dummy` has.
+    """
+    dtypes = (torch.float32, torch.bfloat16) if device.type == "cpu" else (torch.bfloat16,)
+    return {
+        f"transformers {str(dtype).removeprefix('torch.')}": _transformers_step(config, folder, context, device, dtype)
+        for dtype in dtypes
+    }
+
+
+def _transformers_step(
+    config: ModelConfig, folder: Path | None, context: int, device: torch.device, dtype: torch.dtype
+) -> Step:
+    from transformers import DynamicCache
+
+    model = _transformers_model(config, folder, dtype).to(device).eval()
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(torch.arange(context, device=device)[None] % config.vocab_size, past_key_values=cache)
+
+    @torch.inference_mode()
+    def step(ids: torch.Tensor) -> object:
+        logits = model(ids[None], past_key_values=cache).logits
+        cache.crop(-len(ids))
+        return logits
+
+    return step
+
+
+def _transformers_model(config: ModelConfig, folder: Path | None, dtype: torch.dtype) -> torch.nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    shared = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.intermediate_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "attention_bias": config.attention_bias,
+    }
+    # transformers has no OpenPangu; Llama with biases is the same function.
+    kind, settings = (Qwen3ForCausalLM, Qwen3Config) if config.qk_norm else (LlamaForCausalLM, LlamaConfig)
+    with torch.device("meta"):
+        model = kind(settings(**shared)).to(dtype)
+    if folder is not None:
+        from safetensors.torch import load_file
+
+        tensors: dict[str, torch.Tensor] = {}
+        for file in _shards(folder):
+            tensors |= load_file(file)
+    else:
+        source = RandomTensors(config.dtype)
+        tensors = {name: source.get(name, tuple(t.shape)) for name, t in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    model.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
+    model.tie_weights()
+    rotary = model.model.rotary_emb  # not in checkpoints, so still on the meta device
+    model.model.rotary_emb = type(rotary)(model.config)
+    return model
+
+
+def _shards(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return [folder / "model.safetensors"]
+    return sorted({folder / file for file in json.loads(index.read_text())["weight_map"].values()})

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Sets up and runs the main job on the shipped model: real text, W8A8, n-gram drafts, and what it saved.
+source "$(dirname "$0")/setup_cpu.sh" ""
+prompt=${1:-'class Stack:
+    """A last-in, first-out stack."""
+
+    def __init__(self):
+        self.items = []
+
+    def push(self, item):
+'}
+echo "== quasar generate: W8A8 with n-gram drafts, streamed ==" >&2
+"$VENV/bin/quasar" generate "$prompt" --max-new-tokens 96
+echo >&2
+echo "== quasar compare: the same prompt, four ways ==" >&2
+"$VENV/bin/quasar" compare "$prompt" --max-new-tokens 256 --ignore-eos >/dev/null
