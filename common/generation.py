@@ -7,13 +7,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from common.drafting import new_drafter
-from common.drafting.base import Draft
-from common.drafting.window import AdaptiveWindow, FixedWindow
+from common.cascade import CascadeDrafter
+from common.drafting import DraftTarget, check_draft, new_drafter
+from common.drafting.base import Drafter
+from common.drafting.costs import pass_costs
+from common.drafting.window import AdaptiveWindow, FixedWindow, Window
 from common.errors import QuasarError
+from common.models.decoder import Decoder
 from common.models.model import Model
+from common.speculation import Speculator
 from common.text import TextStream
-from common.verification.acceptance import GreedyAcceptance, Sampling, SamplingAcceptance
+from common.verification.acceptance import GreedyAcceptance, SamplingAcceptance
+from common.verification.sampling import Sampling
 from common.verification.verifier import Verifier
 
 MAX_FIXED_GAMMA = 32
@@ -28,8 +33,9 @@ class GenerationSettings:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
-    draft: str = "ngram"
-    gamma: int | None = None  # tokens drafted per pass; None adapts to the measured acceptance
+    draft: str = "ngram"  # one of common.drafting.DRAFTS
+    gamma: int | None = None  # tokens drafted per pass; None adapts to the measured acceptance and cost
+    lossless: bool = False  # confirm what a quantised model says in full precision, block by block
     ignore_eos: bool = False
     stop: tuple[str, ...] = ()
 
@@ -38,12 +44,12 @@ class GenerationSettings:
             raise QuasarError(f"max_new_tokens is {self.max_new_tokens}; it must be 1 or more")
         if self.gamma is not None and not 1 <= self.gamma <= MAX_FIXED_GAMMA:
             raise QuasarError(f"gamma is {self.gamma}; it must lie between 1 and {MAX_FIXED_GAMMA}")
-        if self.temperature != 0:
-            self.sampling()
+        check_draft(self.draft)
+        self.sampling()
 
-    def sampling(self) -> Sampling:
-        """The distribution to sample from; QuasarError if it makes none."""
-        return Sampling(self.temperature, self.top_k, self.top_p, self.seed)
+    def sampling(self) -> Sampling | None:
+        """The distribution to sample from, None for greedy; QuasarError if it makes none."""
+        return Sampling(self.temperature, self.top_k, self.top_p, self.seed) if self.temperature else None
 
 
 @dataclass
@@ -56,7 +62,10 @@ class GenerationStats:
     accepted: int = 0
     seconds_prefill: float = 0.0
     seconds_decode: float = 0.0
+    seconds_draft: float = 0.0  # of seconds_decode
     weight_bytes_per_pass: int = 0
+    draft_passes: int = 0  # of the decoders that draft; with lossless, the quantised model's passes are among them
+    draft_weight_bytes: int = 0  # read by them
 
     @property
     def acceptance_length(self) -> float:
@@ -70,10 +79,13 @@ class GenerationStats:
 
     @property
     def weight_bytes_per_token(self) -> float:
-        return self.weight_bytes_per_pass / self.acceptance_length
+        """Read for one token of output, by verification and drafting together."""
+        drafting = self.draft_weight_bytes / (self.tokens - 1) if self.tokens > 1 else 0.0
+        return self.weight_bytes_per_pass / self.acceptance_length + drafting
 
     def as_dict(self) -> dict[str, float]:
-        return asdict(self) | {"acceptance_length": self.acceptance_length, "tokens_per_second": self.tokens_per_second}
+        derived = ("acceptance_length", "tokens_per_second", "weight_bytes_per_token")
+        return asdict(self) | {name: getattr(self, name) for name in derived}
 
 
 @dataclass
@@ -95,6 +107,7 @@ class Generation:
         self._result = Result(prompt_tokens=len(self.prompt_ids))
         self._model = model
         _check_prompt(model, self.prompt_ids)
+        target_decoder(model, settings)
         self._pieces = self._run()
 
     def __iter__(self) -> Iterator[str]:
@@ -131,44 +144,74 @@ class Generation:
     def _committed(self) -> Iterator[list[int]]:
         """Committed tokens, window by window, up to the token or context limit; they may run past a stop."""
         model, settings, stats = self._model, self.settings, self._result.stats
-        decoder = model.decoder
+        decoder = target_decoder(model, settings)
         decoder.pack()
         stats.weight_bytes_per_pass = decoder.weight_bytes_per_pass
         limit = min(settings.max_new_tokens, decoder.config.max_position_embeddings - len(self.prompt_ids))
-        acceptance = SamplingAcceptance(settings.sampling()) if settings.temperature else GreedyAcceptance()
-        verifier = Verifier(decoder, decoder.new_cache(len(self.prompt_ids) + limit), acceptance)
-        drafter = new_drafter(settings.draft)
-        window = AdaptiveWindow() if settings.gamma is None else FixedWindow(settings.gamma)
+        sampling = settings.sampling()
+        acceptance = GreedyAcceptance() if sampling is None else SamplingAcceptance(sampling)
+        cache = decoder.new_cache(len(self.prompt_ids) + limit)
+        verifier = Verifier(decoder, cache, acceptance)
+        if settings.lossless:
+            drafter: Drafter | None = cascade(model, settings, cache.capacity)
+            window: Window = AdaptiveWindow(pass_costs(decoder), drafts_are_free=False, acceptance=0.9)
+        else:
+            drafter = new_drafter(settings.draft, DraftTarget(model, cache, sampling))
+            window = new_window(settings, decoder, drafter)
+        speculator = Speculator(verifier, drafter, window)
 
         clock = time.perf_counter()
         last = verifier.start(self.prompt_ids)
-        stats.seconds_prefill = time.perf_counter() - clock
         if drafter is not None:
             drafter.extend([*self.prompt_ids, last])
+        stats.seconds_prefill = time.perf_counter() - clock
+        before = (drafter.passes, drafter.weight_bytes) if drafter is not None else (0, 0)
         yield [last]
         done = 1
-        while done < limit:
-            clock = time.perf_counter()
-            # A pass commits one token more than it drafts: never draft what could not be kept.
-            gamma = min(window.gamma(), limit - done - 1) if drafter is not None else 0
-            # A plain step still drafts one token, which costs no pass: whether it was right says when to resume.
-            proposal = drafter.propose(max(gamma, 1)) if drafter is not None else Draft()
-            draft = proposal if gamma else Draft()
-            tokens = verifier.step(last, draft, done)
-            accepted = len(tokens) - 1
+        try:
+            while done < limit:
+                clock = time.perf_counter()
+                tokens = speculator.step([last], done, limit - done)
+                if drafter is not None:
+                    drafter.extend(tokens)
+                    stats.draft_passes = drafter.passes - before[0]
+                    stats.draft_weight_bytes = drafter.weight_bytes - before[1]
+                last = tokens[-1]
+                done += len(tokens)
+                stats.passes, stats.drafted, stats.accepted = verifier.passes, speculator.drafted, speculator.accepted
+                stats.seconds_draft = speculator.seconds_draft
+                stats.seconds_decode += time.perf_counter() - clock
+                yield tokens
+        finally:
             if drafter is not None:
-                drafter.extend(tokens)
-                hits = accepted if gamma else int(proposal.tokens[:1] == tokens[:1])
-                window.observe(len(proposal.tokens), hits)
-            last = tokens[-1]
-            done += len(tokens)
-            stats.passes, stats.drafted, stats.accepted = (
-                verifier.passes,
-                stats.drafted + len(draft.tokens),
-                stats.accepted + accepted,
-            )
-            stats.seconds_decode += time.perf_counter() - clock
-            yield tokens
+                drafter.finish()
+
+
+def target_decoder(model: Model, settings: GenerationSettings) -> Decoder:
+    """The decoder whose output it is: the model's, or with lossless the full-precision one behind it."""
+    if not settings.lossless:
+        return model.decoder
+    if model.precision == "full":
+        raise QuasarError("--lossless confirms what a quantised model says; --precision full already is lossless")
+    if model.full is None:
+        raise QuasarError("--lossless needs the full-precision weights too; load with lossless=True")
+    return model.full
+
+
+def cascade(model: Model, settings: GenerationSettings, capacity: int) -> CascadeDrafter:
+    """The quantised model, with the drafter and window of the settings, as drafter of the full-precision one."""
+    sampling = settings.sampling()
+    model.decoder.pack()
+    cache = model.decoder.new_cache(capacity)
+    drafter = new_drafter(settings.draft, DraftTarget(model, cache, sampling))
+    return CascadeDrafter(model.decoder, cache, drafter, new_window(settings, model.decoder, drafter), sampling)
+
+
+def new_window(settings: GenerationSettings, decoder: Decoder, drafter: Drafter | None) -> Window:
+    """Of the settings' gamma; None adapts."""
+    if drafter is None or settings.gamma is not None:
+        return FixedWindow(settings.gamma or 0)
+    return AdaptiveWindow(pass_costs(decoder), drafts_are_free=not drafter.takes_passes)
 
 
 def generate(

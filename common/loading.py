@@ -1,4 +1,4 @@
-"""The two verbs before `generate`: get a model, and make it W8A8."""
+"""The two verbs before `generate`: get a model, and quantise it."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import QuasarError
+from common.models.decoder import Decoder
 from common.models.model import ASSETS, DEFAULT_MODEL, LoadOptions, Model, load_full
-from common.quantization import quantize_w8a8
+from common.models.sharing import unpacked_copy
+from common.quantization import quantize_int4, quantize_w8a8
 from common.quantization.calibration import read_texts
 from common.quantization.fidelity import Fidelity, FidelityProbe
-from common.quantization.linear import FullLinear
+from common.quantization.linear import FullLinear, W4A4Linear, W4A16Linear
 
-PRECISIONS = ("full", "w8a8")
+_INT4 = {"w4a16": W4A16Linear, "w4a4": W4A4Linear}
+PRECISIONS = ("full", "w8a8", *_INT4)
 # Below this share of equal top-1 tokens a quantised model is garbage rather than a little different.
-MIN_AGREEMENT = 0.80
+MIN_AGREEMENT = {"w8a8": 0.80, "w4a16": 0.50, "w4a4": 0.50}
 CALIBRATION_TOKENS = 512  # of each prompt
 
 log = logging.getLogger(__name__)
@@ -27,18 +30,20 @@ def load(
     device: str = "auto",
     precision: str = "full",
     dtype: str = "auto",
+    lossless: bool = False,
     trust_remote_code: bool = False,
     progress: bool = False,
 ) -> Model:
     """Loads a checkpoint folder, a shipped model (tiny-qwen3, tiny-openpangu), a hub name, or `dummy:SHAPE`.
 
-    precision "w8a8" calibrates on the built-in prompts and quantises; call `quantize` yourself to choose.
+    precision "w8a8" calibrates on the built-in prompts and quantises; call `quantize` yourself to choose. lossless
+    keeps the full-precision weights beside the quantised ones, for generating with lossless=True.
     """
     if precision not in PRECISIONS:
         raise QuasarError(f"--precision {precision} is unknown; use one of {', '.join(PRECISIONS)}")
     loaded = load_full(model, LoadOptions(device, dtype, trust_remote_code, progress))
-    if precision == "w8a8":
-        quantize(loaded, progress=progress)
+    if precision != "full":
+        quantize(loaded, precision=precision, keep_full=lossless, progress=progress)
     return loaded
 
 
@@ -46,15 +51,18 @@ def quantize(
     model: Model,
     prompts: Sequence[str] | None = None,
     *,
+    precision: str = "w8a8",
+    keep_full: bool = False,
     heldout: Sequence[str] | None = None,
     alpha: float | None = 0.5,
     force: bool = False,
     progress: bool = False,
 ) -> Fidelity | None:
-    """Makes a full-precision model W8A8 in place, and measures what that did to it on held-out text.
+    """Makes a full-precision model "w8a8", "w4a16" or "w4a4" in place, and measures what that did on held-out text.
 
     prompts are texts to calibrate on, heldout texts to measure on (None: built-in ones); alpha is SmoothQuant's
-    migration strength, None searches it per layer. Raises QuasarError if the result is garbage, unless force.
+    migration strength, None searches it per layer; int4 uses neither prompts nor alpha. keep_full keeps the
+    full-precision decoder in `model.full`. Raises QuasarError if the result is garbage, unless force.
     Returns None for a model without a tokenizer, which has no text to be measured on.
     """
     if alpha is not None and not 0 <= alpha <= 1:
@@ -62,26 +70,39 @@ def quantize(
     decoder = model.decoder
     if not all(isinstance(linear, FullLinear) and linear.packed is None for linear in decoder.linears()):
         raise QuasarError(f"{model.name} is already quantised or in use; load it again in full precision")
+    if keep_full:
+        model.full, decoder = decoder, unpacked_copy(decoder)
+        model.decoder = decoder
     if model.tokenizer is None:
         ids = [list(range(64))]  # random weights: any ids do, the figures would mean nothing
-        quantize_w8a8(decoder, ids, alpha, progress)
-        model.precision = "w8a8"
+        _convert(decoder, precision, ids, alpha, progress)
+        model.precision = precision
         return None
     limit = min(CALIBRATION_TOKENS, decoder.config.max_position_embeddings)
     calibration = [ids[:limit] for ids in map(model.encode, prompts or read_texts(ASSETS / "calibration.jsonl")) if ids]
     probe = FidelityProbe(decoder, [model.encode(text) for text in heldout or read_texts(ASSETS / "heldout.jsonl")])
-    quantize_w8a8(decoder, calibration, alpha, progress)
-    model.precision = "w8a8"
+    _convert(decoder, precision, calibration, alpha, progress)
+    model.precision = precision
     fidelity = probe.compare(decoder)
-    log.info("W8A8 against full precision: %s", fidelity)
+    log.info("%s against full precision: %s", precision.upper(), fidelity)
     # NaN compares false, so a model that broke is refused too.
-    if not fidelity.top1_agreement >= MIN_AGREEMENT and not force:
+    if not fidelity.top1_agreement >= MIN_AGREEMENT[precision] and not force:
+        advice = "--alpha auto, other --calibration, or --force" if precision == "w8a8" else "w8a8, or --force"
         raise QuasarError(
-            f"{model.name} in W8A8 agrees with full precision on {fidelity.top1_agreement:.1%} of tokens, "
-            f"below {MIN_AGREEMENT:.0%}: unusable; try --alpha auto, other --calibration, or --force"
+            f"{model.name} in {precision.upper()} agrees with full precision on {fidelity.top1_agreement:.1%} of "
+            f"tokens, below {MIN_AGREEMENT[precision]:.0%}: unusable; try {advice}"
         )
     model.fidelity = fidelity
     return fidelity
+
+
+def _convert(
+    decoder: Decoder, precision: str, calibration: Sequence[Sequence[int]], alpha: float | None, progress: bool
+) -> None:
+    if precision in _INT4:
+        quantize_int4(decoder, _INT4[precision], progress)
+    else:
+        quantize_w8a8(decoder, calibration, alpha, progress)
 
 
 def texts_or_default(path: str | None) -> list[str] | None:

@@ -115,7 +115,7 @@ def test_compare_as_json(run):
         (("generate", "x", "--device", "tpu"), "--device tpu is unknown; use one of auto, cpu"),
         (("generate", "x", "--dtype", "int3"), "--dtype int3 is unknown"),
         (("generate", "x", "--precision", "w1a1"), "invalid choice: 'w1a1'"),
-        (("generate", "x", "--draft", "magic"), "invalid choice: 'magic'"),
+        (("generate", "x", "--draft", "magic"), "--draft magic is unknown; use one of none, ngram"),
         (("generate", "x", "--alpha", "much"), "--alpha much: should be a number"),
         (("generate", "x", "--alpha", "7"), "--alpha 7.0: SmoothQuant's migration strength"),
         (("generate", "x", "--calibration", "/no/file"), "/no/file: no such file"),

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.errors import QuasarError
+
 
 @dataclass(frozen=True)
 class ActivationQuant:
@@ -31,7 +33,10 @@ class ActivationQuant:
 
 @dataclass(frozen=True)
 class Quantized:
-    """Quantised activations: `values` int8 [tokens, in] times `scale` float32 [tokens] (or [1] if static)."""
+    """Quantised activations: `values` int8 [tokens, in] times `scale` float32 [tokens] (or [1] if static).
+
+    int4 activations come in int8 too, between -7 and 7.
+    """
 
     values: Tensor
     scale: Tensor
@@ -64,6 +69,12 @@ class KVCache:
         self.v = torch.zeros(shape, dtype=dtype, device=device)
         self.capacity = capacity
         self.length = 0
+
+    def rewind(self, length: int) -> None:
+        """Keep only the first `length` positions. Raises ValueError if there are fewer."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot keep {length} positions: {self.length} are in use")
+        self.length = length
 
     def commit(self, tokens: int) -> None:
         """Keep `tokens` more positions. Raises ValueError beyond the capacity."""
@@ -101,6 +112,25 @@ class Backend(ABC):
     @abstractmethod
     def int8_linear(self, x: Quantized, weight: Any, bias: Tensor | None) -> Tensor:
         """[tokens, in] int8 -> [tokens, out] of `dtype`: int32 accumulation, one rescale, then the bias."""
+
+    # int4, where the device has it: the other precisions do not need it.
+
+    def int4_weight(self, values: Tensor, scale: Tensor) -> Any:
+        """Takes int8 [out, in] between -8 and 7 and bfloat16 [out, in / group], group 32, 64 or 128; returns the
+        handle that `int4_linear` wants. Raises QuasarError where the device has no kernel for it."""
+        raise QuasarError(f"int4 weights run on cpu; --device {self.device.type} has --precision full and w8a8")
+
+    def int4_linear(self, x: Tensor | Quantized, weight: Any, bias: Tensor | None) -> Tensor:
+        """[tokens, in], 16-bit or int4, -> [tokens, out] of `dtype`."""
+        raise NotImplementedError
+
+    def quantize_int4(self, x: Tensor) -> Quantized:
+        """[tokens, in] -> int4, scale = max|row| / 7 per token (1 for a row of zeros), round half to even."""
+        raise NotImplementedError
+
+    def rotate(self, x: Tensor, hadamard: Tensor) -> Tensor:
+        """[tokens, in], each block of in times `hadamard` [block, block]."""
+        raise NotImplementedError
 
     # Everything between the matmuls.
 

@@ -47,6 +47,34 @@ class ReferenceBackend(Backend):
         """int8 [tokens, in] by int8 [out, in] -> int32 [tokens, out], exact."""
         return torch._int_mm(x, weight.t())
 
+    def int4_weight(self, values: Tensor, scale: Tensor) -> Any:
+        if self.device.type != "cpu":
+            return super().int4_weight(values, scale)
+        # The kernel counts from 0 to 15 and wants (scale, zero point) pairs [in / group, out, 2].
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu((values.int() + 8).contiguous(), 1)
+        pairs = torch.stack([scale.t(), torch.zeros_like(scale.t())], dim=-1).contiguous()
+        return packed, values.shape[1] // scale.shape[1], pairs
+
+    def int4_linear(self, x: Tensor | Quantized, weight: Any, bias: Tensor | None) -> Tensor:
+        # In bfloat16, since PyTorch's kernel is vectorised in no other type; int4 values are exact in it.
+        values = x.values if isinstance(x, Quantized) else x
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(values.bfloat16(), *weight).float()
+        if isinstance(x, Quantized):
+            y = y * x.scale[:, None]
+        return (y if bias is None else y + bias).to(self.dtype)
+
+    def quantize_int4(self, x: Tensor) -> Quantized:
+        x = x.float()
+        peak = x.abs().amax(dim=-1)
+        scale = torch.where(peak > 0, peak / 7, 1.0)
+        return Quantized((x / scale[:, None]).round().clamp(-7, 7).to(torch.int8), scale)
+
+    def rotate(self, x: Tensor, hadamard: Tensor) -> Tensor:
+        block = len(hadamard)
+        if x.shape[0] > MAX_WINDOW:
+            return (x.view(x.shape[0], -1, block) @ hadamard).flatten(1)
+        return torch.stack([(row.view(-1, block) @ hadamard).flatten() for row in x])
+
     def quantize(self, x: Tensor, quant: ActivationQuant) -> Quantized:
         x = x.float()
         if quant.static_scale is None:

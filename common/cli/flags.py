@@ -83,9 +83,9 @@ def add_generation_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--gamma",
-        type=int,
+        type=_gamma,
         metavar="G",
-        help="draft exactly G tokens per pass (default: adapts to the measured acceptance)",
+        help="draft exactly G tokens per pass, or auto: adapt to measured acceptance and cost (default: auto)",
     )
     group.add_argument(
         "--temperature",
@@ -113,7 +113,7 @@ def add_generation_flags(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=defaults.seed,
         metavar="S",
-        help="the same seed gives the same text, drafts or not (default: %(default)s)",
+        help="the same seed gives the same text, with ngram and suffix drafts that of no drafts (default: %(default)s)",
     )
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be repeated")
     group.add_argument("--ignore-eos", action="store_true", help="go on past the model's end token")
@@ -124,18 +124,30 @@ def add_precision_flag(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=PRECISIONS,
         default="w8a8",
-        help="of the model that verifies: full, or w8a8 by SmoothQuant (default: %(default)s)",
+        help="of the model that verifies: full, w8a8 by SmoothQuant, int4 weights with 16-bit (w4a16) or int4 (w4a4) "
+        "activations (default: %(default)s)",
     )
 
 
 def add_draft_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--draft", choices=DRAFTS, default="ngram", help="how tokens are drafted (default: %(default)s)"
+        "--draft",
+        default="ngram",
+        metavar="D",
+        help=f"how tokens are drafted: {', '.join(DRAFTS)} (default: %(default)s)",
     )
 
 
-def load_model(args: argparse.Namespace, precision: str) -> Model:
-    """The model that the flags describe."""
+def add_lossless_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--lossless",
+        action="store_true",
+        help="confirm the quantised model's tokens in full precision, block by block: its output is full precision's",
+    )
+
+
+def load_model(args: argparse.Namespace, precision: str, lossless: bool = False) -> Model:
+    """The model that the flags describe; lossless keeps its full-precision weights too."""
     name = args.model if args.dummy is None else DUMMY_PREFIX + args.dummy
     progress = sys.stderr.isatty()
     calibration, heldout = texts_or_default(args.calibration), texts_or_default(args.heldout)
@@ -143,12 +155,21 @@ def load_model(args: argparse.Namespace, precision: str) -> Model:
     model = load(
         name, device=args.device, dtype=args.dtype, trust_remote_code=args.trust_remote_code, progress=progress
     )
-    if precision == "w8a8":
-        quantize(model, calibration, heldout=heldout, alpha=alpha, force=args.force, progress=progress)
+    if precision != "full":
+        quantize(
+            model,
+            calibration,
+            precision=precision,
+            keep_full=lossless,
+            heldout=heldout,
+            alpha=alpha,
+            force=args.force,
+            progress=progress,
+        )
     return model
 
 
-def settings_of(args: argparse.Namespace, draft: str) -> GenerationSettings:
+def settings_of(args: argparse.Namespace, draft: str, lossless: bool = False) -> GenerationSettings:
     """The generation settings that the flags describe."""
     return GenerationSettings(
         max_new_tokens=args.max_new_tokens,
@@ -158,6 +179,7 @@ def settings_of(args: argparse.Namespace, draft: str) -> GenerationSettings:
         seed=args.seed,
         draft=draft,
         gamma=args.gamma,
+        lossless=lossless,
         ignore_eos=args.ignore_eos,
         stop=tuple(args.stop),
     )
@@ -206,3 +228,12 @@ def _alpha(text: str) -> float | None:
         return float(text)
     except ValueError:
         raise QuasarError(f"--alpha {text}: should be a number from 0 to 1, or auto") from None
+
+
+def _gamma(text: str) -> int | None:
+    if text == "auto":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} should be a whole number, or auto") from None

@@ -22,6 +22,7 @@ def add_parser(subparsers: Any) -> None:
     flags.add_generation_flags(parser)
     flags.add_draft_flag(parser)
     flags.add_precision_flag(parser)
+    flags.add_lossless_flag(parser)
     parser.add_argument(
         "--stream",
         action=argparse.BooleanOptionalAction,
@@ -34,8 +35,8 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    settings = flags.settings_of(args, args.draft)
-    model = flags.load_model(args, args.precision)
+    settings = flags.settings_of(args, args.draft, args.lossless)
+    model = flags.load_model(args, args.precision, args.lossless)
     ids = flags.prompt_ids(args, model)
     generation = generate(model, ids, settings)
     if args.json:

@@ -20,10 +20,21 @@ class Draft:
 class Drafter(ABC):
     """Proposes what comes next in one sequence. It sees every committed token, prompt first, exactly once."""
 
+    takes_passes = False  # whether a drafted token costs a pass of some decoder, or next to nothing
+    passes = 0  # such passes so far
+    weight_bytes = 0  # of weights read by them
+
     @abstractmethod
     def extend(self, tokens: Sequence[int]) -> None:
         """Takes tokens that were committed."""
 
     @abstractmethod
-    def propose(self, gamma: int) -> Draft:
-        """A draft of at most `gamma` tokens that would follow; empty where there is nothing to go by."""
+    def propose(self, gamma: int, pending: Sequence[int] = ()) -> Draft:
+        """A draft of at most `gamma` tokens that would follow; empty where there is nothing to go by.
+
+        pending: tokens that stand behind the committed ones but may yet be taken back.
+        """
+
+    def finish(self) -> None:
+        """The sequence is over."""
+        return

@@ -34,13 +34,14 @@ class NGramDrafter(Drafter):
                 self._latest[tuple(known[end - n :])] = end
             known.append(token)
 
-    def propose(self, gamma: int) -> Draft:
+    def propose(self, gamma: int, pending: Sequence[int] = ()) -> Draft:
         known = self._tokens
-        for n in range(min(MAX_NGRAM, len(known)), 0, -1):
-            start = self._latest.get(tuple(known[-n:]))
+        tail = [*known[-MAX_NGRAM:], *pending]
+        for n in range(min(MAX_NGRAM, len(tail)), 0, -1):
+            start = self._latest.get(tuple(tail[-n:]))
             if start is not None:
-                period = len(known) - start
-                draft = known[start : start + gamma]
+                period = len(known) + len(pending) - start
+                draft = [*known[start : start + gamma], *pending][:gamma]
                 while len(draft) < gamma:
                     draft.append(draft[-period])
                 return Draft(draft)

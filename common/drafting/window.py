@@ -1,10 +1,13 @@
-"""How many tokens to draft: from measured acceptance, so that drafting is never slower than plain decoding for long."""
+"""How many tokens to draft: from measured acceptance and cost, so that drafting is never slower than plain decoding
+for long."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 MAX_GAMMA = 5  # the published setting
+MAX_AUTO_GAMMA = 15  # a window of 16, the most that every backend verifies row by row
 
 
 class Window(ABC):
@@ -15,9 +18,12 @@ class Window(ABC):
         """Tokens to draft now; 0 is a plain step."""
 
     @abstractmethod
-    def observe(self, drafted: int, accepted: int) -> None:
-        """Of `drafted` proposed tokens the first `accepted` were right. A plain step's unverified draft counts too:
-        comparing it with the token that came is free, and is how a window that closed opens again."""
+    def observe(self, drafted: int, accepted: int, seconds: float) -> None:
+        """Of `drafted` proposed tokens, which took `seconds` to draft, the first `accepted` were right.
+
+        A plain step's unverified draft counts too: comparing it with the token that came is free, and is how a
+        window that closed opens again.
+        """
 
 
 class FixedWindow(Window):
@@ -29,33 +35,65 @@ class FixedWindow(Window):
     def gamma(self) -> int:
         return self._gamma
 
-    def observe(self, drafted: int, accepted: int) -> None:
+    def observe(self, drafted: int, accepted: int, seconds: float) -> None:
         return
 
 
 class AdaptiveWindow(Window):
-    """The gamma that commits most tokens per unit of time at the acceptance rate seen lately.
+    """The gamma that commits most tokens per second at the acceptance rate seen lately.
 
     With acceptance rate a, a window of g commits (1 - a^(g+1)) / (1 - a) tokens on average (Leviathan et al. 2023,
-    eq. 1) and costs 1 + COST * g plain steps. Where a falls below COST the best g is 0.
+    eq. 1) and costs one pass over g + 1 tokens and the drafting of g. Where no g beats a plain step the window closes.
+    A drafter that costs nothing goes on guessing unverified; one that takes passes is left alone for a cooldown, then
+    tried with one token, and the cooldown doubles each time that does not pay.
     """
 
-    COST = 0.12  # of one more row in a pass; memory-bound passes cost less, so this errs towards plain decoding
     RATE = 0.12  # weight of the newest outcome in the running acceptance rate
+    COOLDOWN = (8, 64)  # plain steps, at first and at most
 
-    def __init__(self, max_gamma: int = MAX_GAMMA) -> None:
-        self._max = max_gamma
-        self._acceptance = 0.7
+    def __init__(
+        self,
+        pass_seconds: Callable[[int], float],
+        *,
+        drafts_are_free: bool = True,
+        acceptance: float = 0.5,
+        max_gamma: int = MAX_AUTO_GAMMA,
+    ) -> None:
+        """pass_seconds: of a pass over so many tokens; acceptance: the rate to begin with."""
+        self._seconds = [pass_seconds(g + 1) for g in range(max_gamma + 1)]
+        self._free, self._acceptance = drafts_are_free, acceptance
+        self._draft_seconds = 0.0  # per token
+        self._cooldown, self._waited = self.COOLDOWN[0], 0
 
     def gamma(self) -> int:
-        a = self._acceptance
+        best = self._best()
+        if best or self._free:
+            return best
+        self._waited += 1
+        if self._waited <= self._cooldown:
+            return 0
+        self._waited = 0
+        self._cooldown = min(2 * self._cooldown, self.COOLDOWN[1])
+        return 1
 
-        def tokens_per_time(g: int) -> float:
-            return sum(a**i for i in range(g + 1)) / (1 + self.COST * g)
+    def _best(self) -> int:
+        a, most, best, tokens, power = self._acceptance, 0.0, 0, 0.0, 1.0
+        for g, seconds in enumerate(self._seconds):
+            tokens += power
+            power *= a
+            rate = tokens / (seconds + g * self._draft_seconds)
+            if rate > most:
+                most, best = rate, g
+        return best
 
-        return max(range(self._max + 1), key=tokens_per_time)
-
-    def observe(self, drafted: int, accepted: int) -> None:
+    def observe(self, drafted: int, accepted: int, seconds: float) -> None:
+        if not drafted:
+            return
+        per_token = seconds / drafted
+        known = self._draft_seconds
+        self._draft_seconds = per_token if not known else known + self.RATE * (per_token - known)
         # What was tested: the accepted tokens and, unless all were, the one that was not. The rest is unknown.
         for hit in [1.0] * accepted + [0.0] * (accepted < drafted):
             self._acceptance += self.RATE * (hit - self._acceptance)
+        if self._best():
+            self._cooldown = self.COOLDOWN[0]

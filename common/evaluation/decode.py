@@ -91,7 +91,7 @@ def replayed(models: dict[str, Model], acceptance_length: float, context: int, t
             start = time.perf_counter()
             while done < tokens:
                 drafted = ids[:MAX_GAMMA] if draft != "none" else []
-                committed = verifier.step(last, Draft(drafted), done + 1)
+                committed = verifier.step([last], Draft(drafted), done + 1)
                 last, done = committed[-1], done + len(committed)
             decoder.backend.synchronize()
             return time.perf_counter() - start, done, verifier.passes

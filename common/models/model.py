@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +35,9 @@ class Model:
     stop_ids: frozenset[int]
     precision: str = "full"
     fidelity: Fidelity | None = None  # set by quantisation
+    full: Decoder | None = None  # the full-precision decoder that lossless generation confirms with
+    draft_decoders: dict[str, Decoder] = field(default_factory=dict)  # that draft for this one, by --draft name
+    trust_remote_code: bool = False  # whether a draft model's tokenizer may be Python code too
 
     @property
     def config(self) -> ModelConfig:
@@ -81,7 +84,8 @@ def load_full(name: str, options: LoadOptions) -> Model:
     config = read_config(folder)
     decoder = build_decoder(config, SafetensorsFolder(folder), backend, options.progress)
     tokenizer = _load_tokenizer(folder, options.trust_remote_code)
-    return Model(name, decoder, tokenizer, _stop_ids(folder, tokenizer))
+    stop_ids = _stop_ids(folder, tokenizer)
+    return Model(name, decoder, tokenizer, stop_ids, trust_remote_code=options.trust_remote_code)
 
 
 def dummy_config(shape: str) -> ModelConfig:

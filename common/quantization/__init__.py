@@ -1,4 +1,4 @@
-"""Full precision -> W8A8: calibrate, smooth, quantise, and see what it did."""
+"""Full precision -> W8A8 (calibrate, smooth, quantise) or int4 weights (rotate, quantise), and see what it did."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from common.quantization.calibration import SMOOTHED, collect
-from common.quantization.linear import W8A8Linear
+from common.quantization.linear import W4A16Linear, W8A8Linear
+from common.quantization.rotation import rotate_decoder
 from common.quantization.smoothquant import smooth_layer
 
 if TYPE_CHECKING:
@@ -34,3 +35,16 @@ def quantize_w8a8(
         for name in SMOOTHED:
             setattr(layer, name, W8A8Linear.from_full(getattr(layer, name)))
         stats[layer.index].clear()
+
+
+def quantize_int4(decoder: Decoder, linear: type[W4A16Linear], progress: bool = False) -> None:
+    """Turns an unpacked full-precision decoder into W4A16 or W4A4 (the class of its linear layers) in place:
+    Hadamard rotation, then int4 weights, layer by layer. Needs no calibration.
+
+    lm_head, embedding and norms stay in full precision, rotated.
+    """
+    online = rotate_decoder(decoder)
+    for layer in tqdm(decoder.layers, desc="quantising", unit="layer", disable=not progress, leave=False):
+        for name in SMOOTHED:
+            full = getattr(layer, name)
+            setattr(layer, name, linear.from_full(full, online if name == "down" else None))

@@ -8,13 +8,12 @@ draft and one token of the target's own. Each rule copies once from device to ho
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from common.drafting.base import Draft
-from common.errors import QuasarError
+from common.verification.sampling import Sampling, sample_inverse_cdf, target_distribution
 
 
 class Acceptance(ABC):
@@ -28,24 +27,6 @@ class GreedyAcceptance(Acceptance):
 
     def __call__(self, logits: Tensor, draft: Draft, position: int) -> list[int]:
         return _until_mismatch(logits.argmax(dim=-1).tolist(), draft.tokens)
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """temperature > 0; top_k 0 and top_p 1 keep every token."""
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.temperature < float("inf"):
-            raise QuasarError(f"temperature is {self.temperature}; sampling needs a number above 0 (0 is greedy)")
-        if self.top_k < 0:
-            raise QuasarError(f"top_k is {self.top_k}; it must be 0 (off) or more")
-        if not 0 < self.top_p <= 1:
-            raise QuasarError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
 
 
 class SamplingAcceptance(Acceptance):
@@ -75,29 +56,6 @@ class SamplingAcceptance(Acceptance):
             more = torch.rand(max(missing, 256), 2, dtype=torch.float64, generator=self._generator)
             self._uniforms = torch.cat([self._uniforms, more])
         return self._uniforms[position : position + count]
-
-
-def target_distribution(logits: Tensor, sampling: Sampling) -> Tensor:
-    """float32 [rows, vocab] -> float64 probabilities: temperature, then top-k, then top-p, in transformers' order."""
-    logits = logits.double() / sampling.temperature
-    if 0 < sampling.top_k < logits.shape[-1]:
-        floor = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < floor, -torch.inf)
-    probs = logits.softmax(dim=-1)
-    if sampling.top_p < 1:
-        ordered, order = probs.sort(dim=-1, descending=True)
-        # A token goes when those before it already hold top_p; the first always stays.
-        ordered = ordered.masked_fill(ordered.cumsum(dim=-1) - ordered >= sampling.top_p, 0.0)
-        probs = torch.zeros_like(probs).scatter_(-1, order, ordered)
-        probs = probs / probs.sum(dim=-1, keepdim=True)
-    return probs
-
-
-def sample_inverse_cdf(probs: Tensor, uniform: Tensor) -> Tensor:
-    """One token per row of [rows, vocab] (need not be normalised) by uniform numbers [rows] in [0, 1)."""
-    cdf = probs.cumsum(dim=-1)
-    # The first index whose cdf exceeds u * total: a token of probability 0 never is.
-    return torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0].clamp(max=probs.shape[-1] - 1)
 
 
 def rejection_sample(probs: Tensor, tokens: list[int], draft_probs: Tensor, uniforms: Tensor) -> list[int]:

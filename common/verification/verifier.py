@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from common.backends.base import KVCache
 from common.drafting.base import Draft
@@ -18,21 +19,24 @@ class Verifier:
     def __init__(self, decoder: Decoder, cache: KVCache, acceptance: Acceptance) -> None:
         self._decoder, self._cache, self._acceptance = decoder, cache, acceptance
         self.passes = 0
+        self.logits: Tensor | None = None  # [drafted + 1, vocab] of the latest step
 
     def start(self, prompt: Sequence[int]) -> int:
         """Reads the prompt; returns the first token of the output."""
         logits = self._decoder.prefill(prompt, self._cache, keep=1)
         return self._acceptance(logits, Draft(), 0)[0]
 
-    def step(self, last: int, draft: Draft, position: int) -> list[int]:
-        """Verifies `draft` behind the committed token `last`; returns the 1 to len(draft) + 1 tokens it commits.
+    def step(self, behind: Sequence[int], draft: Draft, position: int) -> list[int]:
+        """Verifies `draft` behind the committed tokens that the cache does not hold yet, mostly just the last one;
+        returns the 1 to len(draft) + 1 tokens it commits.
 
         `position` is the output index of the first of them.
         """
-        window = torch.tensor([last, *draft.tokens], device=self._decoder.backend.device)
-        logits = self._decoder(window, self._cache, keep=len(window))
-        tokens = self._acceptance(logits, draft, position)
-        self._cache.commit(len(tokens))  # `last` and the accepted draft; the target's own last token is not in yet
+        window = torch.tensor([*behind, *draft.tokens], device=self._decoder.backend.device)
+        self.logits = self._decoder(window, self._cache, keep=len(draft.tokens) + 1)
+        tokens = self._acceptance(self.logits, draft, position)
+        # `behind` and the accepted draft; the target's own last token is not in yet.
+        self._cache.commit(len(behind) + len(tokens) - 1)
         self.passes += 1
         return tokens
 

@@ -302,9 +302,7 @@ def test_a_row_does_not_depend_on_its_company(name: str, threads: int) -> None:
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 32), (16, 8, 128), (5, 1, 48)])
-def test_attention_of_a_token_does_not_depend_on_its_company(
-    heads: int, kv_heads: int, dim: int, threads: int
-) -> None:
+def test_attention_of_a_token_does_not_depend_on_its_company(heads: int, kv_heads: int, dim: int, threads: int) -> None:
     """A prompt in one pass, in windows, and token by token: rope, cache and attention to the same bits."""
     tokens = 140
     qkv, (cos, sin) = torch.randn(tokens, (heads + 2 * kv_heads) * dim), tables(tokens, dim, False)

@@ -1,52 +1,122 @@
-"""The window follows the acceptance that is measured."""
+"""The adaptive window: what it chooses for known acceptance and cost, and how it closes and opens."""
+
+from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import pytest
 
-from common.drafting.window import MAX_GAMMA, AdaptiveWindow, FixedWindow
+from common.drafting.costs import SIZES, PassCosts, pass_costs
+from common.drafting.window import AdaptiveWindow, FixedWindow
+from tests.random_models import shared_random_model
 
 
-def run(window, acceptance, steps, seed=0):
-    """Simulates decoding at a true acceptance rate per token; returns (tokens, rows paid for, gammas)."""
-    rng, tokens, cost, gammas = random.Random(seed), 0, 0.0, []
+def flat(tokens: int) -> float:
+    return 1.0
+
+
+def linear(tokens: int) -> float:
+    return float(tokens)
+
+
+def memory_bound(tokens: int) -> float:
+    return 1.0 + 0.05 * (tokens - 1)
+
+
+def settle(window: AdaptiveWindow, acceptance: float, seconds: float = 0.0, steps: int = 400) -> list[int]:
+    """Gammas of the last 200 steps under independent acceptance."""
+    generator, chosen = random.Random(0), []
     for _ in range(steps):
         gamma = window.gamma()
-        gammas.append(gamma)
-        proposed = max(gamma, 1)
-        accepted = next((i for i in range(proposed) if rng.random() >= acceptance), proposed)
-        window.observe(proposed, accepted)
-        tokens += (accepted if gamma else 0) + 1
-        cost += 1 + AdaptiveWindow.COST * gamma
-    return tokens, cost, gammas
+        drafted = max(gamma, 1)
+        accepted = next((i for i in range(drafted) if generator.random() >= acceptance), drafted)
+        window.observe(drafted, accepted, seconds * drafted)
+        chosen.append(gamma)
+    return chosen[-200:]
 
 
-def test_closes_when_no_draft_is_right_and_costs_next_to_nothing():
-    tokens, cost, gammas = run(AdaptiveWindow(), 0.0, 400)
-    assert set(gammas[40:]) == {0}
-    assert cost / tokens < 1.02  # against 1 for plain decoding
+def test_free_passes_take_the_whole_window():
+    assert set(settle(AdaptiveWindow(flat), 0.99)) == {15}
 
 
-def test_opens_again_when_drafts_come_true():
-    window = AdaptiveWindow()
-    run(window, 0.0, 400)
+def test_passes_that_cost_by_the_row_stay_plain():
+    assert set(settle(AdaptiveWindow(linear), 0.9)) == {0}
+
+
+def test_drafts_that_are_never_right_close_the_window_within_a_few_steps():
+    window = AdaptiveWindow(memory_bound)
+    wasted = 0
+    for _ in range(100):
+        gamma = window.gamma()
+        wasted += gamma > 0
+        window.observe(max(gamma, 1), 0, 0.0)
+    assert wasted <= 20 and window.gamma() == 0
+
+
+def test_a_closed_window_opens_when_unverified_drafts_come_true():
+    window = AdaptiveWindow(memory_bound)
+    for _ in range(100):
+        window.observe(1, 0, 0.0)
     assert window.gamma() == 0
-    _, _, gammas = run(window, 1.0, 40)
-    assert gammas[-1] == MAX_GAMMA
+    for _ in range(10):
+        window.observe(1, 1, 0.0)
+    assert window.gamma() > 0
 
 
-@pytest.mark.parametrize("acceptance", [0.0, 0.2, 0.5, 0.8, 0.95])
-def test_is_near_the_best_fixed_gamma(acceptance):
-    def speed(window):
-        tokens, cost, _ = run(window, acceptance, 3000)
-        return tokens / cost
+@pytest.mark.parametrize("acceptance", [0.3, 0.6, 0.9])
+def test_the_choice_is_near_the_best_in_hindsight(acceptance):
+    def rate(gamma: int) -> float:
+        return sum(acceptance**i for i in range(gamma + 1)) / memory_bound(gamma + 1)
 
-    best = max(speed(FixedWindow(gamma)) for gamma in range(MAX_GAMMA + 1))
-    assert speed(AdaptiveWindow()) > 0.93 * best
+    chosen = settle(AdaptiveWindow(memory_bound), acceptance, steps=2000)
+    assert sum(map(rate, chosen)) / len(chosen) > 0.95 * max(map(rate, range(16)))
+
+
+def test_a_drafter_as_slow_as_the_target_is_not_used():
+    chosen = settle(AdaptiveWindow(flat, drafts_are_free=False), 0.8, seconds=1.0)
+    assert sum(map(bool, chosen)) <= len(chosen) // 50
+
+
+def test_the_cooldown_doubles_and_ends_when_drafts_pay():
+    window = AdaptiveWindow(memory_bound, drafts_are_free=False, acceptance=0.0)
+    probes = []
+    for step in range(400):
+        gamma = window.gamma()
+        if gamma:
+            probes.append(step)
+            window.observe(gamma, 0, 0.01)
+    gaps = [b - a for a, b in pairwise(probes)]
+    assert probes[0] == 8 and gaps[:3] == [17, 33, 65] and set(gaps[3:]) <= {65}
+    while not window.gamma():
+        pass
+    for _ in range(30):
+        window.observe(1, 1, 0.01)
+    assert window.gamma() > 1
+
+
+def test_a_fixed_window_stays():
+    window = FixedWindow(4)
+    window.observe(4, 0, 1.0)
+    assert window.gamma() == 4
+
+
+def test_costs_between_and_beyond_what_was_measured():
+    costs = PassCosts({1: 1.0, 4: 2.5, 8: 3.5})
+    assert [costs(n) for n in (1, 2, 4, 6, 8, 12)] == pytest.approx([1.0, 1.5, 2.5, 3.0, 3.5, 4.5])
+    assert PassCosts({2: 3.0})(9) == 3.0
+
+
+def test_costs_are_measured_once_and_grow_with_the_window():
+    decoder = shared_random_model("qwen3", "w8a8").decoder
+    costs = pass_costs(decoder)
+    assert pass_costs(decoder) is costs
+    seconds = [costs(size) for size in range(1, SIZES[-1] + 1)]
+    assert seconds[0] > 0 and seconds == sorted(seconds)
 
 
 def test_an_empty_draft_says_nothing():
-    window = AdaptiveWindow()
+    window = AdaptiveWindow(memory_bound)
     before = vars(window).copy()
-    window.observe(0, 0)
+    window.observe(0, 0, 0.0)
     assert vars(window) == before

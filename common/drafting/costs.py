@@ -1,0 +1,69 @@
+"""What a pass costs by window size on this device: measured once per decoder, on a scratch cache."""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from weakref import WeakKeyDictionary
+
+import torch
+
+from common.models.decoder import Decoder
+
+SIZES = (1, 2, 4, 8, 16)  # windows that are timed; between them costs are interpolated
+_CONTEXT = 16  # positions before the window
+_SECONDS = 0.03  # spent on each size at least, unless one pass takes longer
+_measured: WeakKeyDictionary[Decoder, PassCosts] = WeakKeyDictionary()
+
+
+class PassCosts:
+    """Seconds of a pass over a window of so many tokens."""
+
+    def __init__(self, seconds: dict[int, float]) -> None:
+        """seconds: by window size, at least one; beyond the largest the last slope goes on."""
+        self._sizes = sorted(seconds)
+        self._seconds = [seconds[size] for size in self._sizes]
+
+    def __call__(self, tokens: int) -> float:
+        sizes, seconds = self._sizes, self._seconds
+        if len(sizes) == 1:
+            return seconds[0]
+        right = min(max(bisect_left(sizes, tokens), 1), len(sizes) - 1)
+        left = right - 1
+        slope = (seconds[right] - seconds[left]) / (sizes[right] - sizes[left])
+        return seconds[left] + slope * (tokens - sizes[left])
+
+
+def pass_costs(decoder: Decoder) -> PassCosts:
+    """The decoder's costs; the first call takes a few passes of each size in SIZES."""
+    if decoder not in _measured:
+        _measured[decoder] = _measure(decoder)
+    return _measured[decoder]
+
+
+def _measure(decoder: Decoder) -> PassCosts:
+    decoder.pack()
+    backend = decoder.backend
+    cache = decoder.new_cache(_CONTEXT + SIZES[-1])
+    decoder.prefill([0] * _CONTEXT, cache, keep=0)
+
+    def timed(size: int) -> float:
+        window = torch.zeros(size, dtype=torch.long, device=backend.device)
+        backend.synchronize()
+        clock = time.perf_counter()
+        decoder(window, cache, keep=size).argmax(dim=-1).tolist()
+        return time.perf_counter() - clock
+
+    for size in SIZES:  # first passes pay for allocations, and on some devices for compilation
+        timed(size)
+    rounds: list[list[float]] = []
+    spent = 0.0
+    # Round by round, so that a disturbance does not fall on one size only.
+    while not rounds or (spent < _SECONDS * len(SIZES) and len(rounds) < 20):
+        rounds.append([timed(size) for size in SIZES])
+        spent += sum(rounds[-1])
+    seconds, least = {}, 0.0
+    for size, times in zip(SIZES, zip(*rounds, strict=True), strict=True):
+        least = max(least, min(times))  # more rows never cost less
+        seconds[size] = least
+    return PassCosts(seconds)

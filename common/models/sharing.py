@@ -1,0 +1,58 @@
+"""A second decoder over the tensors of a first: the same model with fewer layers, or in another precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from common.models.decoder import Decoder, DecoderLayer
+from common.quantization.linear import FullLinear, Linear
+
+
+def share(
+    decoder: Decoder, *, keep: Sequence[int] | None = None, convert: Callable[[Linear], Linear] | None = None
+) -> Decoder:
+    """A decoder of the layers `keep` (None: all), its layers' linear modules passed through `convert`.
+
+    No tensor is copied. Layers keep their index, so both decoders read and write the same places of a KV cache.
+    """
+
+    def converted(linear: Linear) -> Linear:
+        return linear if convert is None else convert(linear)
+
+    layers = [
+        DecoderLayer(
+            layer.index,
+            layer.attention,
+            layer.eps,
+            layer.backend,
+            input_norm=layer.input_norm,
+            qkv=converted(layer.qkv),
+            o=converted(layer.o),
+            post_norm=layer.post_norm,
+            gate_up=converted(layer.gate_up),
+            down=converted(layer.down),
+        )
+        for layer in decoder.layers
+        if keep is None or layer.index in keep
+    ]
+    return Decoder(
+        decoder.config,
+        decoder.backend,
+        embedding=decoder.embedding,
+        layers=layers,
+        norm=decoder.norm,
+        lm_head=decoder.lm_head,
+    )
+
+
+def unpacked_copy(decoder: Decoder) -> Decoder:
+    """A decoder that may be quantised while this unpacked full-precision one stays as it is.
+
+    lm_head is one module in both: a quantiser that changes it must put another in its place.
+    """
+    return share(decoder, convert=_same_weight)
+
+
+def _same_weight(linear: Linear) -> Linear:
+    assert isinstance(linear, FullLinear)
+    return FullLinear(linear.backend, linear.weight, linear.bias)
