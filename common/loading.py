@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import QuasarError
-from common.models.model import ASSETS, DEFAULT_MODEL, LoadOptions, Model, load_full
+from common.models.model import ASSETS, DEFAULT_MODEL, LoadOptions, Model, load_checkpoint
 from common.quantization import quantize_w8a8
 from common.quantization.calibration import read_texts
 from common.quantization.fidelity import Fidelity, FidelityProbe
@@ -25,19 +25,22 @@ def load(
     model: str = DEFAULT_MODEL,
     *,
     device: str = "auto",
-    precision: str = "full",
+    precision: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
     progress: bool = False,
 ) -> Model:
     """Loads a checkpoint folder, a shipped model (tiny-qwen3, tiny-openpangu), a hub name, or `dummy:SHAPE`.
 
-    precision "w8a8" calibrates on the built-in prompts and quantises; call `quantize` yourself to choose.
+    precision "auto" takes the checkpoint's own, full or w8a8. "w8a8" calibrates a full-precision checkpoint on the
+    built-in prompts and quantises it; call `quantize` yourself to choose. "full" refuses a quantised checkpoint.
     """
-    if precision not in PRECISIONS:
+    if precision not in ("auto", *PRECISIONS):
         raise QuasarError(f"--precision {precision} is unknown; use one of {', '.join(PRECISIONS)}")
-    loaded = load_full(model, LoadOptions(device, dtype, trust_remote_code, progress))
-    if precision == "w8a8":
+    loaded = load_checkpoint(model, LoadOptions(device, dtype, trust_remote_code, progress))
+    if precision == "full" and loaded.precision != "full":
+        raise QuasarError(f"{model} is quantised ({loaded.precision}); --precision full needs the model it was made of")
+    if precision == "w8a8" and loaded.precision == "full":
         quantize(loaded, progress=progress)
     return loaded
 

@@ -141,9 +141,14 @@ def load_model(args: argparse.Namespace, precision: str) -> Model:
     calibration, heldout = texts_or_default(args.calibration), texts_or_default(args.heldout)
     alpha = _alpha(args.alpha)
     model = load(
-        name, device=args.device, dtype=args.dtype, trust_remote_code=args.trust_remote_code, progress=progress
+        name,
+        device=args.device,
+        precision="auto" if precision == "w8a8" else precision,
+        dtype=args.dtype,
+        trust_remote_code=args.trust_remote_code,
+        progress=progress,
     )
-    if precision == "w8a8":
+    if precision == "w8a8" and model.precision == "full":  # others were quantised before they were saved
         quantize(model, calibration, heldout=heldout, alpha=alpha, force=args.force, progress=progress)
     return model
 

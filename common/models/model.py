@@ -12,10 +12,13 @@ import torch
 
 from common.backends import get_backend
 from common.errors import QuasarError
-from common.models.config import DTYPES, DUMMY_SHAPES, ModelConfig, read_config, read_json
+from common.models.config import DTYPES, DUMMY_SHAPES, ModelConfig, read_config
 from common.models.decoder import Decoder
-from common.models.loader import RandomTensors, SafetensorsFolder, build_decoder
+from common.models.loader import RandomTensors, build_decoder
+from common.quantization.checkpoints import open_checkpoint
+from common.quantization.checkpoints.folder import read_json
 from common.quantization.fidelity import Fidelity
+from common.quantization.linear import W8A8Linear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,8 +73,8 @@ class LoadOptions:
     progress: bool = False
 
 
-def load_full(name: str, options: LoadOptions) -> Model:
-    """A model in full precision. `name` is a folder, a shipped model, `dummy:SHAPE`, or a name on the hub."""
+def load_checkpoint(name: str, options: LoadOptions) -> Model:
+    """A model in the precision its checkpoint has. `name` is a folder, a shipped model, `dummy:SHAPE`, or a name on the hub."""
     backend = get_backend(options.device, _dtype(options.dtype))
     if name.startswith(DUMMY_PREFIX):
         config = dummy_config(name.removeprefix(DUMMY_PREFIX))
@@ -79,9 +82,10 @@ def load_full(name: str, options: LoadOptions) -> Model:
         return Model(name, decoder, None, frozenset())
     folder = find_checkpoint(name, options.trust_remote_code)
     config = read_config(folder)
-    decoder = build_decoder(config, SafetensorsFolder(folder), backend, options.progress)
+    decoder = build_decoder(config, open_checkpoint(folder), backend, options.progress)
     tokenizer = _load_tokenizer(folder, options.trust_remote_code)
-    return Model(name, decoder, tokenizer, _stop_ids(folder, tokenizer))
+    quantized = any(isinstance(linear, W8A8Linear) for linear in decoder.linears())
+    return Model(name, decoder, tokenizer, _stop_ids(folder, tokenizer), "w8a8" if quantized else "full")
 
 
 def dummy_config(shape: str) -> ModelConfig:

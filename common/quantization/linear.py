@@ -6,6 +6,8 @@ the op before it, which may fuse the quantisation.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +15,33 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.backends.base import ActivationQuant, Backend, Quantized
+from common.errors import QuasarError
+
+
+@dataclass(frozen=True)
+class FullWeights:
+    """A projection as a checkpoint holds it: weight [out, in], bias [out] or None, floating point."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class Int8Weights:
+    """A W8A8 projection as a checkpoint holds it: values int8 [out, in], scale float32 [out], bias [out] or None.
+
+    static_scale float32 [1] is None for dynamic activations. Static ones may be asymmetric: x8 = x / static_scale +
+    static_offset, rounded; what the offset adds to the products (offset * sum of a row of values) the bias takes off.
+    """
+
+    values: Tensor
+    scale: Tensor
+    bias: Tensor | None
+    static_scale: Tensor | None = None
+    static_offset: float = 0.0
+
+
+LinearWeights = FullWeights | Int8Weights
 
 
 class Linear(nn.Module):
@@ -55,11 +84,21 @@ class W8A8Linear(Linear):
         scale: Tensor,
         bias: Tensor | None = None,
         static_scale: Tensor | None = None,
+        static_offset: float = 0.0,
+        input_bias: Tensor | None = None,
     ) -> None:
-        """values int8 [out, in]; scale float32 [out]; bias [out]; static_scale float32 [1] or None."""
+        """values int8 [out, in]; scale float32 [out]; bias [out]; static_scale float32 [1] or None.
+
+        static_offset and input_bias [in], which is added to the input, come from checkpoints that others have smoothed
+        (see Int8Weights and AscendFolder.norm_bias). Backends need not know them: such a layer takes its input in
+        floating point and quantises it here.
+        """
         super().__init__()
-        self.backend = backend
-        self.activation_quant = ActivationQuant(static_scale)
+        self.backend, self.static_offset = backend, static_offset
+        self.static_scale = None if static_scale is None else static_scale.to(backend.device)
+        self.input_bias = None if input_bias is None else input_bias.to(backend.device, torch.float32)
+        plain = static_offset == 0 and input_bias is None
+        self.activation_quant = ActivationQuant(self.static_scale) if plain else None
         self.packed = backend.int8_weight(values, scale)
         self.bias = None if bias is None else bias.to(backend.device, torch.float32)
         self.nbytes = values.nbytes + scale.nbytes + (0 if self.bias is None else self.bias.nbytes)
@@ -67,13 +106,82 @@ class W8A8Linear(Linear):
     @classmethod
     def from_full(cls, linear: FullLinear) -> W8A8Linear:
         """Quantises an unpacked full-precision layer."""
-        values, scale = quantize_weight(linear.weight)
-        return cls(linear.backend, values, scale, linear.bias)
+        return cls.of(linear.backend, quantize_linear(linear))
+
+    @classmethod
+    def of(cls, backend: Backend, weights: Int8Weights) -> W8A8Linear:
+        """The layer that holds these weights."""
+        w = weights
+        return cls(backend, w.values, w.scale, w.bias, w.static_scale, w.static_offset)
 
     def forward(self, x: Tensor | Quantized) -> Tensor:
         if isinstance(x, Tensor):
-            x = self.backend.quantize(x, self.activation_quant)
+            x = self._quantize(x)
         return self.backend.int8_linear(x, self.packed, self.bias)
+
+    def _quantize(self, x: Tensor) -> Quantized:
+        if self.input_bias is not None:
+            x = (x.float() + self.input_bias).to(x.dtype)
+        if self.static_scale is None or self.static_offset == 0:
+            return self.backend.quantize(x, ActivationQuant(self.static_scale))
+        values = (x.float() / self.static_scale + self.static_offset).round().clamp(-128, 127).to(torch.int8)
+        return Quantized(values, self.static_scale)
+
+
+def fused_linear(
+    backend: Backend, names: Sequence[str], parts: Sequence[LinearWeights], input_bias: Tensor | None = None
+) -> Linear:
+    """One layer from projections `names` of the same input, fused along their outputs.
+
+    input_bias [in] is added to that input. Raises QuasarError where the parts do not have one precision: one product
+    cannot compute them, and vLLM and vLLM-Ascend refuse such checkpoints too.
+    """
+    full = [part for part in parts if isinstance(part, FullWeights)]
+    int8 = [part for part in parts if isinstance(part, Int8Weights)]
+    if full and int8:
+        kinds = ", ".join(
+            f"{name} {'W8A8' if isinstance(part, Int8Weights) else 'full precision'}"
+            for name, part in zip(names, parts, strict=True)
+        )
+        raise QuasarError(f"{kinds}: projections of one input must have the same precision")
+    biases = [
+        torch.zeros(_rows(part)) if part.bias is None else part.bias
+        for part in parts
+        if any(other.bias is not None for other in parts)
+    ]
+    bias = _concat(biases).to(backend.device) if biases else None
+    if full:
+        weight = _concat([part.weight for part in full]).to(backend.device)
+        if input_bias is not None:  # W (x + b) = W x + W b
+            moved = weight.float() @ input_bias.to(backend.device, torch.float32)
+            bias = moved if bias is None else bias.float() + moved
+        return FullLinear(backend, weight, bias)
+    statics = [part.static_scale for part in int8 if part.static_scale is not None]
+    offsets = {part.static_offset for part in int8}
+    if len(statics) not in (0, len(int8)) or len(offsets) > 1 or (offsets != {0} and not _equal(statics)):
+        raise QuasarError(f"{', '.join(names)}: projections of one input must quantise it the same way")
+    return W8A8Linear(
+        backend,
+        _concat([part.values for part in int8]),
+        _concat([part.scale for part in int8]).to(backend.device),
+        bias,
+        # Symmetric scales that differ: the largest clips nothing, and is what vLLM takes.
+        torch.stack(statics).amax(dim=0) if statics else None,
+        offsets.pop(),
+        input_bias,
+    )
+
+
+def _rows(part: LinearWeights) -> int:
+    return len(part.weight if isinstance(part, FullWeights) else part.values)
+
+
+def _concat(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _equal(scales: list[Tensor]) -> bool:
+    return all(torch.equal(scale, scales[0]) for scale in scales)
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,3 +190,9 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     peak = weight.abs().amax(dim=1)
     scale = torch.where(peak > 0, peak / 127, 1.0)
     return (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def quantize_linear(linear: FullLinear, static_scale: Tensor | None = None) -> Int8Weights:
+    """An unpacked full-precision layer in int8."""
+    values, scale = quantize_weight(linear.weight)
+    return Int8Weights(values, scale, linear.bias, static_scale)
