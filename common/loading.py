@@ -60,8 +60,7 @@ def quantize(
     migration strength, None searches it per layer. Raises QuasarError if the result is garbage, unless force.
     Returns None for a model without a tokenizer, which has no text to be measured on.
     """
-    if alpha is not None and not 0 <= alpha <= 1:
-        raise QuasarError(f"--alpha {alpha}: SmoothQuant's migration strength lies between 0 and 1; or say auto")
+    check_alpha(alpha)
     decoder = model.decoder
     if not all(isinstance(linear, FullLinear) and linear.packed is None for linear in decoder.linears()):
         raise QuasarError(f"{model.name} is already quantised or in use; load it again in full precision")
@@ -77,14 +76,25 @@ def quantize(
     model.precision = "w8a8"
     fidelity = probe.compare(decoder)
     log.info("W8A8 against full precision: %s", fidelity)
+    require_agreement(model.name, fidelity, force)
+    model.fidelity = fidelity
+    return fidelity
+
+
+def check_alpha(alpha: float | None) -> None:
+    """Raises QuasarError unless it is a migration strength, or None to search it."""
+    if alpha is not None and not 0 <= alpha <= 1:
+        raise QuasarError(f"--alpha {alpha}: SmoothQuant's migration strength lies between 0 and 1; or say auto")
+
+
+def require_agreement(name: str, fidelity: Fidelity, force: bool = False) -> None:
+    """Raises QuasarError if a quantised model measures as garbage, unless force."""
     # NaN compares false, so a model that broke is refused too.
     if not fidelity.top1_agreement >= MIN_AGREEMENT and not force:
         raise QuasarError(
-            f"{model.name} in W8A8 agrees with full precision on {fidelity.top1_agreement:.1%} of tokens, "
+            f"{name} in W8A8 agrees with full precision on {fidelity.top1_agreement:.1%} of tokens, "
             f"below {MIN_AGREEMENT:.0%}: unusable; try --alpha auto, other --calibration, or --force"
         )
-    model.fidelity = fidelity
-    return fidelity
 
 
 def texts_or_default(path: str | None) -> list[str] | None:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from common.backends.base import ActivationQuant, Backend, Quantized
 from common.errors import QuasarError
 
+_ROWS = 8192  # quantised at a time
+
 
 @dataclass(frozen=True)
 class FullWeights:
@@ -186,10 +188,15 @@ def _equal(scales: list[Tensor]) -> bool:
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """[out, in] -> int8 [out, in], float32 [out]: symmetric, scale = max|row| / 127 (1 for a row of zeros)."""
-    weight = weight.float()
-    peak = weight.abs().amax(dim=1)
+    # In blocks of rows: a whole lm_head in float32, several times over, would be the peak of everything's memory.
+    blocks = [_quantize_rows(rows.float()) for rows in weight.split(_ROWS)]
+    return _concat([values for values, _ in blocks]), _concat([scale for _, scale in blocks])
+
+
+def _quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    peak = rows.abs().amax(dim=1)
     scale = torch.where(peak > 0, peak / 127, 1.0)
-    return (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
+    return (rows / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 
 
 def quantize_linear(linear: FullLinear, static_scale: Tensor | None = None) -> Int8Weights:

@@ -8,9 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from common.errors import QuasarError
-from common.quantization.checkpoints.ascend import AscendFolder, find_description
-from common.quantization.checkpoints.compressed_tensors import CompressedTensorsFolder
+from common.quantization.checkpoints.ascend import AscendFolder, AscendWriter, find_description
+from common.quantization.checkpoints.compressed_tensors import CompressedTensorsFolder, CompressedTensorsWriter
 from common.quantization.checkpoints.folder import SafetensorsFolder, read_json
+
+WRITERS = {writer.format: writer for writer in (CompressedTensorsWriter, AscendWriter)}
 
 
 def open_checkpoint(folder: Path) -> SafetensorsFolder:

@@ -1,4 +1,4 @@
-"""A folder of safetensors: memory-mapped, every tensor checked against what the configuration says and accounted for."""
+"""A folder of safetensors: memory-mapped, every tensor checked against the configuration and accounted for."""
 
 from __future__ import annotations
 
