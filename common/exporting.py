@@ -345,9 +345,8 @@ class _Workspace:
         if needed > here + free:
             if not (self.folder / _STATE).exists():
                 self.discard()
-            raise QuasarError(
-                f"--output {self.output}: the disk has {free / 1e9:.1f} GB free; {(needed - here) / 1e9:.1f} GB are needed"
-            )
+            short = f"{free / 1e9:.1f} GB are free on the disk; {(needed - here) / 1e9:.1f} GB are needed"
+            raise QuasarError(f"--output {self.output}: {short}")
 
     def discard(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -13,8 +13,8 @@ from common.errors import QuasarError
 from common.exporting import LM_HEADS, SCHEMES, ExportSettings, quantize_checkpoint
 from common.loading import texts_or_default
 from common.models.model import LoadOptions
-from common.quantization.checkpoints import WRITERS
 from common.msmodelslim import quantize_with_msmodelslim
+from common.quantization.checkpoints import WRITERS
 
 ENGINES = ("quasar", "msmodelslim")
 

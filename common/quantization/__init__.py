@@ -6,9 +6,8 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
 import torch
+from tqdm import tqdm
 
 from common.quantization.calibration import SMOOTHED, InputStats, collect
 from common.quantization.linear import Int8Weights, W8A8Linear, quantize_linear

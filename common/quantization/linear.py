@@ -146,26 +146,30 @@ def fused_linear(
             for name, part in zip(names, parts, strict=True)
         )
         raise QuasarError(f"{kinds}: projections of one input must have the same precision")
-    biases = [
-        torch.zeros(_rows(part)) if part.bias is None else part.bias
-        for part in parts
-        if any(other.bias is not None for other in parts)
-    ]
-    bias = _concat(biases).to(backend.device) if biases else None
+
+    def on_device(tensors: Sequence[Tensor]) -> Tensor:
+        """Fused where they end up: the checkpoint's pages are read once and not copied on the host."""
+        moved = [tensor.to(backend.device) for tensor in tensors]
+        return moved[0] if len(moved) == 1 else torch.cat(moved)
+
+    bias = None
+    if any(part.bias is not None for part in parts):
+        bias = on_device([torch.zeros(_rows(part)) if part.bias is None else part.bias for part in parts])
     if full:
-        weight = _concat([part.weight for part in full]).to(backend.device)
+        weight = on_device([part.weight for part in full])
         if input_bias is not None:  # W (x + b) = W x + W b
             moved = weight.float() @ input_bias.to(backend.device, torch.float32)
             bias = moved if bias is None else bias.float() + moved
         return FullLinear(backend, weight, bias)
     statics = [part.static_scale for part in int8 if part.static_scale is not None]
     offsets = {part.static_offset for part in int8}
-    if len(statics) not in (0, len(int8)) or len(offsets) > 1 or (offsets != {0} and not _equal(statics)):
+    equal = all(torch.equal(scale, statics[0]) for scale in statics)
+    if len(statics) not in (0, len(int8)) or len(offsets) > 1 or (offsets != {0} and not equal):
         raise QuasarError(f"{', '.join(names)}: projections of one input must quantise it the same way")
     return W8A8Linear(
         backend,
-        _concat([part.values for part in int8]),
-        _concat([part.scale for part in int8]).to(backend.device),
+        on_device([part.values for part in int8]),
+        on_device([part.scale for part in int8]),
         bias,
         # Symmetric scales that differ: the largest clips nothing, and is what vLLM takes.
         torch.stack(statics).amax(dim=0) if statics else None,
@@ -178,19 +182,11 @@ def _rows(part: LinearWeights) -> int:
     return len(part.weight if isinstance(part, FullWeights) else part.values)
 
 
-def _concat(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _equal(scales: list[Tensor]) -> bool:
-    return all(torch.equal(scale, scales[0]) for scale in scales)
-
-
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """[out, in] -> int8 [out, in], float32 [out]: symmetric, scale = max|row| / 127 (1 for a row of zeros)."""
     # In blocks of rows: a whole lm_head in float32, several times over, would be the peak of everything's memory.
     blocks = [_quantize_rows(rows.float()) for rows in weight.split(_ROWS)]
-    return _concat([values for values, _ in blocks]), _concat([scale for _, scale in blocks])
+    return torch.cat([values for values, _ in blocks]), torch.cat([scale for _, scale in blocks])
 
 
 def _quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
