@@ -27,11 +27,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.backends.base import Backend
+from common.backends.reference import ReferenceBackend
 from common.errors import QuasarError
 from common.loading import CALIBRATION_TOKENS, check_alpha, require_agreement
 from common.models.config import ModelConfig, read_config
 from common.models.decoder import DecoderLayer, rope_tables
-from common.models.loader import PROJECTIONS, DecoderParts
+from common.models.loader import PROJECTIONS, DecoderParts, build_decoder
 from common.models.model import ASSETS, LoadOptions, find_checkpoint, load_tokenizer
 from common.quantization import SEARCH_ROWS, quantize_layer, static_scale
 from common.quantization.calibration import observing, read_texts
@@ -91,6 +92,8 @@ def quantize_checkpoint(
     config, source, backend = read_config(folder), open_checkpoint(folder), options.backend()
     if source.format != SafetensorsFolder.format:
         raise QuasarError(f"{model} is already quantised ({source.format}); quantise the model it was made of")
+    # Shapes and names now rather than after hours: no weight is read on the meta device.
+    build_decoder(config, source, ReferenceBackend("meta", config.dtype))
     tokenizer = load_tokenizer(folder, options.trust_remote_code)
     limit = min(CALIBRATION_TOKENS, config.max_position_embeddings)
     calibration_texts = calibration or read_texts(ASSETS / "calibration.jsonl")
@@ -186,7 +189,6 @@ class _Export:
     def _head(self, embedding: Tensor, hidden: list[Tensor]) -> Fidelity:
         c = self.config
         norm, linear = self.parts.head(embedding)
-        self.source.finish()
         calibrated, full, quantized = ([self._normed(x, norm) for x in xs] for xs in self._streams(hidden))
         tensors = {"model.norm.weight": norm.to(c.dtype)}
         changed = linear
