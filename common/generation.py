@@ -96,6 +96,7 @@ class Result:
     text: str = ""
     prompt_tokens: int = 0
     finish_reason: str = "length"
+    accept_lengths: list[int] = field(default_factory=list)  # tokens committed by each verification pass
     stats: GenerationStats = field(default_factory=GenerationStats)
 
 
@@ -178,6 +179,7 @@ class Generation:
                     stats.draft_weight_bytes = drafter.weight_bytes - before[1]
                 last = tokens[-1]
                 done += len(tokens)
+                self._result.accept_lengths.append(len(tokens))
                 stats.passes, stats.drafted, stats.accepted = verifier.passes, speculator.drafted, speculator.accepted
                 stats.seconds_draft = speculator.seconds_draft
                 stats.seconds_decode += time.perf_counter() - clock

@@ -99,9 +99,7 @@ class _Packed:
         source = _pointer(weight, dtype, self.n * self.k)
         blocks, steps = -(-self.n // _BLOCK), -(-self.k // k_step)
         # [blocks, steps, 32, k_step] in the layouts of csrc/pack.c; the address must not change from here on
-        self.tensor = torch.empty(
-            blocks * steps * _BLOCK * k_step, dtype=torch.uint8 if dtype is _int8 else dtype
-        )
+        self.tensor = torch.empty(blocks * steps * _BLOCK * k_step, dtype=torch.uint8 if dtype is _int8 else dtype)
         self._pointer = self.tensor.data_ptr()
         _kernels.pack(self.bits, source, self._pointer, self.n, self.k)
         self.bias = None if bias is None else bias.to(_float32).contiguous().clone()
@@ -164,9 +162,7 @@ def int8_accumulate(x: Tensor, weight: PackedInt8) -> Tensor:
     """The exact sums `x @ weight.T` alone: int8 [m, k] -> int32 [m, n]."""
     m, n, k = x.shape[0], weight.n, weight.k
     out = torch.empty(m, n, dtype=torch.int32)
-    _kernels.int8_linear(
-        _pointer(x, _int8, m * k), 0, weight._pointer, 0, 0, 0, out.data_ptr(), m, n, k, _threads()
-    )
+    _kernels.int8_linear(_pointer(x, _int8, m * k), 0, weight._pointer, 0, 0, 0, out.data_ptr(), m, n, k, _threads())
     return out
 
 
@@ -200,9 +196,7 @@ def quantize_per_token(x: Tensor, out: Quantized | None = None) -> Quantized:
     return q, scale
 
 
-def add_rms_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Tensor | None = None
-) -> Tensor:
+def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
     """Adds `residual` to `x` IN PLACE (unless None), returns `x * rsqrt(mean(x^2) + eps) * weight`.
 
     x, residual: float32 [m, k], weight: float32 [k]; returns float32 [m, k] (`out` if given).
@@ -235,9 +229,7 @@ def swiglu(gate_up: Tensor, out: Tensor | None = None) -> Tensor:
     m, k = gate_up.shape[0], gate_up.shape[1] // 2
     if out is None:
         out = torch.empty(m, k)
-    _kernels.swiglu(
-        _pointer(gate_up, _float32, 2 * m * k), _pointer(out, _float32, m * k), 0, 0, m, k, _threads()
-    )
+    _kernels.swiglu(_pointer(gate_up, _float32, 2 * m * k), _pointer(out, _float32, m * k), 0, 0, m, k, _threads())
     return out
 
 
