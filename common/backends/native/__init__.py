@@ -7,6 +7,10 @@ except the integer ones.
 
 Weights are packed once (`PackedInt8`, `PackedBf16`, `PackedFloat32`). Tensors are contiguous and on CPU; a
 wrong dtype, layout or shape raises `ValueError`, since the C side sees addresses only.
+
+On a machine with other work, GNU OpenMP's habit of spinning for milliseconds makes a call wait for a
+scheduler slice: set `GOMP_SPINCOUNT=1000` in the environment before torch is imported. Measured, beside one
+busy process on two cores: a pass of 61 ms instead of 1.8 s; on the quiet machine 14.8 against 15.6.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ static const struct kernels *isa = &kernels_plain;
 static int supported(const struct kernels *k)
 {
 #if defined(__x86_64__)
-    unsigned a = 0, b = 0, c = 0, d = 0;
+    unsigned a, b, c, d;
     __builtin_cpu_init();
     int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (k == &kernels_avx512)

@@ -4,7 +4,6 @@
 
 #include <float.h>
 
-
 /* x / scale without the division: one step of correction after multiplying by the rounded reciprocal gives the
  * correctly rounded quotient (Markstein 1990) where multiply-add is fused. */
 INLINE vf divide(vf x, vf scale, vf reciprocal)
