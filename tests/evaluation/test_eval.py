@@ -117,7 +117,9 @@ def test_a_later_turn_sees_the_earlier_answer(shipped, questions):
     assert len(encode_turns(model, ["x " * 9000], [], 100)) == model.config.max_position_embeddings - 100
 
 
-@pytest.mark.parametrize("line", ["[]", "{", '{"question_id": 1, "category": "a"}', '{"category": "a", "turns": ["x"]}'])
+@pytest.mark.parametrize(
+    "line", ["[]", "{", '{"question_id": 1, "category": "a"}', '{"category": "a", "turns": ["x"]}']
+)
 def test_what_is_no_question(tmp_path, line):
     path = tmp_path / "q.jsonl"
     path.write_text(line + "\n")
