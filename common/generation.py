@@ -155,7 +155,7 @@ class Generation:
         verifier = Verifier(decoder, cache, acceptance)
         if settings.lossless:
             drafter: Drafter | None = cascade(model, settings, cache.capacity)
-            window: Window = AdaptiveWindow(pass_costs(decoder), drafts_are_free=False, acceptance=0.9)
+            window: Window = adaptive_window(decoder, drafter, acceptance=0.9, probe=8)
         else:
             drafter = new_drafter(settings.draft, DraftTarget(model, cache, sampling))
             window = new_window(settings, decoder, drafter)
@@ -213,7 +213,15 @@ def new_window(settings: GenerationSettings, decoder: Decoder, drafter: Drafter 
     """Of the settings' gamma; None adapts."""
     if drafter is None or settings.gamma is not None:
         return FixedWindow(settings.gamma or 0)
-    return AdaptiveWindow(pass_costs(decoder), drafts_are_free=not drafter.takes_passes)
+    return adaptive_window(decoder, drafter)
+
+
+def adaptive_window(decoder: Decoder, drafter: Drafter, **options: Any) -> AdaptiveWindow:
+    """With the costs of both on this device; options as AdaptiveWindow takes them."""
+    seconds = drafter.seconds_per_token()
+    return AdaptiveWindow(
+        pass_costs(decoder), drafts_are_free=not drafter.takes_passes, draft_seconds=seconds, **options
+    )
 
 
 def generate(
