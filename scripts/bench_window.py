@@ -20,7 +20,7 @@ GAMMAS = (1, 2, 3, 5, 8, 15)
 
 
 class AlwaysWrong(Drafter):
-    """Drafts what the model will certainly not say: `last + 1` once is no proof, but a scan of its output is."""
+    """Drafts a token that plain decoding was seen not to say anywhere."""
 
     unsaid = 0
 
