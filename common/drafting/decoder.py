@@ -10,6 +10,7 @@ from torch import Tensor
 
 from common.backends.base import KVCache
 from common.drafting.base import Draft, Drafter
+from common.drafting.costs import pass_costs
 from common.models.decoder import PREFILL_CHUNK, Decoder
 from common.verification.sampling import Sampling, sample_inverse_cdf, target_distribution
 
@@ -52,6 +53,9 @@ class DecoderDrafter(Drafter):
             tokens.append(token)
             behind = [token]
         return Draft(tokens, torch.cat(probs) if probs else None)
+
+    def seconds_per_token(self) -> float:
+        return pass_costs(self._decoder)(1)
 
     def _run(self, ids: Sequence[int], keep: int) -> Tensor:
         passes = -(-len(ids) // PREFILL_CHUNK)

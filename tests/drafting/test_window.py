@@ -74,7 +74,8 @@ def test_the_choice_is_near_the_best_in_hindsight(acceptance):
 
 
 def test_a_drafter_as_slow_as_the_target_is_not_used():
-    chosen = settle(AdaptiveWindow(flat, drafts_are_free=False), 0.8, seconds=1.0)
+    window = AdaptiveWindow(flat, drafts_are_free=False, draft_seconds=1.0)
+    chosen = settle(window, 0.8, seconds=1.0)
     assert sum(map(bool, chosen)) <= len(chosen) // 50
 
 
@@ -93,6 +94,22 @@ def test_the_cooldown_doubles_and_ends_when_drafts_pay():
     for _ in range(30):
         window.observe(1, 1, 0.01)
     assert window.gamma() > 1
+
+
+def test_one_interruption_does_not_close_the_window():
+    window = AdaptiveWindow(memory_bound, drafts_are_free=False, draft_seconds=0.01, acceptance=0.9)
+    before = window.gamma()
+    window.observe(before, before, 50.0 * before)
+    assert window.gamma() >= before
+    for _ in range(4):
+        window.observe(before, before, 50.0 * before)
+    assert window.gamma() == 0
+
+
+def test_a_probe_may_be_a_whole_block():
+    window = AdaptiveWindow(flat, drafts_are_free=False, draft_seconds=5.0, probe=8)
+    chosen = [window.gamma() for _ in range(100)]
+    assert chosen.index(8) == 64 and set(chosen) == {0, 8}
 
 
 def test_a_fixed_window_stays():
