@@ -1,1 +1,0 @@
-"""The two small trained models that ship with Quasar, and the texts to calibrate and measure them on."""
