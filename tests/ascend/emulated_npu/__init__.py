@@ -5,8 +5,8 @@ streams, graphs API, storage formats and copies. What is emulated:
 
 - the ACL runtime below it, over host memory (``host_runtime.c``);
 - ordinary aten operators, on CPU tensors that alias the device's memory (``device.py``);
-- the ``npu`` operators we call, one function each in ``ops/``: first the package's own Meta kernel must accept
-  the call, then the documented constraints are checked, then plain PyTorch computes the documented formula;
+- the ``npu`` operators we call, one function each in ``ops/``: first the package's own Meta kernel must
+  accept the call, then the documented constraints are checked, then plain PyTorch computes the formula;
 - NPU graphs, as a list of launches that a replay runs again on the same addresses (``graphs.py``).
 
 Every kernel launch, copy and host wait is counted (``counts.py``). A call that the hardware's documentation
@@ -30,8 +30,8 @@ import os
 # Importing torch would otherwise load torch_npu at once, before there is a runtime for it.
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
-from emulated_npu.counts import Counts, counting  # noqa: E402
-from emulated_npu.limits import NotEmulated, Refused, soc_as, soc_name  # noqa: E402
-from emulated_npu.toolchain import install, unavailable  # noqa: E402
+from emulated_npu.counts import Counts, counting
+from emulated_npu.limits import NotEmulated, Refused, soc_as, soc_name
+from emulated_npu.toolchain import install, unavailable
 
 __all__ = ["Counts", "NotEmulated", "Refused", "counting", "install", "soc_as", "soc_name", "unavailable"]

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from emulated_npu import counts, graphs
 from emulated_npu.graphs import Launch
-from emulated_npu.limits import NotEmulated, Refused, is_fractal, is_inference_card, need, soc_name
+from emulated_npu.limits import NotEmulated, is_fractal, is_inference_card, need, soc_name
 from emulated_npu.memory import device_copy, host_view
 from emulated_npu.ops import OPERATORS, OUT_OVERLOADS, Operator
 
@@ -17,13 +17,33 @@ aten = torch.ops.aten
 
 # torch_npu's C++ allocates and inspects for real; none of these starts a kernel.
 _NATIVE = {
-    aten.empty, aten.empty_strided, aten.empty_like, aten.new_empty, aten.new_empty_strided, aten.set_,
-    aten.resize_, aten._resize_output_, aten.record_stream, aten.is_pinned, aten._pin_memory, aten.pin_memory,
-    aten._has_compatible_shallow_copy_type, aten.is_same_size, aten.lift,
+    aten.empty,
+    aten.empty_strided,
+    aten.empty_like,
+    aten.new_empty,
+    aten.new_empty_strided,
+    aten.set_,
+    aten.resize_,
+    aten._resize_output_,
+    aten.record_stream,
+    aten.is_pinned,
+    aten._pin_memory,
+    aten.pin_memory,
+    aten._has_compatible_shallow_copy_type,
+    aten.is_same_size,
+    aten.lift,
 }
 _NATIVE_NPU = {"get_npu_format", "get_storage_size", "empty_with_format", "unsafe_empty_with_format"}
 _MATRIX_PRODUCTS = {
-    aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten.matmul, aten.linear, aten.mv, aten.addmv, aten.dot,
+    aten.mm,
+    aten.bmm,
+    aten.addmm,
+    aten.baddbmm,
+    aten.matmul,
+    aten.linear,
+    aten.mv,
+    aten.addmv,
+    aten.dot,
     aten._int_mm,
 }
 # A weight in FRACTAL_NZ may be looked at this way; any other view or kernel would read scrambled elements.
@@ -54,7 +74,7 @@ class EmulatedDevice(TorchDispatchMode):
         if func.namespace == "npu":
             if packet.__name__ in _NATIVE_NPU:
                 return func(*args, **kwargs)
-            operator = OUT_OVERLOADS.get(func.__name__) if func._overloadname == "out" else OPERATORS.get(packet.__name__)
+            operator = OUT_OVERLOADS.get(func.__name__) or OPERATORS.get(packet.__name__)
             if operator is None:
                 raise NotEmulated(f"{func} is not emulated")
             return _run_npu(func, operator, args, kwargs, tensors)
@@ -112,7 +132,9 @@ def _check_aten(func: Any, tensors: list[torch.Tensor]) -> None:
         # A 0-dim CPU tensor travels as a scalar argument; any other would be a host pointer in a kernel.
         need(tensor.device.type == "npu" or tensor.dim() == 0, f"{func}: a CPU tensor beside npu tensors")
         need(tensor.dtype != torch.float64 or tensor.dim() == 0, f"{func}: the NPU has no float64")
-        need(tensor.dtype != torch.bfloat16 or not is_inference_card(), f"{func}: {soc_name()} has no bfloat16")
+        need(
+            tensor.dtype != torch.bfloat16 or not is_inference_card(), f"{func}: {soc_name()} has no bfloat16"
+        )
     product = func.overloadpacket in _MATRIX_PRODUCTS
     for tensor in tensors:
         if product:
@@ -191,8 +213,14 @@ def _on_device(leaf: Any) -> bool:
 
 
 def _to_copy(
-    func: Any, source: torch.Tensor, *, device: Any = None, dtype: torch.dtype | None = None,
-    layout: Any = None, pin_memory: bool | None = None, non_blocking: bool = False,
+    func: Any,
+    source: torch.Tensor,
+    *,
+    device: Any = None,
+    dtype: torch.dtype | None = None,
+    layout: Any = None,
+    pin_memory: bool | None = None,
+    non_blocking: bool = False,
     memory_format: torch.memory_format = torch.preserve_format,
 ) -> torch.Tensor:
     dtype = dtype or source.dtype
@@ -212,11 +240,12 @@ def _copy_into(
         return _run_aten(func, (target, source), {}, [target, source])
     to_host = target.device.type == "cpu"
     need(not graphs.capturing(), "a copy between host and device, during graph capture")
-    fractal = to_host and is_fractal(host_view(source))
-    if fractal or source.dtype != target.dtype or source.size() != target.size() or not source.is_contiguous():
+    scrambled = to_host and is_fractal(host_view(source))
+    ready = source.is_contiguous() and source.size() == target.size() and source.dtype == target.dtype
+    if scrambled or not ready:
         # Only bytes cross; converting and gathering happen where the data is.
-        ready = source.to(target.dtype).expand(target.size()).contiguous()
-        source = launch("aten._to_copy", _densify, (source, target.dtype, target.size()), {}) if to_host else ready
+        call = (source, target.dtype, target.size())
+        source = launch("aten._to_copy", _densify, call, {}) if to_host else _densify(*call)
     if not target.is_contiguous():
         staged = torch.empty(target.size(), dtype=target.dtype, device=target.device)
         _copy_into(func, staged, source, non_blocking)
@@ -252,9 +281,7 @@ def bind(func: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
     return bound
 
 
-def _run_npu(
-    func: Any, operator: Operator, args: tuple, kwargs: dict, tensors: list[torch.Tensor]
-) -> Any:
+def _run_npu(func: Any, operator: Operator, args: tuple, kwargs: dict, tensors: list[torch.Tensor]) -> Any:
     name = func.overloadpacket.__name__
     bound = bind(func, args, kwargs)
     for key, value in bound.items():
@@ -271,7 +298,7 @@ def _run_npu(
             strided += 1
     if graphs.updating():
         graphs.update_arguments(tree_map(lambda leaf: host_view(leaf) if _on_device(leaf) else leaf, bound))
-        return bound["out"] if "out" in bound else None
+        return bound.get("out")
     if operator.allocates:
         return operator.function(**bound)
     for _ in range(strided):
@@ -298,6 +325,3 @@ def _check_results(name: str, results: Any, expected: Any) -> None:
                 f"{name}: emulated {tuple(result.shape)} {result.dtype}, "
                 f"Meta kernel {tuple(promise.shape)} {promise.dtype}"
             )
-
-
-__all__ = ["EmulatedDevice", "Refused", "bind", "launch"]

@@ -32,8 +32,11 @@ class Launch:
 
     def run(self) -> None:
         """Compute again from what the inputs hold now, into the addresses of the first time."""
-        results = [leaf for leaf in tree_flatten(self.call(*self.args, **self.kwargs))[0]
-                   if isinstance(leaf, torch.Tensor)]
+        results = [
+            leaf
+            for leaf in tree_flatten(self.call(*self.args, **self.kwargs))[0]
+            if isinstance(leaf, torch.Tensor)
+        ]
         for result, target in zip(results, self.targets, strict=True):
             if target is not None:
                 target.copy_(result)
@@ -102,7 +105,10 @@ def patch_torch_npu() -> None:
 
     graph_class = real.NPUGraph
     begin, end, replay, reset, update = (
-        graph_class.capture_begin, graph_class.capture_end, graph_class.replay, graph_class.reset,
+        graph_class.capture_begin,
+        graph_class.capture_end,
+        graph_class.replay,
+        graph_class.reset,
         graph_class.update,
     )
 

@@ -160,7 +160,8 @@ API int aclmdlRICaptureTaskUpdateEnd(void *stream) { return OK; }
 
 #define IGNORED(name) API int name(void) { return OK; }
 IGNORED(aclInit) IGNORED(aclFinalize) IGNORED(aclAppLog)
-IGNORED(aclSetCompileopt) IGNORED(aclrtCtxSetSysParamOpt) IGNORED(aclrtSetDeviceSatMode) IGNORED(aclrtSetOpExecuteTimeOut)
+IGNORED(aclSetCompileopt) IGNORED(aclrtCtxSetSysParamOpt) IGNORED(aclrtSetDeviceSatMode) IGNORED(aclrtSetStreamOverflowSwitch)
+ IGNORED(aclrtSetOpExecuteTimeOut)
 IGNORED(aclrtSetDevice) IGNORED(aclrtResetDevice) IGNORED(aclrtSetCurrentContext)
 IGNORED(aclrtStreamWaitEvent) IGNORED(aclrtResetEvent) IGNORED(aclrtProcessReport)
 IGNORED(aclmdlInitDump) IGNORED(aclmdlSetDump) IGNORED(aclmdlFinalizeDump)

@@ -1,8 +1,8 @@
 """Compile the host-memory ACL runtime, load it, and switch the emulation on.
 
-torch_npu needs six CANN libraries by name. One holds the symbols; the others are empty and depend on it. Each
-carries its SONAME, so once they are loaded from here the dynamic linker finds them for torch_npu wherever they
-lie: no LD_LIBRARY_PATH, and so no second process.
+torch_npu needs six CANN libraries by name. One holds the symbols; the others are empty and depend on it.
+Each carries its SONAME, so once they are loaded from here the dynamic linker finds them for torch_npu
+wherever they lie: no LD_LIBRARY_PATH, and so no second process.
 
 Environment: ``QUASAR_ASCEND_SOC`` names the chip (default ``Ascend910B2``; ``Ascend310P3`` is an inference
 card), ``CC`` the compiler. ``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` must be set before torch is imported.
@@ -36,7 +36,9 @@ def unavailable() -> str | None:
     if sys.platform != "linux":
         return "torch_npu is built for Linux only"
     if importlib.util.find_spec("torch_npu") is None:
-        return "torch_npu is not installed here (bash scripts/test_ascend.sh makes the environment that has it)"
+        return (
+            "torch_npu is not installed here (bash scripts/test_ascend.sh makes the environment that has it)"
+        )
     if compiler() is None:
         return "no C compiler (install gcc, or name one in CC)"
     return None

@@ -14,7 +14,12 @@ from emulated_npu.ops.attention import (
 )
 from emulated_npu.ops.norms import npu_add_rms_norm, npu_add_rms_norm_dynamic_quant, npu_rms_norm
 from emulated_npu.ops.operator import Operator
-from emulated_npu.ops.quantised import npu_dynamic_quant, npu_quant_matmul, npu_quantize, npu_trans_quant_param
+from emulated_npu.ops.quantised import (
+    npu_dynamic_quant,
+    npu_quant_matmul,
+    npu_quantize,
+    npu_trans_quant_param,
+)
 from emulated_npu.ops.rope import npu_apply_rotary_pos_emb, npu_rotary_mul
 from emulated_npu.ops.storage import npu_format_cast, npu_scatter_nd_update_
 
@@ -39,7 +44,8 @@ OPERATORS = {
         fused_infer_attention_output, meta=False, allocates=True
     ),
     "npu_fusion_attention_v3": Operator(
-        npu_fusion_attention_v3, strided=("query", "key", "value", "atten_mask"),
+        npu_fusion_attention_v3,
+        strided=("query", "key", "value", "atten_mask"),
         host=("actual_seq_qlen", "actual_seq_kvlen"),
     ),
     "npu_scatter_nd_update_": Operator(npu_scatter_nd_update_, strided=("input", "indices", "updates")),

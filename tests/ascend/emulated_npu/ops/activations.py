@@ -27,8 +27,13 @@ def npu_swiglu_quant(
     need_training_card("npu_swiglu_quant")
     need_dtype("x", x, torch.float32, torch.float16, torch.bfloat16)
     need(x.dim() > 1 and x.shape[-1] % 2 == 0, "x needs two dimensions and an even last one")
-    need(x.shape[-1] <= 8192, f"last dimension {x.shape[-1]} exceeds 8192 (npu_dequant_swiglu_quant has no limit)")
-    need_emulated(quant_mode == 1 and group_index is None and offsets is None, "only per-token, without groups")
+    need(
+        x.shape[-1] <= 8192,
+        f"last dimension {x.shape[-1]} exceeds 8192 (npu_dequant_swiglu_quant has no limit)",
+    )
+    need_emulated(
+        quant_mode == 1 and group_index is None and offsets is None, "only per-token, without groups"
+    )
     need_dtype("smooth_scales", smooth_scales, torch.float32)
     need_shape("smooth_scales", smooth_scales, (1, x.shape[-1] // 2), (1,))
     out = _swiglu(x, activate_left)
@@ -36,10 +41,24 @@ def npu_swiglu_quant(
 
 
 def npu_dequant_swiglu_quant(
-    x, weight_scale, activation_scale, bias, quant_scale, quant_offset, group_index, activate_left, quant_mode,
-    dst_type, round_mode, activate_dim, swiglu_mode, clamp_limit, glu_alpha, glu_bias,
+    x,
+    weight_scale,
+    activation_scale,
+    bias,
+    quant_scale,
+    quant_offset,
+    group_index,
+    activate_left,
+    quant_mode,
+    dst_type,
+    round_mode,
+    activate_dim,
+    swiglu_mode,
+    clamp_limit,
+    glu_alpha,
+    glu_bias,
 ):
-    """[tokens, 2h] in fp16/bf16, or the int32 of npu_quant_matmul with its scales -> int8 [tokens, h], [tokens].
+    """fp16/bf16 [tokens, 2h], or npu_quant_matmul's int32 and its scales -> int8 [tokens, h], [tokens].
 
     ``activate_left=True`` puts silu on the first half (the default is the second), ``quant_mode=1`` is
     per-token (the default is static).

@@ -2,15 +2,21 @@
 
 import torch
 
-from emulated_npu.limits import need, need_dtype, need_emulated, need_same_dtype, need_shape, need_training_card
+from emulated_npu.limits import (
+    need,
+    need_dtype,
+    need_emulated,
+    need_same_dtype,
+    need_shape,
+    need_training_card,
+)
 
 OPTIMISED_MASK = 2048  # side of the one mask that sparse modes 2, 3 and 4 take
-UNLIMITED = 2147483647
-_triangles: set[tuple[int, int]] = set()
+_TRIANGLE = torch.ones(OPTIMISED_MASK, OPTIMISED_MASK, dtype=torch.bool).triu(1)
 
 
 def _attend(query, key, value, scale, masked):
-    """One sequence, float32 inside: q [N, q, D], k and v [kv heads, kv, D], masked bool [.., q, kv] -> [N, q, D].
+    """One sequence, float32 inside: q [N, q, D], k, v [kv heads, kv, D], masked [.., q, kv] -> [N, q, D].
 
     A row with every position masked gives zeros.
     """
@@ -36,24 +42,42 @@ def _lengths(name: str, given, batch: int, limit: int) -> list[int]:
 def _check_optimised_mask(mask) -> None:
     """Sparse modes 2 to 4 want the fixed 2048 x 2048 upper triangle (True above the diagonal)."""
     need(mask is not None, "this sparse_mode needs atten_mask")
-    need(mask.dim() in (2, 3, 4) and mask.numel() == OPTIMISED_MASK**2 and mask.shape[-1] == OPTIMISED_MASK,
-         f"this sparse_mode wants a 2048 x 2048 mask, not {tuple(mask.shape)}")
-    seen = (mask.data_ptr(), mask._version)
-    if seen not in _triangles:  # four million elements: looked at once per mask, not once per layer
-        square = mask.reshape(OPTIMISED_MASK, OPTIMISED_MASK).bool()
-        need(bool((square == torch.ones_like(square).triu(1)).all()), "the mask must be the upper triangle")
-        _triangles.add(seen)
+    need(
+        mask.dim() in (2, 3, 4) and mask.numel() == OPTIMISED_MASK**2 and mask.shape[-1] == OPTIMISED_MASK,
+        f"this sparse_mode wants a 2048 x 2048 mask, not {tuple(mask.shape)}",
+    )
+    need(
+        torch.equal(mask.reshape(OPTIMISED_MASK, OPTIMISED_MASK).bool(), _TRIANGLE),
+        "the mask must be the upper triangle",
+    )
 
 
 def _causal(q: int, kv: int, *, bottom_right: bool) -> torch.Tensor:
-    """True where a query may not look: right of the diagonal that ends in the bottom right (or starts top left)."""
+    """True where a query may not look: right of the diagonal from the top left or to the bottom right."""
     return torch.ones(q, kv, dtype=torch.bool).triu(1 + (kv - q if bottom_right else 0))
 
 
 def fused_infer_attention(
-    query, key, value, num_heads, scale, input_layout, num_key_value_heads, sparse_mode, atten_mask,
-    actual_seq_lengths, actual_seq_lengths_kv, pre_tokens, next_tokens, inner_precise, softmax_lse_flag,
-    block_size, antiquant_mode, key_antiquant_mode, value_antiquant_mode, **others,
+    query,
+    key,
+    value,
+    num_heads,
+    scale,
+    input_layout,
+    num_key_value_heads,
+    sparse_mode,
+    atten_mask,
+    actual_seq_lengths,
+    actual_seq_lengths_kv,
+    pre_tokens,
+    next_tokens,
+    inner_precise,
+    softmax_lse_flag,
+    block_size,
+    antiquant_mode,
+    key_antiquant_mode,
+    value_antiquant_mode,
+    **others,
 ):
     """softmax(scale * q k^T, masked) v for a prompt or a window -> (output laid out as query, empty float32).
 
@@ -69,15 +93,28 @@ def fused_infer_attention(
     need_dtype("atten_mask", atten_mask, torch.bool, torch.int8, torch.uint8)
     need(key.shape == value.shape, "key and value must have one shape")
     kv_heads = num_key_value_heads or num_heads
-    need(num_heads % kv_heads == 0 and num_heads // kv_heads <= 64, "query heads per kv head: a whole number <= 64")
+    need(
+        num_heads % kv_heads == 0 and num_heads // kv_heads <= 64,
+        "query heads per kv head: a whole number <= 64",
+    )
     need(num_heads <= 256, "at most 256 heads")
     if input_layout == "TND":
         return _variable_length(
-            query, key, value, num_heads, kv_heads, scale, sparse_mode, atten_mask, actual_seq_lengths,
+            query,
+            key,
+            value,
+            num_heads,
+            kv_heads,
+            scale,
+            sparse_mode,
+            atten_mask,
+            actual_seq_lengths,
             actual_seq_lengths_kv,
         )
-    q, k, v = (_to_bnsd(t, heads, input_layout) for t, heads in
-               ((query, num_heads), (key, kv_heads), (value, kv_heads)))
+    q, k, v = (
+        _to_bnsd(t, heads, input_layout)
+        for t, heads in ((query, num_heads), (key, kv_heads), (value, kv_heads))
+    )
     batch, _, q_length, head = q.shape
     kv_length = k.shape[2]
     need(k.shape[0] == batch and k.shape[3] == head, "query and key differ in batch or head size")
@@ -105,7 +142,9 @@ def fused_infer_attention(
         else:
             masked = None if atten_mask is None else atten_mask[row, 0, :rows, :columns]
         if columns:
-            out[row, :, :rows] = _attend(q[row, :, :rows], k[row, :, :columns], v[row, :, :columns], scale, masked)
+            out[row, :, :rows] = _attend(
+                q[row, :, :rows], k[row, :, :columns], v[row, :, :columns], scale, masked
+            )
     result = _from_bnsd(out, input_layout).to(query.dtype)
     return result, torch.empty(0)
 
@@ -135,7 +174,10 @@ def _full_mask(mask, batch: int, q: int, kv: int):
     if mask is None:
         return None
     allowed = {(1, q, kv), (batch, 1, q, kv), (1, 1, q, kv), (q, kv) if q > 1 else (batch, kv)}
-    need(tuple(mask.shape) in allowed, f"atten_mask has shape {tuple(mask.shape)}, not one of {sorted(allowed)}")
+    need(
+        tuple(mask.shape) in allowed,
+        f"atten_mask has shape {tuple(mask.shape)}, not one of {sorted(allowed)}",
+    )
     if mask.dim() == 2 and q == 1:
         mask = mask.view(batch, 1, 1, kv)
     return mask.bool().expand(batch, 1, q, kv)
@@ -143,12 +185,17 @@ def _full_mask(mask, batch: int, q: int, kv: int):
 
 def _variable_length(q, k, v, heads, kv_heads, scale, sparse_mode, mask, q_ends, kv_ends):
     """TND: sequences one after another, each addressed by the cumulated length where it ends."""
-    need(q.dim() == 3 and q.shape[1] == heads and k.shape[1] == kv_heads, "TND wants [tokens, heads, head size]")
+    need(
+        q.dim() == 3 and q.shape[1] == heads and k.shape[1] == kv_heads,
+        "TND wants [tokens, heads, head size]",
+    )
     need(q.shape[-1] in (128, 192), f"TND takes head size 128 or 192, not {q.shape[-1]}")
     need(q_ends is not None and kv_ends is not None, "TND needs both actual_seq_lengths, cumulated")
     q_ends, kv_ends = list(q_ends), list(kv_ends)
-    need(len(q_ends) == len(kv_ends) and sorted(q_ends) == q_ends and sorted(kv_ends) == kv_ends,
-         "actual_seq_lengths must be cumulated, one entry per sequence")
+    need(
+        len(q_ends) == len(kv_ends) and sorted(q_ends) == q_ends and sorted(kv_ends) == kv_ends,
+        "actual_seq_lengths must be cumulated, one entry per sequence",
+    )
     need(q_ends[-1] <= q.shape[0] and kv_ends[-1] <= k.shape[0], "actual_seq_lengths exceed the tokens given")
     need_emulated(sparse_mode in (0, 3), "TND with sparse_mode 0 or 3")
     if sparse_mode == 3:
@@ -182,28 +229,56 @@ def fused_infer_attention_workspace(**arguments):
 
 
 def fused_infer_attention_output(
-    query, value, input_layout, quant_scale2, block_table, num_heads, num_key_value_heads, softmax_lse_flag,
+    query,
+    value,
+    input_layout,
+    quant_scale2,
+    block_table,
+    num_heads,
+    num_key_value_heads,
+    softmax_lse_flag,
     query_rope,
 ):
     """Empty tensors for the two results, as the real Meta kernel sizes them."""
     q, v = (torch.empty(t.shape, dtype=t.dtype, device="meta") for t in (query, value))
     results = torch.ops.npu.npu_fused_infer_attention_score(
-        q, v, v, num_heads=num_heads, num_key_value_heads=num_key_value_heads, input_layout=input_layout,
+        q,
+        v,
+        v,
+        num_heads=num_heads,
+        num_key_value_heads=num_key_value_heads,
+        input_layout=input_layout,
         softmax_lse_flag=softmax_lse_flag,
     )
     return tuple(torch.empty(r.shape, dtype=r.dtype, device="npu") for r in results)
 
 
 def npu_fusion_attention_v3(
-    query, key, value, head_num, input_layout, atten_mask, scale, keep_prob, sparse_mode, actual_seq_qlen,
-    actual_seq_kvlen, pse, padding_mask, prefix, sink, **others,
+    query,
+    key,
+    value,
+    head_num,
+    input_layout,
+    atten_mask,
+    scale,
+    keep_prob,
+    sparse_mode,
+    actual_seq_qlen,
+    actual_seq_kvlen,
+    pse,
+    padding_mask,
+    prefix,
+    sink,
+    **others,
 ):
-    """What scaled_dot_product_attention becomes: BNSD, no mask, a full bool mask, or causal from the top left.
+    """What scaled_dot_product_attention becomes: BNSD; no mask, a full bool one, or causal from the top left.
 
     Only the first result is computed; the softmax statistics, which a backward pass would read, are zeros.
     """
     need_training_card("npu_fusion_attention_v3")
-    need_emulated(input_layout == "BNSD" and keep_prob == 1.0 and sparse_mode in (0, 2), "only what SDPA asks for")
+    need_emulated(
+        input_layout == "BNSD" and keep_prob == 1.0 and sparse_mode in (0, 2), "only what SDPA asks for"
+    )
     extras = (actual_seq_qlen, actual_seq_kvlen, pse, padding_mask, prefix, sink)
     need_emulated(all(extra is None for extra in extras), "only what SDPA asks for")
     need_dtype("query", query, torch.float32, torch.float16, torch.bfloat16)

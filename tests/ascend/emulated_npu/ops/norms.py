@@ -16,8 +16,10 @@ from emulated_npu.ops.quantised import quantise_rows
 
 def _normalise(x: torch.Tensor, gamma: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
     """float32 result and 1/rms over the trailing dimensions that gamma spans (kept, with size 1)."""
-    need(gamma.dim() <= x.dim() and x.shape[x.dim() - gamma.dim():] == gamma.shape,
-         f"gamma {tuple(gamma.shape)} does not match the end of {tuple(x.shape)}")
+    need(
+        gamma.dim() <= x.dim() and x.shape[x.dim() - gamma.dim() :] == gamma.shape,
+        f"gamma {tuple(gamma.shape)} does not match the end of {tuple(x.shape)}",
+    )
     x = x.float()
     dims = tuple(range(-gamma.dim(), 0))
     rstd = torch.rsqrt(x.square().mean(dims, keepdim=True) + epsilon)
@@ -37,7 +39,7 @@ def npu_rms_norm(input, gamma, epsilon):
 
 
 def npu_add_rms_norm(x1, x2, gamma, epsilon):
-    """Residual addition and norm -> normalised, float32 1/rms, x1 + x2 (rounded, and normalised as rounded)."""
+    """Residual addition and norm of the rounded sum -> normalised, float32 1/rms, the sum."""
     need_dtype("x1", x1, torch.float32, torch.float16, torch.bfloat16)
     need_same_dtype(x1=x1, x2=x2, gamma=gamma)
     need_shape("x2", x2, tuple(x1.shape))
@@ -51,17 +53,22 @@ def npu_add_rms_norm_dynamic_quant(
 ):
     """x = x1 + x2, y = norm(x), each quantised per token -> int8 y1, int8 y2, x, float32 scale1, scale2.
 
-    ``output_mask`` chooses which of the two quantised outputs exist (default: the first); the others come back
-    with shape [0]. The norm is not rounded to the input's dtype before it is quantised: the documented formula
-    has no such step.
+    ``output_mask`` chooses which of the two quantised outputs exist (default: the first); the others come
+    back with shape [0]. The norm is not rounded to the input's dtype before it is quantised: the documented
+    formula has no such step.
     """
     need_training_card("npu_add_rms_norm_dynamic_quant")
     need_dtype("x1", x1, torch.float16, torch.bfloat16)
-    need_same_dtype(x1=x1, x2=x2, gamma=gamma, smooth_scale1=smooth_scale1, smooth_scale2=smooth_scale2, beta=beta)
+    need_same_dtype(
+        x1=x1, x2=x2, gamma=gamma, smooth_scale1=smooth_scale1, smooth_scale2=smooth_scale2, beta=beta
+    )
     need(x1.dim() >= 2, "x1 needs at least two dimensions")
     need_shape("x2", x2, tuple(x1.shape))
     for name, vector in (
-        ("gamma", gamma), ("smooth_scale1", smooth_scale1), ("smooth_scale2", smooth_scale2), ("beta", beta)
+        ("gamma", gamma),
+        ("smooth_scale1", smooth_scale1),
+        ("smooth_scale2", smooth_scale2),
+        ("beta", beta),
     ):
         need_shape(name, vector, (x1.shape[-1],))
     need_emulated(y_dtype in (None, 1), "only int8")

@@ -15,8 +15,15 @@ from emulated_npu.limits import (
 
 # The `int` that torch_npu's Python layer makes of a dtype.
 DTYPE_CODES = {
-    1: torch.int8, 3: torch.int32, 5: torch.float16, 6: torch.float32, 12: torch.qint8, 13: torch.quint8,
-    14: torch.qint32, 15: torch.bfloat16, 16: torch.quint4x2,
+    1: torch.int8,
+    3: torch.int32,
+    5: torch.float16,
+    6: torch.float32,
+    12: torch.qint8,
+    13: torch.quint8,
+    14: torch.qint32,
+    15: torch.bfloat16,
+    16: torch.quint4x2,
 }
 LAST_DIMENSION = 65535
 
@@ -24,8 +31,8 @@ LAST_DIMENSION = 65535
 def quantise_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """float32 [..., n] -> int8 [..., n] and its float32 scale [...]: scale = max|row| / 127, rint(x / scale).
 
-    The documentation does not say what a row of zeros gives (the formula divides by zero); here it gives zeros
-    and scale 0, so that its product is 0 whatever it is multiplied with.
+    The documentation does not say what a row of zeros gives (the formula divides by zero); here it gives
+    zeros and scale 0, so that its product is 0 whatever it is multiplied with.
     """
     scale = x.abs().amax(-1) / 127
     quantised = torch.round(x / scale.unsqueeze(-1))
@@ -46,12 +53,14 @@ def npu_dynamic_quant(input, smooth_scales, group_index, dst_type, quant_mode, d
 
 
 def npu_quantize(input, scales, zero_points, dtype, axis, div_mode):
-    """Static quantisation: rint(input / scales + zero_points), or input * scales when ``div_mode`` is False."""
+    """Static quantisation: rint(input / scales + zero_points), input * scales if ``div_mode`` is False."""
     need_dtype("input", input, torch.float32, torch.float16, torch.bfloat16)
     if div_mode:
         need_dtype("scales", scales, torch.float32, torch.bfloat16)
         need_dtype("zero_points", zero_points, torch.int8, torch.uint8, torch.int32, torch.bfloat16)
-        need(DTYPE_CODES.get(dtype) in (torch.qint8, torch.quint8, torch.int32), "dtype: qint8, quint8, int32")
+        need(
+            DTYPE_CODES.get(dtype) in (torch.qint8, torch.quint8, torch.int32), "dtype: qint8, quint8, int32"
+        )
     else:
         need(not is_inference_card() or axis != -2, "axis -2 does not exist on inference cards")
         need(DTYPE_CODES.get(dtype) in (torch.qint8, torch.quint4x2), "dtype: qint8 or quint4x2")
@@ -114,30 +123,50 @@ def _check_combination(scale, offset, pertoken_scale, bias, output) -> None:
 
 def _check_weight(x2) -> None:
     transposed = x2.transpose(-1, -2).is_contiguous()
-    need(x2.is_contiguous() or transposed, "x2 is neither contiguous nor the transpose of a contiguous tensor")
+    need(
+        x2.is_contiguous() or transposed, "x2 is neither contiguous nor the transpose of a contiguous tensor"
+    )
     if is_fractal(x2) and is_inference_card():
-        need(transposed, "inference cards want FRACTAL_NZ made of the transposed [n, k] weight, passed as its .t()")
+        need(
+            transposed,
+            "inference cards want FRACTAL_NZ made of the transposed [n, k] weight, passed as its .t()",
+        )
 
 
 def npu_quant_matmul(
-    x1, x2, scale, offset, pertoken_scale, bias, output_dtype, x1_dtype, x2_dtype, pertoken_scale_dtype,
-    scale_dtype, group_sizes, y_scale,
+    x1,
+    x2,
+    scale,
+    offset,
+    pertoken_scale,
+    bias,
+    output_dtype,
+    x1_dtype,
+    x2_dtype,
+    pertoken_scale_dtype,
+    scale_dtype,
+    group_sizes,
+    y_scale,
 ):
     """int8 [..., m, k] @ int8 [k, n], scaled per column (and per row) -> [..., m, n] of ``output_dtype``.
 
-    int32 output is the bare accumulator plus bias: ``scale`` must be given and is not applied (engines pass it
-    again to npu_dequant_swiglu_quant). Without ``pertoken_scale``, float16 and int8 outputs go through the
+    int32 output is the bare accumulator plus bias: ``scale`` must be given and is not applied (engines pass
+    it again to npu_dequant_swiglu_quant). Without ``pertoken_scale``, float16 and int8 outputs go through the
     19-bit scale of npu_trans_quant_param whichever dtype it is given in.
     """
     output = torch.int8 if output_dtype is None else DTYPE_CODES.get(output_dtype)
     card = is_inference_card()
-    allowed = (torch.int8, torch.float16) if card else (torch.int8, torch.float16, torch.bfloat16, torch.int32)
+    allowed = (
+        (torch.int8, torch.float16) if card else (torch.int8, torch.float16, torch.bfloat16, torch.int32)
+    )
     need(output in allowed, f"output_dtype {output} is not one of {allowed}")
     need_emulated(x1.dtype == x2.dtype == torch.int8, "only int8 operands")
     need(not (card and pertoken_scale is not None), "inference cards have no pertoken_scale")
     need(x1.shape[-1] <= LAST_DIMENSION and x2.shape[-1] <= LAST_DIMENSION, "a last dimension exceeds 65535")
     need(min(x1.numel(), x2.numel(), scale.numel()) > 0, "x1, x2 and scale may not be empty")
-    need_emulated(x2.dim() == 2 and group_sizes is None and y_scale is None, "only one ungrouped weight matrix")
+    need_emulated(
+        x2.dim() == 2 and group_sizes is None and y_scale is None, "only one ungrouped weight matrix"
+    )
     _check_combination(scale, offset, pertoken_scale, bias, output)
     n = x2.shape[-1]
     need_shape("scale", scale, (1,), (n,))

@@ -4,7 +4,16 @@ import torch
 import torch_npu
 
 from emulated_npu import counts, graphs
-from emulated_npu.limits import FRACTAL_NZ, is_fractal, need, need_dtype, need_emulated, need_same_dtype, need_shape
+from emulated_npu.limits import (
+    FRACTAL_NZ,
+    is_fractal,
+    is_inference_card,
+    need,
+    need_dtype,
+    need_emulated,
+    need_same_dtype,
+    need_shape,
+)
 from emulated_npu.memory import host_view
 
 ND = 2
@@ -12,7 +21,9 @@ ND = 2
 
 def npu_scatter_nd_update_(input, indices, updates):
     """input[indices[i]] = updates[i], in place; indices [..., a] address the first a dimensions of input."""
-    need_dtype("input", input, torch.float32, torch.float16, torch.bool, torch.bfloat16, torch.int64, torch.int8)
+    everywhere = (torch.float32, torch.float16, torch.bool)
+    more = () if is_inference_card() else (torch.bfloat16, torch.int64, torch.int8)
+    need_dtype("input", input, *everywhere, *more)
     need_same_dtype(input=input, updates=updates)
     need_dtype("indices", indices, torch.int32, torch.int64)
     need(indices.dim() >= 2, "indices needs at least two dimensions")
@@ -29,9 +40,10 @@ def npu_scatter_nd_update_(input, indices, updates):
 def npu_format_cast(input, acl_format=None, customize_dtype=None, input_dtype=None, dst=None):
     """A copy of a device tensor in storage format 29 (FRACTAL_NZ) or 2 (ND); shape and values stay.
 
-    The tensor is a real torch_npu one in that format, with storage of that size; only the order of the elements
-    inside is the emulation's own (row-major), which nothing but the emulation reads. As with the CANN releases
-    before 9.1, the cast silently stays ND unless ``torch.npu.config.allow_internal_format`` is True.
+    The tensor is a real torch_npu one in that format, with storage of that size; only the order of the
+    elements inside is the emulation's own (row-major), which nothing but the emulation reads. As with the
+    CANN releases before 9.1, the cast silently stays ND unless ``torch.npu.config.allow_internal_format``
+    is True.
     """
     need(not graphs.capturing(), "npu_format_cast belongs before graph capture")
     need_emulated(dst is None and customize_dtype is None, "only the plain cast")
