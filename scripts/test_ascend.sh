@@ -27,14 +27,18 @@ if [ "$recipe" != "$(cat "$environment/recipe" 2>/dev/null)" ]; then
     echo "making $environment (torch and $TORCH_NPU; once, a few minutes)"
     "${PYTHON:-python3}" -m venv "$environment"
     log="$environment/pip.log"
-    if ! "$environment/bin/python" -m pip install --quiet --disable-pip-version-check \
-        --constraint scripts/constraints-cpu.txt "$TORCH_NPU" --editable ".[test]" pyyaml >"$log" 2>&1; then
+    install() {
+        "$environment/bin/python" -m pip install --quiet --disable-pip-version-check \
+            --constraint scripts/constraints-cpu.txt "$@" >"$log" 2>&1
+    }
+    if ! install "$TORCH_NPU" pyyaml; then  # first and alone, so that its absence can be told from other failures
         if grep -q "No matching distribution found for torch-npu" "$log"; then
             skip "the package index has no $TORCH_NPU for $(uname -m) and this Python"
         fi
         cat "$log"
         exit 1
     fi
+    install --editable ".[test]" || { cat "$log"; exit 1; }
     echo "$recipe" >"$environment/recipe"
 fi
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch_npu
-from emulated_npu import NotEmulated, Refused, counting
+from emulated_npu import NotEmulated, Refused, counting, toolchain, unavailable
+from transformers import LlamaConfig, LlamaForCausalLM
 
 
 def test_the_package_is_the_real_one():
@@ -128,6 +129,27 @@ def test_inference_mode_works():
         assert (x * 2).tolist() == [4, 4]
 
 
+def test_a_whole_transformers_model_generates_the_same_ids():
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=97,
+        attention_bias=True,
+        max_position_embeddings=64,
+    )
+    torch.manual_seed(0)
+    model, ids = LlamaForCausalLM(config).eval(), torch.randint(0, 97, (1, 9))
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(ids, **options)
+    with counting() as counts:
+        got = model.to("npu").generate(ids.npu(), **options)
+    assert torch.equal(got.cpu(), expected)
+    assert counts.launches["npu_fusion_attention_v3"] == 2 * 8  # layers x forward passes
+
+
 # --- counting -----------------------------------------------------------------------------------------------
 
 
@@ -210,7 +232,7 @@ def test_an_operator_nobody_emulated_says_so():
         torch_npu.npu_gelu(torch.ones(3, device="npu"))
 
 
-# --- the launcher -------------------------------------------------------------------------------------------
+# --- the launcher and what it needs ------------------------------------------------------------------------
 
 PROBE = """
 import torch, torch_npu
@@ -242,3 +264,20 @@ def test_the_launcher_without_a_module_explains_itself(monkeypatch):
     )
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1] == "usage: python -m emulated_npu MODULE [ARGUMENT...]"
+
+
+def test_a_missing_compiler_is_named(monkeypatch, tmp_path):
+    assert unavailable() is None
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert unavailable() == "no C compiler (install gcc, or name one in CC)"
+
+
+def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
+    broken = tmp_path / "cc"
+    broken.write_text("#!/bin/sh\necho no such luck >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CC", str(broken))
+    monkeypatch.setattr(toolchain, "BUILD", tmp_path / "build")
+    with pytest.raises(RuntimeError, match="no such luck"):
+        toolchain.build()
+    assert list((tmp_path / "build").iterdir()) == []
