@@ -1,6 +1,7 @@
 """The dispatch mode that runs operators on ``npu`` tensors: aten ones on the CPU, npu ones by ``ops/``."""
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -82,6 +83,9 @@ class EmulatedDevice(TorchDispatchMode):
             raise NotEmulated(f"{func} is not emulated")
         if packet in _NATIVE:
             return func(*args, **kwargs)
+        if _is_composite(func):
+            with self:
+                return func.decompose(*args, **kwargs)
         if _is_view(func):
             fractal = any(is_fractal(host_view(tensor)) for tensor in on_device)
             need(not fractal or packet in _FRACTAL_VIEWS, f"{func} on a FRACTAL_NZ tensor")
@@ -95,6 +99,14 @@ class EmulatedDevice(TorchDispatchMode):
         if packet is aten.copy_:
             return _copy_into(func, *args, **kwargs)
         return _run_aten(func, args, kwargs, tensors)
+
+
+@lru_cache(maxsize=None)
+def _is_composite(func: Any) -> bool:
+    # Inside torch.inference_mode such operators arrive whole instead of as what they are made of. Those that torch_npu
+    # has a kernel for are run whole, unless they may return a view or a copy (`to`, `contiguous`, `reshape`).
+    own = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "PrivateUse1")
+    return func._can_decompose() and (not own or _is_view(func))
 
 
 def _is_view(func: Any) -> bool:
