@@ -39,7 +39,7 @@ from common.backends.base import (
     WindowPass,
 )
 from common.errors import QuasarError
-from quasar_npu.cache import NpuCache
+from quasar_npu.cache import NpuCache, to_device
 from quasar_npu.device import is_inference_card, open_npu
 from quasar_npu.graphs import WindowGraphs, graphs_wanted
 from quasar_npu.rope import LayerGains, RopeTables
@@ -224,9 +224,10 @@ class NpuBackend(Backend):
         return NpuCache(layers, kv_heads, capacity, head_dim, self.dtype, self.device)
 
     def window_pass(self, forward: Forward, cache: KVCache) -> WindowPass:
-        if not self.graphs:
-            return super().window_pass(forward, cache)
-        return WindowGraphs(forward, cache, super().window_pass(forward, cache))
+        def plain(ids: Sequence[int]) -> Tensor:
+            return forward(to_device(torch.tensor(ids), self.device), cache, len(ids))
+
+        return WindowGraphs(forward, cache, plain) if self.graphs else plain
 
     def synchronize(self) -> None:
         torch.npu.synchronize(self.device)

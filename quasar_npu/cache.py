@@ -48,10 +48,15 @@ class NpuCache(KVCache):
         if self.captured is not None:
             return self.captured
         if self._places is None or self._places[:2] != (self.length, tokens):
-            slots = self.slots_on_host(tokens)[..., None].to(self.memory.device, non_blocking=True)
+            slots = to_device(self.slots_on_host(tokens)[..., None], self.memory.device)
             self._places = (self.length, tokens, Places(slots))
         return self._places[2]
 
     def rows(self, layer: int) -> Tensor:
         """A layer's memory as [2 * kv_heads * capacity, head_dim]: keys, then values."""
         return self.memory[layer].view(-1, self.memory.shape[-1])
+
+
+def to_device(host: Tensor, device: torch.device) -> Tensor:
+    """A copy that the host does not wait for."""
+    return host.pin_memory().to(device, non_blocking=True)

@@ -42,4 +42,5 @@ if [ "$recipe" != "$(cat "$environment/recipe" 2>/dev/null)" ]; then
     echo "$recipe" >"$environment/recipe"
 fi
 
-exec "$environment/bin/python" -m pytest tests/ascend "$@"
+# tests/conftest.py imports models of transformers, which import torch_npu: not before tests/ascend has made it importable.
+exec "$environment/bin/python" -m pytest --confcutdir=tests/ascend tests/ascend "$@"

@@ -135,6 +135,8 @@ def _run_aten(func: Any, args: tuple, kwargs: dict, tensors: list[torch.Tensor])
     if torch.Tag.nondeterministic_seeded in func.tags:
         need(not graphs.capturing(), f"{func}: random numbers inside a captured graph are not emulated")
         call, kwargs = _seeded(func, kwargs)
+    if func.overloadpacket in _MATRIX_PRODUCTS and tensors[0].dtype in (torch.bfloat16, torch.float16):
+        call = _rounded_once(func, tensors[0].dtype)
     name = f"aten.{func.overloadpacket.__name__}"
     return launch(name, call, args, kwargs, stays=stays)
 
@@ -183,6 +185,17 @@ def _seeded(func: Any, kwargs: dict) -> tuple[Callable, dict]:
             torch.default_generator.set_state(state)
 
     return call, kwargs
+
+
+def _rounded_once(func: Any, dtype: torch.dtype) -> Callable:
+    """The product in float64, rounded to `dtype`: what a row gives cannot then depend on its neighbours, as it may in
+    a CPU library that sums in an order of its own for each shape."""
+
+    def call(*args: Any, **kwargs: Any) -> torch.Tensor:
+        wide = tree_map(lambda leaf: leaf.double() if isinstance(leaf, torch.Tensor) else leaf, (args, kwargs))
+        return func(*wide[0], **wide[1]).to(dtype)
+
+    return call
 
 
 def launch(name: str, call: Callable, args: tuple, kwargs: dict, *, stays: bool = True) -> Any:
@@ -270,6 +283,9 @@ def _copy_into(
         counts.happened("host_waits")
     with counts.inside_copy():
         func(target, source, non_blocking)  # torch_npu's own copy, through aclrtMemcpy
+        if non_blocking:
+            # It was only queued, for a thread of torch_npu's; what follows on the stream must find it done.
+            torch.npu.current_stream().synchronize()
     return target
 
 

@@ -16,13 +16,13 @@ _TRIANGLE = torch.ones(OPTIMISED_MASK, OPTIMISED_MASK, dtype=torch.bool).triu(1)
 
 
 def _attend(query, key, value, scale, masked):
-    """One sequence, float32 inside: q [N, q, D], k, v [kv heads, kv, D], masked [.., q, kv] -> [N, q, D].
+    """One sequence, float64 inside: q [N, q, D], k, v [kv heads, kv, D], masked [.., q, kv] -> [N, q, D].
 
     A row with every position masked gives zeros.
     """
     group = query.shape[0] // key.shape[0]
-    key, value = (t.float().repeat_interleave(group, 0) for t in (key, value))
-    scores = query.float() @ key.transpose(-1, -2) * scale
+    key, value = (t.double().repeat_interleave(group, 0) for t in (key, value))
+    scores = query.double() @ key.transpose(-1, -2) * scale
     if masked is not None:
         scores = scores.masked_fill(masked, -torch.inf)
     return torch.nan_to_num(torch.softmax(scores, -1)) @ value
@@ -135,7 +135,7 @@ def fused_infer_attention(
         wide = pre_tokens >= kv_length and next_tokens >= kv_length
         need_emulated(mode == 1 or atten_mask is None or wide, "pre_tokens / next_tokens that cut")
 
-    out = torch.zeros_like(q, dtype=torch.float32)
+    out = torch.zeros_like(q, dtype=torch.float64)
     for row, (rows, columns) in enumerate(zip(q_valid, kv_valid, strict=True)):
         if mode in (2, 3):
             masked = _causal(rows, columns, bottom_right=mode == 3)
@@ -202,7 +202,7 @@ def _variable_length(q, k, v, heads, kv_heads, scale, sparse_mode, mask, q_ends,
         _check_optimised_mask(mask)
     else:
         need_emulated(mask is None, "TND with a full mask")
-    out = torch.zeros_like(q, dtype=torch.float32)
+    out = torch.zeros_like(q, dtype=torch.float64)
     for (q0, q1), (k0, k1) in zip(_spans(q_ends), _spans(kv_ends), strict=True):
         masked = _causal(q1 - q0, k1 - k0, bottom_right=True) if sparse_mode == 3 else None
         out[q0:q1] = _attend(
