@@ -140,9 +140,7 @@ class NpuBackend(Backend):
 
     def swiglu(self, gate_up: Tensor, quant: ActivationQuant | None) -> Tensor | Quantized:
         if quant is not None and quant.static_scale is None:
-            return Quantized(
-                *self.ops.npu_dequant_swiglu_quant(gate_up, activate_left=True, quant_mode=_PER_TOKEN)
-            )
+            return Quantized(*self.ops.npu_dequant_swiglu_quant(gate_up, activate_left=True, quant_mode=_PER_TOKEN))
         y = self.ops.npu_swiglu(gate_up, dim=-1)
         return y if quant is None else self.quantize(y, quant)
 
@@ -202,7 +200,7 @@ class NpuBackend(Backend):
             }
         keys, values = cache.memory[layer]
         out, _ = self.ops.npu_fused_infer_attention_score(
-            q.transpose(0, 1).contiguous()[None],
+            q.transpose(0, 1).contiguous()[None],  # as append_rotated leaves it: no copy
             keys[None],
             values[None],
             num_heads=spec.heads,
@@ -224,8 +222,8 @@ class NpuBackend(Backend):
         return NpuCache(layers, kv_heads, capacity, head_dim, self.dtype, self.device)
 
     def window_pass(self, forward: Forward, cache: KVCache) -> WindowPass:
-        def plain(ids: Sequence[int]) -> Tensor:
-            return forward(to_device(torch.tensor(ids), self.device), cache, len(ids))
+        def plain(ids: Sequence[int], keep: int) -> Tensor:
+            return forward(to_device(torch.tensor(ids), self.device), cache, keep)
 
         return WindowGraphs(forward, cache, plain) if self.graphs else plain
 

@@ -21,7 +21,7 @@ def import_torch_npu() -> None:
         )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # notices about CANN's folders, which `scripts/run_ascend.sh --check` gives
+            warnings.simplefilter("ignore")  # of CANN's folders, which run_ascend.sh checks
             import torch_npu  # noqa: F401
     except (ImportError, OSError) as error:
         reason = str(error).strip().splitlines()[0]

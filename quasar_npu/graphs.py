@@ -18,6 +18,8 @@ from torch import Tensor
 from common.backends.base import Forward, WindowPass
 from quasar_npu.cache import NpuCache, Places
 
+_LONGEST = 40  # tokens: above the largest draft there is; longer passes are bound by arithmetic, not by launches
+
 log = logging.getLogger(__name__)
 
 
@@ -35,36 +37,34 @@ class WindowGraphs:
     def __init__(self, forward: Forward, cache: NpuCache, plain: WindowPass) -> None:
         self._forward, self._cache, self._plain = forward, cache, plain
         self._columns = torch.arange(cache.capacity, device=cache.memory.device)
-        self._warm: set[int] = set()
-        self._graphs: dict[int, _WindowGraph] = {}
+        self._warm: set[tuple[int, int]] = set()  # tokens, keep
+        self._graphs: dict[tuple[int, int], _WindowGraph] = {}
         self._failed = False
 
-    def __call__(self, ids: Sequence[int]) -> Tensor:
-        size = len(ids)
-        graph = self._graphs.get(size)
+    def __call__(self, ids: Sequence[int], keep: int) -> Tensor:
+        shape = (len(ids), keep)
+        graph = self._graphs.get(shape)
+        if graph is None and shape in self._warm and not self._failed and len(ids) <= _LONGEST:
+            graph = self._capture(shape)
         if graph is None:
-            if self._failed or size not in self._warm:
-                self._warm.add(size)
-                return self._plain(ids)
-            graph = self._capture(size)
-            if graph is None:
-                return self._plain(ids)
+            self._warm.add(shape)
+            return self._plain(ids, keep)
         return graph.replay(ids)
 
-    def _capture(self, size: int) -> _WindowGraph | None:
+    def _capture(self, shape: tuple[int, int]) -> _WindowGraph | None:
         try:
-            graph = _WindowGraph(self._forward, self._cache, self._columns, size)
+            graph = _WindowGraph(self._forward, self._cache, self._columns, *shape)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             log.warning("NPU graph capture failed (%s); windows run without graphs, slower", reason)
             self._failed = True
             return None
-        self._graphs[size] = graph
+        self._graphs[shape] = graph
         return graph
 
 
 class _WindowGraph:
-    def __init__(self, forward: Forward, cache: NpuCache, columns: Tensor, size: int) -> None:
+    def __init__(self, forward: Forward, cache: NpuCache, columns: Tensor, size: int, keep: int) -> None:
         self._cache, self._size = cache, size
         slots = cache.slots_on_host(size)
         self._host = torch.empty(2 * size + slots.numel(), dtype=torch.int64).pin_memory()
@@ -76,7 +76,7 @@ class _WindowGraph:
             with torch.inference_mode(), torch.npu.graph(self._graph):
                 hidden = columns > positions[:, None]
                 cache.captured = Places(flat.view(*slots.shape, 1), positions, hidden)
-                self._logits = forward(ids, cache, size)
+                self._logits = forward(ids, cache, keep)
         finally:
             cache.captured = None
 

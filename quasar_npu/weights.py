@@ -29,7 +29,9 @@ def fractal(weight: Tensor) -> Tensor:
 
     cast = torch_npu.npu_format_cast(weight.contiguous(), _FRACTAL_NZ)
     if int(torch_npu.get_npu_format(cast)) != _FRACTAL_NZ:
-        log.warning("weights stay in row-major order: this CANN did not cast them to FRACTAL_NZ; matmuls will be slower")
+        log.warning(
+            "weights stay in row-major order: this CANN did not cast them to FRACTAL_NZ; matmuls will be slower"
+        )
     return cast
 
 

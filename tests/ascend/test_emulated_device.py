@@ -20,9 +20,7 @@ def test_the_package_is_the_real_one():
     assert torch.npu.get_device_name(0) == "Ascend910B2"
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.int64, torch.bool]
-)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.int64, torch.bool])
 def test_a_round_trip_keeps_every_bit(dtype):
     host = torch.randn(3, 5).mul(3).to(dtype)
     there = host.npu()
@@ -77,16 +75,12 @@ def test_out_arguments_are_written_in_place():
     assert target.tolist() == [2, 2, 2]
 
 
-@pytest.mark.parametrize(
-    "dtype, bound", [(torch.bfloat16, 2**-7), (torch.float16, 2**-10), (torch.float32, 1e-6)]
-)
+@pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 2**-7), (torch.float16, 2**-10), (torch.float32, 1e-6)])
 @pytest.mark.parametrize("causal", [False, True])
 def test_scaled_dot_product_attention(dtype, bound, causal):
     q, k, v = torch.randn(2, 4, 5, 16), torch.randn(2, 2, 5, 16), torch.randn(2, 2, 5, 16)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    expected = F.scaled_dot_product_attention(
-        q.float(), k.float(), v.float(), is_causal=causal, enable_gqa=True
-    )
+    expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=causal, enable_gqa=True)
     with counting() as counts:
         got = F.scaled_dot_product_attention(q.npu(), k.npu(), v.npu(), is_causal=causal, enable_gqa=True)
     assert counts.launches["npu_fusion_attention_v3"] == 1

@@ -104,13 +104,7 @@ def test_trans_quant_param_keeps_nineteen_bits_and_the_offset():
 def test_quant_matmul_per_token(output, bias):
     x1, x2 = int8(5, 48), int8(48, 24)
     scale, token_scale = torch.rand(24) * 1e-3, torch.rand(5) * 1e-2
-    dtype = (
-        output
-        if bias == "output" and output == torch.bfloat16
-        else torch.float32
-        if bias == "output"
-        else bias
-    )
+    dtype = output if bias == "output" and output == torch.bfloat16 else torch.float32 if bias == "output" else bias
     addend = None if bias is None else torch.randn(24).mul(100 if dtype == torch.int32 else 1).to(dtype)
     got = torch_npu.npu_quant_matmul(
         x1.npu(),
@@ -142,9 +136,7 @@ def test_quant_matmul_takes_bfloat16_scales_a_transposed_weight_and_more_dimensi
 
 def test_quant_matmul_with_int32_output_is_the_bare_accumulator():
     x1, x2, bias = int8(3, 32), int8(32, 8), torch.randint(-99, 99, (8,), dtype=torch.int32)
-    got = torch_npu.npu_quant_matmul(
-        x1.npu(), x2.npu(), torch.rand(8).npu(), bias=bias.npu(), output_dtype=torch.int32
-    )
+    got = torch_npu.npu_quant_matmul(x1.npu(), x2.npu(), torch.rand(8).npu(), bias=bias.npu(), output_dtype=torch.int32)
     assert torch.equal(got.cpu(), x1.int() @ x2.int() + bias)
 
 
@@ -153,9 +145,7 @@ def test_quant_matmul_static_float16(packed):
     x1, x2, bias = int8(4, 32), int8(32, 8), torch.randint(-999, 999, (8,), dtype=torch.int32)
     scale = torch.rand(8) * 1e-3
     given_scale = torch_npu.npu_trans_quant_param(scale.npu()) if packed else scale.npu()
-    got = torch_npu.npu_quant_matmul(
-        x1.npu(), x2.npu(), given_scale, bias=bias.npu(), output_dtype=torch.float16
-    )
+    got = torch_npu.npu_quant_matmul(x1.npu(), x2.npu(), given_scale, bias=bias.npu(), output_dtype=torch.float16)
     truncated = (scale.view(torch.int32) & -0x2000).view(torch.float32)
     assert not torch.equal(truncated, scale)
     assert near(got, (x1.double() @ x2.double() + bias) * truncated.double())
@@ -188,9 +178,7 @@ def test_a_fractal_weight_multiplies_like_the_plain_one(fractal_allowed):
     assert torch.equal(fractal.cpu(), x2)
     options = {"pertoken_scale": torch.rand(3).npu(), "output_dtype": torch.bfloat16}
     plain = torch_npu.npu_quant_matmul(x1.npu(), x2.npu(), scale.npu(), **options)
-    assert torch.equal(
-        torch_npu.npu_quant_matmul(x1.npu(), fractal, scale.npu(), **options).cpu(), plain.cpu()
-    )
+    assert torch.equal(torch_npu.npu_quant_matmul(x1.npu(), fractal, scale.npu(), **options).cpu(), plain.cpu())
     with counting() as counts:
         assert torch_npu.npu_format_cast(fractal, 29) is fractal
         back = torch_npu.npu_format_cast(fractal, 2)
@@ -205,9 +193,7 @@ def test_a_fractal_weight_in_a_floating_point_product(fractal_allowed):
     assert torch.equal(F.linear(x.npu(), fractal).cpu(), F.linear(x, weight))
 
 
-@pytest.mark.filterwarnings(
-    "ignore:Cannot create tensor with internal format:UserWarning"
-)  # torch_npu's, once
+@pytest.mark.filterwarnings("ignore:Cannot create tensor with internal format:UserWarning")  # torch_npu's, once
 def test_the_cast_stays_nd_unless_torch_npu_allows_internal_formats():
     assert int(torch_npu.get_npu_format(torch_npu.npu_format_cast(int8(32, 32).npu(), 29))) == 2
 
@@ -251,9 +237,7 @@ def test_add_rms_norm(dtype):
 def test_add_rms_norm_dynamic_quant(dtype):
     a, b, gamma = (torch.randn(*shape).to(dtype) for shape in ((4, 64), (4, 64), (64,)))
     with counting() as counts:
-        y1, y2, total, scale1, scale2 = torch_npu.npu_add_rms_norm_dynamic_quant(
-            a.npu(), b.npu(), gamma.npu()
-        )
+        y1, y2, total, scale1, scale2 = torch_npu.npu_add_rms_norm_dynamic_quant(a.npu(), b.npu(), gamma.npu())
     assert counts.launches == {"npu_add_rms_norm_dynamic_quant": 1}
     expected, expected_scale = quantise(rms(a + b, gamma, 1e-6).float())
     assert torch.equal(total.cpu(), a + b)

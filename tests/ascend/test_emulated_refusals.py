@@ -40,9 +40,7 @@ def fia(q=None, k=None, v=None, *, num_heads=2, input_layout="BSND", **options):
     q = half(1, 3, 2, 16) if q is None else q
     k = half(1, 5, 2, 16) if k is None else k
     v = k if v is None else v
-    return torch_npu.npu_fused_infer_attention_score(
-        q, k, v, num_heads=num_heads, input_layout=input_layout, **options
-    )
+    return torch_npu.npu_fused_infer_attention_score(q, k, v, num_heads=num_heads, input_layout=input_layout, **options)
 
 
 def fused_norm(x1=None, x2=None, gamma=None, **options):
@@ -404,9 +402,7 @@ def test_refused_on_inference_cards(name):
 def test_what_inference_cards_do_take(inference_card):
     scale = torch_npu.npu_trans_quant_param(f32(32))
     x = quantize(half(4, 64), f32(1), i32(1), torch.qint8)
-    assert torch_npu.npu_quant_matmul(
-        x, i8(64, 32), scale, bias=i32(32), output_dtype=torch.float16
-    ).shape == (4, 32)
+    assert torch_npu.npu_quant_matmul(x, i8(64, 32), scale, bias=i32(32), output_dtype=torch.float16).shape == (4, 32)
     torch.npu.config.allow_internal_format = True
     fractal = torch_npu.npu_format_cast(i8(32, 64), 29)  # [n, k], cast, then passed transposed
     torch.npu.config.allow_internal_format = False
@@ -427,9 +423,7 @@ def test_an_unknown_chip_has_no_limits_to_apply():
         lambda: torch_npu.npu_dynamic_quant(half(2, 8), dst_type=torch.quint4x2),
         lambda: dequant_swiglu(quant_mode=0),
         lambda: fia(softmax_lse_flag=True),
-        lambda: torch_npu.npu_rotary_mul(
-            half(1, 3, 2, 16), half(1, 3, 1, 16), half(1, 3, 1, 16), "interleave"
-        ),
+        lambda: torch_npu.npu_rotary_mul(half(1, 3, 2, 16), half(1, 3, 1, 16), half(1, 3, 1, 16), "interleave"),
     ],
 )
 def test_what_the_emulation_lacks_is_not_called_refused(call):

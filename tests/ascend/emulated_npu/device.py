@@ -54,9 +54,7 @@ _FRACTAL_VIEWS = {aten.t, aten.transpose, aten.detach, aten.alias}
 class EmulatedDevice(TorchDispatchMode):
     """While entered, operators on ``npu`` tensors run; everything else passes through untouched."""
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
         on_device = [tensor for tensor in tensors if tensor.device.type == "npu"]
@@ -146,9 +144,7 @@ def _check_aten(func: Any, tensors: list[torch.Tensor]) -> None:
         # A 0-dim CPU tensor travels as a scalar argument; any other would be a host pointer in a kernel.
         need(tensor.device.type == "npu" or tensor.dim() == 0, f"{func}: a CPU tensor beside npu tensors")
         need(tensor.dtype != torch.float64 or tensor.dim() == 0, f"{func}: the NPU has no float64")
-        need(
-            tensor.dtype != torch.bfloat16 or not is_inference_card(), f"{func}: {soc_name()} has no bfloat16"
-        )
+        need(tensor.dtype != torch.bfloat16 or not is_inference_card(), f"{func}: {soc_name()} has no bfloat16")
     product = func.overloadpacket in _MATRIX_PRODUCTS
     for tensor in tensors:
         if product:
@@ -258,9 +254,7 @@ def _to_copy(
     return _copy_into(aten.copy_.default, result, source, non_blocking)
 
 
-def _copy_into(
-    func: Any, target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False
-) -> torch.Tensor:
+def _copy_into(func: Any, target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
     if target.device == source.device:
         return _run_aten(func, (target, source), {}, [target, source])
     to_host = target.device.type == "cpu"

@@ -33,9 +33,7 @@ class Launch:
     def run(self) -> None:
         """Compute again from what the inputs hold now, into the addresses of the first time."""
         results = [
-            leaf
-            for leaf in tree_flatten(self.call(*self.args, **self.kwargs))[0]
-            if isinstance(leaf, torch.Tensor)
+            leaf for leaf in tree_flatten(self.call(*self.args, **self.kwargs))[0] if isinstance(leaf, torch.Tensor)
         ]
         for result, target in zip(results, self.targets, strict=True):
             if target is not None:

@@ -12,9 +12,7 @@ from emulated_npu.limits import FRACTAL_NZ
 @lru_cache(maxsize=4096)
 def _bytes_at(address: int, size: int) -> torch.UntypedStorage:
     # Owns nothing: valid exactly as long as the device allocation is, like a pointer in a captured kernel.
-    return torch.frombuffer(
-        (ctypes.c_uint8 * size).from_address(address), dtype=torch.uint8
-    ).untyped_storage()
+    return torch.frombuffer((ctypes.c_uint8 * size).from_address(address), dtype=torch.uint8).untyped_storage()
 
 
 def host_view(tensor: torch.Tensor) -> torch.Tensor:

@@ -36,9 +36,7 @@ def unavailable() -> str | None:
     if sys.platform != "linux":
         return "torch_npu is built for Linux only"
     if importlib.util.find_spec("torch_npu") is None:
-        return (
-            "torch_npu is not installed here (bash scripts/test_ascend.sh makes the environment that has it)"
-        )
+        return "torch_npu is not installed here (bash scripts/test_ascend.sh makes the environment that has it)"
     if compiler() is None:
         return "no C compiler (install gcc, or name one in CC)"
     return None

@@ -40,9 +40,7 @@ OPERATORS = {
     "_npu_fused_infer_attention_score_get_max_workspace": Operator(
         fused_infer_attention_workspace, meta=False, allocates=True
     ),
-    "_npu_fused_infer_attention_score_infer_output": Operator(
-        fused_infer_attention_output, meta=False, allocates=True
-    ),
+    "_npu_fused_infer_attention_score_infer_output": Operator(fused_infer_attention_output, meta=False, allocates=True),
     "npu_fusion_attention_v3": Operator(
         npu_fusion_attention_v3,
         strided=("query", "key", "value", "atten_mask"),

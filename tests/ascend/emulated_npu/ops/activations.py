@@ -20,9 +20,7 @@ def npu_swiglu(input, dim):
     return _swiglu(input, True).to(input.dtype)
 
 
-def npu_swiglu_quant(
-    x, smooth_scales, offsets, group_index, activate_left, quant_mode, group_list_type, dst_type
-):
+def npu_swiglu_quant(x, smooth_scales, offsets, group_index, activate_left, quant_mode, group_list_type, dst_type):
     """[..., 2h], 2h <= 8192 -> per-token int8 [..., h] and float32 scale [...]."""
     need_training_card("npu_swiglu_quant")
     need_dtype("x", x, torch.float32, torch.float16, torch.bfloat16)
@@ -31,9 +29,7 @@ def npu_swiglu_quant(
         x.shape[-1] <= 8192,
         f"last dimension {x.shape[-1]} exceeds 8192 (npu_dequant_swiglu_quant has no limit)",
     )
-    need_emulated(
-        quant_mode == 1 and group_index is None and offsets is None, "only per-token, without groups"
-    )
+    need_emulated(quant_mode == 1 and group_index is None and offsets is None, "only per-token, without groups")
     need_dtype("smooth_scales", smooth_scales, torch.float32)
     need_shape("smooth_scales", smooth_scales, (1, x.shape[-1] // 2), (1,))
     out = _swiglu(x, activate_left)

@@ -112,8 +112,7 @@ def fused_infer_attention(
             actual_seq_lengths_kv,
         )
     q, k, v = (
-        _to_bnsd(t, heads, input_layout)
-        for t, heads in ((query, num_heads), (key, kv_heads), (value, kv_heads))
+        _to_bnsd(t, heads, input_layout) for t, heads in ((query, num_heads), (key, kv_heads), (value, kv_heads))
     )
     batch, _, q_length, head = q.shape
     kv_length = k.shape[2]
@@ -142,9 +141,7 @@ def fused_infer_attention(
         else:
             masked = None if atten_mask is None else atten_mask[row, 0, :rows, :columns]
         if columns:
-            out[row, :, :rows] = _attend(
-                q[row, :, :rows], k[row, :, :columns], v[row, :, :columns], scale, masked
-            )
+            out[row, :, :rows] = _attend(q[row, :, :rows], k[row, :, :columns], v[row, :, :columns], scale, masked)
     result = _from_bnsd(out, input_layout).to(query.dtype)
     return result, torch.empty(0)
 
@@ -276,9 +273,7 @@ def npu_fusion_attention_v3(
     Only the first result is computed; the softmax statistics, which a backward pass would read, are zeros.
     """
     need_training_card("npu_fusion_attention_v3")
-    need_emulated(
-        input_layout == "BNSD" and keep_prob == 1.0 and sparse_mode in (0, 2), "only what SDPA asks for"
-    )
+    need_emulated(input_layout == "BNSD" and keep_prob == 1.0 and sparse_mode in (0, 2), "only what SDPA asks for")
     extras = (actual_seq_qlen, actual_seq_kvlen, pse, padding_mask, prefix, sink)
     need_emulated(all(extra is None for extra in extras), "only what SDPA asks for")
     need_dtype("query", query, torch.float32, torch.float16, torch.bfloat16)

@@ -48,9 +48,7 @@ def npu_add_rms_norm(x1, x2, gamma, epsilon):
     return result.to(x1.dtype), rstd, total
 
 
-def npu_add_rms_norm_dynamic_quant(
-    x1, x2, gamma, smooth_scale1, smooth_scale2, beta, epsilon, output_mask, y_dtype
-):
+def npu_add_rms_norm_dynamic_quant(x1, x2, gamma, smooth_scale1, smooth_scale2, beta, epsilon, output_mask, y_dtype):
     """x = x1 + x2, y = norm(x), each quantised per token -> int8 y1, int8 y2, x, float32 scale1, scale2.
 
     ``output_mask`` chooses which of the two quantised outputs exist (default: the first); the others come
@@ -59,9 +57,7 @@ def npu_add_rms_norm_dynamic_quant(
     """
     need_training_card("npu_add_rms_norm_dynamic_quant")
     need_dtype("x1", x1, torch.float16, torch.bfloat16)
-    need_same_dtype(
-        x1=x1, x2=x2, gamma=gamma, smooth_scale1=smooth_scale1, smooth_scale2=smooth_scale2, beta=beta
-    )
+    need_same_dtype(x1=x1, x2=x2, gamma=gamma, smooth_scale1=smooth_scale1, smooth_scale2=smooth_scale2, beta=beta)
     need(x1.dim() >= 2, "x1 needs at least two dimensions")
     need_shape("x2", x2, tuple(x1.shape))
     for name, vector in (

@@ -58,9 +58,7 @@ def npu_quantize(input, scales, zero_points, dtype, axis, div_mode):
     if div_mode:
         need_dtype("scales", scales, torch.float32, torch.bfloat16)
         need_dtype("zero_points", zero_points, torch.int8, torch.uint8, torch.int32, torch.bfloat16)
-        need(
-            DTYPE_CODES.get(dtype) in (torch.qint8, torch.quint8, torch.int32), "dtype: qint8, quint8, int32"
-        )
+        need(DTYPE_CODES.get(dtype) in (torch.qint8, torch.quint8, torch.int32), "dtype: qint8, quint8, int32")
     else:
         need(not is_inference_card() or axis != -2, "axis -2 does not exist on inference cards")
         need(DTYPE_CODES.get(dtype) in (torch.qint8, torch.quint4x2), "dtype: qint8 or quint4x2")
@@ -123,9 +121,7 @@ def _check_combination(scale, offset, pertoken_scale, bias, output) -> None:
 
 def _check_weight(x2) -> None:
     transposed = x2.transpose(-1, -2).is_contiguous()
-    need(
-        x2.is_contiguous() or transposed, "x2 is neither contiguous nor the transpose of a contiguous tensor"
-    )
+    need(x2.is_contiguous() or transposed, "x2 is neither contiguous nor the transpose of a contiguous tensor")
     if is_fractal(x2) and is_inference_card():
         need(
             transposed,
@@ -156,17 +152,13 @@ def npu_quant_matmul(
     """
     output = torch.int8 if output_dtype is None else DTYPE_CODES.get(output_dtype)
     card = is_inference_card()
-    allowed = (
-        (torch.int8, torch.float16) if card else (torch.int8, torch.float16, torch.bfloat16, torch.int32)
-    )
+    allowed = (torch.int8, torch.float16) if card else (torch.int8, torch.float16, torch.bfloat16, torch.int32)
     need(output in allowed, f"output_dtype {output} is not one of {allowed}")
     need_emulated(x1.dtype == x2.dtype == torch.int8, "only int8 operands")
     need(not (card and pertoken_scale is not None), "inference cards have no pertoken_scale")
     need(x1.shape[-1] <= LAST_DIMENSION and x2.shape[-1] <= LAST_DIMENSION, "a last dimension exceeds 65535")
     need(min(x1.numel(), x2.numel(), scale.numel()) > 0, "x1, x2 and scale may not be empty")
-    need_emulated(
-        x2.dim() == 2 and group_sizes is None and y_scale is None, "only one ungrouped weight matrix"
-    )
+    need_emulated(x2.dim() == 2 and group_sizes is None and y_scale is None, "only one ungrouped weight matrix")
     _check_combination(scale, offset, pertoken_scale, bias, output)
     n = x2.shape[-1]
     need_shape("scale", scale, (1,), (n,))

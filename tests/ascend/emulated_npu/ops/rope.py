@@ -20,12 +20,8 @@ def npu_rotary_mul(input, r1, r2, rotary_mode, rotate):
     need_emulated(rotary_mode == "half" and rotate is None, 'only rotary_mode "half"')
     head = input.shape[-1]
     need(input.dim() in (3, 4) and r1.dim() == input.dim(), "input, r1 and r2 need 3 or 4 dimensions alike")
-    need(
-        r1.shape == r2.shape and r1.shape[-1] == head, "r1 and r2 need one shape, ending in input's head size"
-    )
-    need(
-        all(r in (1, x) for r, x in zip(r1.shape, input.shape, strict=True)), "r1 does not broadcast to input"
-    )
+    need(r1.shape == r2.shape and r1.shape[-1] == head, "r1 and r2 need one shape, ending in input's head size")
+    need(all(r in (1, x) for r, x in zip(r1.shape, input.shape, strict=True)), "r1 does not broadcast to input")
     need(head % 2 == 0 and head < 896, f"head size {head} must be even and below 896")
     if is_inference_card():
         need(input.dim() == 4 and head == 128, "inference cards rotate 4-dimensional input of head size 128")
@@ -46,9 +42,7 @@ def npu_apply_rotary_pos_emb(query, key, cos, sin, layout, rotary_mode):
         query.shape[:-2] == key.shape[:-2] and key.shape[-1] == head,
         "query and key differ beyond their heads",
     )
-    need(
-        cos.shape == sin.shape == (*query.shape[:-2], 1, head), "cos and sin need query's shape with one head"
-    )
+    need(cos.shape == sin.shape == (*query.shape[:-2], 1, head), "cos and sin need query's shape with one head")
     heads, width = query.shape[-2] + key.shape[-2], query.element_size()
     cast = query.dtype == torch.bfloat16
     work = 4 if cast else width
