@@ -49,7 +49,7 @@ class DecoderDrafter(Drafter):
             else:
                 probs.append(target_distribution(logits, self._sampling))
                 uniform = torch.rand(1, dtype=torch.float64, generator=self._generator)
-                token = int(sample_inverse_cdf(probs[-1], uniform.to(logits.device)))
+                token = int(sample_inverse_cdf(probs[-1], uniform.to(probs[-1].dtype).to(logits.device)))
             tokens.append(token)
             behind = [token]
         return Draft(tokens, torch.cat(probs) if probs else None)
