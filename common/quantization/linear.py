@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from common.backends.base import ActivationQuant, Backend, Quantized
 from common.errors import QuasarError
 
+_ROWS = 8192  # quantised at a time
+
 
 class Linear(nn.Module):
     """y = x W^T + b. Subclasses hold W in one precision; `nbytes` is what one pass reads of it."""
@@ -79,10 +81,15 @@ class W8A8Linear(Linear):
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """[out, in] -> int8 [out, in], float32 [out]: symmetric, scale = max|row| / 127 (1 for a row of zeros)."""
-    weight = weight.float()
-    peak = weight.abs().amax(dim=1)
+    # In blocks of rows: a whole lm_head in float32, several times over, would be the peak of everything's memory.
+    blocks = [_quantize_rows(rows.float()) for rows in weight.split(_ROWS)]
+    return torch.cat([values for values, _ in blocks]), torch.cat([scale for _, scale in blocks])
+
+
+def _quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    peak = rows.abs().amax(dim=1)
     scale = torch.where(peak > 0, peak / 127, 1.0)
-    return (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
+    return (rows / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 
 
 class W4A16Linear(Linear):
