@@ -8,12 +8,13 @@ from pathlib import Path
 
 from common.errors import QuasarError
 from common.models.decoder import Decoder
-from common.models.model import ASSETS, DEFAULT_MODEL, LoadOptions, Model, load_full
+from common.models.model import ASSETS, DEFAULT_MODEL, LoadOptions, Model, load_checkpoint
 from common.models.sharing import unpacked_copy
 from common.quantization import quantize_int4, quantize_w8a8
 from common.quantization.calibration import read_texts
 from common.quantization.fidelity import Fidelity, FidelityProbe
-from common.quantization.linear import FullLinear, W4A4Linear, W4A16Linear
+from common.quantization.int4 import W4A4Linear, W4A16Linear
+from common.quantization.linear import FullLinear
 
 _INT4 = {"w4a16": W4A16Linear, "w4a4": W4A4Linear}
 PRECISIONS = ("full", "w8a8", *_INT4)
@@ -29,7 +30,7 @@ def load(
     model: str = DEFAULT_MODEL,
     *,
     device: str = "auto",
-    precision: str = "full",
+    precision: str = "auto",
     dtype: str = "auto",
     lossless: bool = False,
     trust_remote_code: bool = False,
@@ -37,14 +38,20 @@ def load(
 ) -> Model:
     """Loads a checkpoint folder, a shipped model (tiny-qwen3, tiny-openpangu), a hub name, or `dummy:SHAPE`.
 
-    precision "w8a8" calibrates on the built-in prompts and quantises; call `quantize` yourself to choose. lossless
-    keeps the full-precision weights beside the quantised ones, for generating with lossless=True.
+    precision "auto" takes the checkpoint's own, full or w8a8. "w8a8" calibrates a full-precision checkpoint on the
+    built-in prompts and quantises it; call `quantize` yourself to choose. "full" refuses a quantised checkpoint.
+    lossless keeps the full-precision weights beside the quantised ones, for generating with lossless=True.
     """
-    if precision not in PRECISIONS:
+    if precision not in ("auto", *PRECISIONS):
         raise QuasarError(f"--precision {precision} is unknown; use one of {', '.join(PRECISIONS)}")
-    loaded = load_full(model, LoadOptions(device, dtype, trust_remote_code, progress))
-    if precision != "full":
-        quantize(loaded, precision=precision, keep_full=lossless, progress=progress)
+    loaded = load_checkpoint(model, LoadOptions(device, dtype, trust_remote_code, progress))
+    if precision == "auto" or precision == loaded.precision:
+        return loaded
+    if loaded.precision != "full":
+        raise QuasarError(
+            f"{model} is quantised ({loaded.precision}); --precision {precision} needs the model it was made of"
+        )
+    quantize(loaded, precision=precision, keep_full=lossless, progress=progress)
     return loaded
 
 
@@ -72,8 +79,7 @@ def quantize(
         raise QuasarError(f"--lm-head {lm_head} is unknown; use one of {', '.join(LM_HEADS)}")
     if lm_head == "w8a8" and precision != "w8a8":
         raise QuasarError(f"--lm-head w8a8 goes with --precision w8a8, not {precision}")
-    if alpha is not None and not 0 <= alpha <= 1:
-        raise QuasarError(f"--alpha {alpha}: SmoothQuant's migration strength lies between 0 and 1; or say auto")
+    check_alpha(alpha)
     decoder = model.decoder
     if not all(isinstance(linear, FullLinear) and linear.packed is None for linear in decoder.linears()):
         raise QuasarError(f"{model.name} is already quantised or in use; load it again in full precision")
@@ -92,15 +98,26 @@ def quantize(
     model.precision = precision
     fidelity = probe.compare(decoder)
     log.info("%s against full precision: %s", precision.upper(), fidelity)
+    require_agreement(model.name, fidelity, precision, force)
+    model.fidelity = fidelity
+    return fidelity
+
+
+def check_alpha(alpha: float | None) -> None:
+    """Raises QuasarError unless it is a migration strength, or None to search it."""
+    if alpha is not None and not 0 <= alpha <= 1:
+        raise QuasarError(f"--alpha {alpha}: SmoothQuant's migration strength lies between 0 and 1; or say auto")
+
+
+def require_agreement(name: str, fidelity: Fidelity, precision: str = "w8a8", force: bool = False) -> None:
+    """Raises QuasarError if a quantised model measures as garbage, unless force."""
     # NaN compares false, so a model that broke is refused too.
     if not fidelity.top1_agreement >= MIN_AGREEMENT[precision] and not force:
         advice = "--alpha auto, other --calibration, or --force" if precision == "w8a8" else "w8a8, or --force"
         raise QuasarError(
-            f"{model.name} in {precision.upper()} agrees with full precision on {fidelity.top1_agreement:.1%} of "
-            f"tokens, below {MIN_AGREEMENT[precision]:.0%}: unusable; try {advice}"
+            f"{name} in {precision.upper()} agrees with full precision on {fidelity.top1_agreement:.1%} of tokens, "
+            f"below {MIN_AGREEMENT[precision]:.0%}: unusable; try {advice}"
         )
-    model.fidelity = fidelity
-    return fidelity
 
 
 def _convert(

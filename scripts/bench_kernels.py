@@ -90,9 +90,7 @@ def library_kernels(n: int, k: int, copies: int) -> Kernels:
             warnings.simplefilter("ignore")  # torch deprecates its quantised tensors; they still run
             fbgemm = [
                 torch.ops.quantized.linear_prepack(
-                    torch._make_per_channel_quantized_tensor(
-                        w, s.double(), torch.zeros(n, dtype=torch.long), 0
-                    ),
+                    torch._make_per_channel_quantized_tensor(w, s.double(), torch.zeros(n, dtype=torch.long), 0),
                     None,
                 )
                 for w, s in packs
@@ -153,12 +151,8 @@ def measure(kernels: Kernels, m: int, copies: int, repeats: int) -> dict[str, fl
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--shape", type=int, nargs=2, metavar=("K", "N"), action="append", help="inputs, outputs"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", type=int, nargs=2, metavar=("K", "N"), action="append", help="inputs, outputs")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 6, 8, 16, 32, 512])
     parser.add_argument("--copies", type=int, default=24, help="weights used in turn")
     parser.add_argument("--repeats", type=int, default=5)
@@ -174,9 +168,7 @@ def main() -> None:
         "instruction_set": native.instruction_set(),
         "shapes": [],
     }
-    print(
-        f"torch {torch.__version__}, {args.threads} threads, {native.instruction_set()}; median ms per layer"
-    )
+    print(f"torch {torch.__version__}, {args.threads} threads, {native.instruction_set()}; median ms per layer")
     block = torch.ones(1 << 28)  # 1 GiB
     for k, n in args.shape or [(1024, 3072), (3072, 1024)]:
         kernels = library_kernels(n, k, args.copies) | native_kernels(n, k, args.copies)
@@ -186,9 +178,7 @@ def main() -> None:
             # Long inputs are bound by arithmetic: a few copies say as much.
             columns[m] = measure(kernels, m, args.copies if m <= 32 else 3, args.repeats)
         bandwidth = statistics.median(speeds)
-        print(
-            f"\nread bandwidth {bandwidth:.1f} GB/s ({min(speeds):.1f} to {max(speeds):.1f}): 1 GiB, summed"
-        )
+        print(f"\nread bandwidth {bandwidth:.1f} GB/s ({min(speeds):.1f} to {max(speeds):.1f}): 1 GiB, summed")
         print(f"| K={k} N={n} | floor | " + " | ".join(f"M={m}" for m in args.rows) + " |")
         print("|---" * (len(args.rows) + 2) + "|")
         for name, (width, _) in kernels.items():

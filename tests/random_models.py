@@ -10,7 +10,8 @@ from common import Model
 from common.backends.reference import ReferenceBackend
 from common.loading import quantize
 from common.models.config import read_config
-from common.models.loader import SafetensorsFolder, build_decoder
+from common.models.loader import build_decoder
+from common.quantization.checkpoints import open_checkpoint
 from tests.conftest import random_transformer, save_checkpoint
 
 
@@ -24,7 +25,7 @@ def random_model(family: str, precision: str = "full", keep_full: bool = False, 
             parameter.data *= 6
     with tempfile.TemporaryDirectory() as folder:
         save_checkpoint(transformer, Path(folder))
-        decoder = build_decoder(read_config(Path(folder)), SafetensorsFolder(Path(folder)), ReferenceBackend())
+        decoder = build_decoder(read_config(Path(folder)), open_checkpoint(Path(folder)), ReferenceBackend())
     model = Model(f"random-{family}", decoder, None, frozenset())
     if precision != "full":
         quantize(model, precision=precision, keep_full=keep_full)

@@ -137,7 +137,10 @@ class Backend(ABC):
 
     @abstractmethod
     def quantize(self, x: Tensor, quant: ActivationQuant) -> Quantized:
-        """[tokens, in] -> int8. Per token: scale = max|row| / 127 (1 for a row of zeros), round half to even."""
+        """[tokens, in] -> int8. Per token: scale = max|row| / 127 (1 for a row of zeros), round half to even.
+
+        Static: the same with the given scale, clamped to -128 .. 127.
+        """
 
     @abstractmethod
     def add_rms_norm(

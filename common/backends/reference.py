@@ -82,7 +82,8 @@ class ReferenceBackend(Backend):
             scale = torch.where(peak > 0, peak / 127, 1.0)
         else:
             scale = quant.static_scale
-        values = (x / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
+        # A static scale clips, and at -128, as in vLLM and npu_quantize; a dynamic one never reaches it.
+        values = (x / scale[:, None]).round().clamp(-128, 127).to(torch.int8)
         return Quantized(values, scale)
 
     def add_rms_norm(

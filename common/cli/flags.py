@@ -157,11 +157,16 @@ def load_model(args: argparse.Namespace, precision: str, lossless: bool = False)
     name = args.model if args.dummy is None else DUMMY_PREFIX + args.dummy
     progress = sys.stderr.isatty()
     calibration, heldout = texts_or_default(args.calibration), texts_or_default(args.heldout)
-    alpha = _alpha(args.alpha)
+    alpha = alpha_of(args)
     model = load(
-        name, device=args.device, dtype=args.dtype, trust_remote_code=args.trust_remote_code, progress=progress
+        name,
+        device=args.device,
+        precision="full" if precision == "full" else "auto",
+        dtype=args.dtype,
+        trust_remote_code=args.trust_remote_code,
+        progress=progress,
     )
-    if precision != "full":
+    if precision not in ("full", model.precision):  # some were quantised before they were saved
         quantize(
             model,
             calibration,
@@ -228,13 +233,14 @@ def _prompt_text(args: argparse.Namespace) -> str:
     return sys.stdin.read()
 
 
-def _alpha(text: str) -> float | None:
-    if text == "auto":
+def alpha_of(args: argparse.Namespace) -> float | None:
+    """SmoothQuant's migration strength; None for auto."""
+    if args.alpha == "auto":
         return None
     try:
-        return float(text)
+        return float(args.alpha)
     except ValueError:
-        raise QuasarError(f"--alpha {text}: should be a number from 0 to 1, or auto") from None
+        raise QuasarError(f"--alpha {args.alpha}: should be a number from 0 to 1, or auto") from None
 
 
 def _gamma(text: str) -> int | None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from common.errors import QuasarError
 from common.models.decoder import Decoder
-from common.models.model import ASSETS, LoadOptions, Model, load_full
+from common.models.model import ASSETS, LoadOptions, Model, load_checkpoint
 from common.models.pruning import layers_to_keep
 from common.models.sharing import share
 from common.quantization.calibration import read_texts
-from common.quantization.linear import Linear, W4A4Linear, W4A16Linear
+from common.quantization.int4 import W4A4Linear, W4A16Linear
+from common.quantization.linear import Linear
 
 _PROMPTS, _PROMPT_TOKENS = 8, 256  # enough to rank layers by
 
@@ -61,7 +62,7 @@ def _other_model(model: Model, path: str) -> Decoder:
     backend = model.decoder.backend
     device = backend.name if backend.name == "reference" else str(backend.device)
     dtype = str(backend.dtype).removeprefix("torch.")
-    draft = load_full(path, LoadOptions(device, dtype, model.trust_remote_code))
+    draft = load_checkpoint(path, LoadOptions(device, dtype, model.trust_remote_code))
     sizes = [m.config.vocab_size for m in (draft, model)]
     if sizes[0] != sizes[1]:
         raise QuasarError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from common.errors import QuasarError
+from common.quantization.checkpoints.folder import read_json
 
+MAX_POSITIONS = 1 << 20  # tables of cosines are made for all of them
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -119,18 +121,21 @@ def read_config(folder: Path) -> ModelConfig:
         raise QuasarError(f"{path}: architecture {architecture} is not supported; Quasar runs {', '.join(_FAMILIES)}")
     _refuse_variants(path, fields)
 
-    def size(name: str, default: int | None = None) -> int:
+    def size(name: str, default: int | None = None, most: int = 1 << 31) -> int:
         value = fields.get(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-            raise QuasarError(f"{path}: {name} is {value!r}; it must be a positive whole number")
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
+            raise QuasarError(f"{path}: {name} is {value!r}; it must be a whole number from 1 to {most}")
         return value
 
     def number(name: str, value: Any) -> float:
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
             raise QuasarError(f"{path}: {name} is {value!r}; it must be a positive number")
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise QuasarError(f"{path}: {name} has {len(str(value))} digits; it must be a positive number") from None
 
-    rope = fields.get("rope_parameters") or {}
+    rope = _rope(path, fields)
     dtype = str(fields.get("dtype") or fields.get("torch_dtype") or "float32").removeprefix("torch.")
     if dtype not in DTYPES:
         raise QuasarError(f"{path}: dtype {dtype} is not supported; use one of {', '.join(DTYPES)}")
@@ -145,7 +150,7 @@ def read_config(folder: Path) -> ModelConfig:
         # Qwen3 states head_dim (128 in class and checkpoints alike); OpenPangu leaves it to the division.
         head_dim=size("head_dim", hidden // heads),
         intermediate_size=size("intermediate_size"),
-        max_position_embeddings=size("max_position_embeddings", 32768),
+        max_position_embeddings=size("max_position_embeddings", 32768, most=MAX_POSITIONS),
         rope_theta=number("rope_theta", fields.get("rope_theta", rope.get("rope_theta", 10000.0))),
         rms_norm_eps=number("rms_norm_eps", fields.get("rms_norm_eps", 1e-6)),
         tie_word_embeddings=bool(fields.get("tie_word_embeddings", False)),
@@ -165,7 +170,7 @@ def read_config(folder: Path) -> ModelConfig:
 
 def _refuse_variants(path: Path, fields: dict[str, Any]) -> None:
     """Settings that change the function and that this decoder does not implement."""
-    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    rope = _rope(path, fields, "rope_scaling")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise QuasarError(f"{path}: rope scaling {kind!r} is not supported; remove it to run at the trained length")
@@ -175,14 +180,8 @@ def _refuse_variants(path: Path, fields: dict[str, Any]) -> None:
         raise QuasarError(f"{path}: use_sliding_window is not supported; set it to false")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; QuasarError if it is missing, not JSON or not an object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise QuasarError(f"{path}: no such file; a model is a Hugging Face checkpoint folder") from None
-    except (OSError, ValueError) as error:
-        raise QuasarError(f"{path}: cannot be read as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise QuasarError(f"{path}: holds no JSON object")
-    return value
+def _rope(path: Path, fields: dict[str, Any], older: str | None = None) -> dict[str, Any]:
+    rope = fields.get("rope_parameters") or fields.get(older or "") or {}
+    if not isinstance(rope, dict):
+        raise QuasarError(f"{path}: rope_parameters is {rope!r}; it should be an object")
+    return rope

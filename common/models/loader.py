@@ -1,85 +1,37 @@
-"""Hugging Face checkpoints -> Decoder: memory-mapped, one layer at a time, every tensor accounted for."""
+"""Checkpoints -> Decoder: one layer at a time, in the precision the checkpoint has, every tensor accounted for."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
 from common.backends.base import AttentionSpec, Backend
 from common.errors import QuasarError
-from common.models.config import ModelConfig, read_json
+from common.models.config import ModelConfig
 from common.models.decoder import Decoder, DecoderLayer
-from common.quantization.linear import FullLinear
-
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+from common.quantization.linear import FullWeights, Linear, LinearWeights, fused_linear
 
 
 class TensorSource(Protocol):
-    """Where weights come from."""
+    """Where weights come from: SafetensorsFolder and its like, one for each format, or RandomTensors."""
 
-    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """The named tensor; QuasarError unless it is there and has this shape."""
+    def get(self, name: str, *shapes: tuple[int, ...]) -> Tensor:
+        """The named tensor; QuasarError unless it is there and has one of these shapes."""
+
+    def linear(self, name: str, out: int, inputs: int, bias: bool) -> LinearWeights:
+        """The projection `name`, in the precision it is stored in."""
+
+    def norm_bias(self, name: str, size: int) -> Tensor | None:
+        """What smoothing added to the output of the norm `name`, float32 [size]."""
+
+    def skip(self, *names: str) -> None:
+        """Tensors that may be there and are not needed."""
 
     def finish(self) -> None:
         """Called when all were read; QuasarError if something is left over."""
-
-
-class SafetensorsFolder:
-    """One model.safetensors, or shards with an index. Nothing is read before it is asked for."""
-
-    def __init__(self, folder: Path) -> None:
-        index = folder / "model.safetensors.index.json"
-        if index.exists():
-            where = read_json(index).get("weight_map")
-            if not isinstance(where, dict) or not all(isinstance(f, str) for f in where.values()):
-                raise QuasarError(f"{index}: weight_map should map tensor names to file names")
-            files = {name: folder / file for name, file in where.items()}
-        else:
-            single = folder / "model.safetensors"
-            if not single.exists():
-                raise QuasarError(
-                    f"{folder}: holds no model.safetensors and no model.safetensors.index.json; "
-                    "pickled weights are never loaded, save the model with safe serialization"
-                )
-            files = dict.fromkeys(_names(single), single)
-        self._files, self._folder, self._unused = files, folder, set(files)
-
-    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        if name not in self._files:
-            raise QuasarError(f"{self._folder}: tensor {name} is missing; config.json asks for it")
-        file = self._files[name]
-        self._unused.discard(name)
-        # Opened for each tensor, so that the pages of a shard do not outlive their use.
-        with _open(file) as tensors:
-            try:
-                tensor = tensors.get_tensor(name)
-            except SafetensorError as error:
-                raise QuasarError(f"{file}: tensor {name} cannot be read ({error})") from None
-        if tuple(tensor.shape) != shape:
-            raise QuasarError(
-                f"{file}: tensor {name} has shape {list(tensor.shape)}; config.json makes it {list(shape)}"
-            )
-        if tensor.dtype not in _FLOATS:
-            raise QuasarError(f"{file}: tensor {name} is {tensor.dtype}; bfloat16, float16 or float32 is expected")
-        return tensor
-
-    def skip(self, name: str) -> None:
-        """A tensor that may be there and is not needed."""
-        self._unused.discard(name)
-
-    def finish(self) -> None:
-        if self._unused:
-            names = sorted(self._unused)
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise QuasarError(
-                f"{self._folder}: tensors that this architecture does not have: {', '.join(names[:3])}{more}"
-            )
 
 
 class RandomTensors:
@@ -95,83 +47,110 @@ class RandomTensors:
         count = torch.Size(shape).numel()
         return self._tile.repeat(-(-count // len(self._tile)))[:count].view(shape)
 
+    def linear(self, name: str, out: int, inputs: int, bias: bool) -> LinearWeights:
+        return FullWeights(
+            self.get(f"{name}.weight", (out, inputs)), self.get(f"{name}.bias", (out,)) if bias else None
+        )
+
+    def norm_bias(self, name: str, size: int) -> Tensor | None:
+        return None
+
+    def skip(self, *names: str) -> None:
+        return
+
     def finish(self) -> None:
         return
 
 
-def _open(file: Path) -> safe_open:
-    try:
-        return safe_open(file, framework="pt")
-    except FileNotFoundError:
-        raise QuasarError(f"{file}: no such file; the checkpoint's index names it") from None
-    except (SafetensorError, OSError) as error:
-        raise QuasarError(f"{file}: not a whole safetensors file ({error}); download it again") from None
+class DecoderParts:
+    """Builds the parts of a decoder on a backend, each when it is asked for; linear layers stay unpacked."""
 
+    def __init__(self, config: ModelConfig, source: TensorSource, backend: Backend) -> None:
+        self.config, self.source, self.backend = config, source, backend
+        c = config
+        self._q_size, self._kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
 
-def _names(file: Path) -> Iterable[str]:
-    with _open(file) as tensors:
-        return list(tensors.keys())
+    def embedding(self) -> Tensor:
+        """[vocab, hidden], in the checkpoint's own type."""
+        c = self.config
+        return self.source.get("model.embed_tokens.weight", (c.vocab_size, c.hidden_size)).to(self.backend.device)
 
-
-def build_decoder(config: ModelConfig, source: TensorSource, backend: Backend, progress: bool = False) -> Decoder:
-    """Reads every weight and puts the decoder on the backend, its linear layers still in checkpoint layout."""
-    c = config
-
-    def place(name: str, *shape: int) -> Tensor:
-        return source.get(name, shape).to(backend.device)
-
-    def norm(name: str, size: int) -> Tensor:
-        return place(name, size).to(backend.dtype)
-
-    def linear(names: list[str], sizes: list[int], inputs: int, bias: bool) -> FullLinear:
-        """One projection, or several fused along their outputs."""
-        weight = _fuse([place(f"{n}.weight", size, inputs) for n, size in zip(names, sizes, strict=True)])
-        biases = [place(f"{n}.bias", size) for n, size in zip(names, sizes, strict=True)] if bias else None
-        return FullLinear(backend, weight, None if biases is None else _fuse(biases))
-
-    q_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-
-    def layer(index: int) -> DecoderLayer:
-        at = f"model.layers.{index}"
+    def layer(self, index: int) -> DecoderLayer:
+        """The decoder layer `index`."""
+        c, at = self.config, f"model.layers.{index}"
         attention = AttentionSpec(
             c.num_heads,
             c.num_kv_heads,
             c.head_dim,
             eps=c.rms_norm_eps,
-            q_norm=norm(f"{at}.self_attn.q_norm.weight", c.head_dim) if c.qk_norm else None,
-            k_norm=norm(f"{at}.self_attn.k_norm.weight", c.head_dim) if c.qk_norm else None,
+            q_norm=self._norm(f"{at}.self_attn.q_norm", c.head_dim)[0] if c.qk_norm else None,
+            k_norm=self._norm(f"{at}.self_attn.k_norm", c.head_dim)[0] if c.qk_norm else None,
         )
+        input_norm, input_bias = self._norm(f"{at}.input_layernorm", c.hidden_size, may_shift=True)
+        post_norm, post_bias = self._norm(f"{at}.post_attention_layernorm", c.hidden_size, may_shift=True)
+        names = {fused: [f"{at}.{part}" for part in parts] for fused, parts in PROJECTIONS.items()}
         return DecoderLayer(
             index,
             attention,
             c.rms_norm_eps,
-            backend,
-            input_norm=norm(f"{at}.input_layernorm.weight", c.hidden_size),
-            qkv=linear(
-                [f"{at}.self_attn.{p}_proj" for p in "qkv"], [q_size, kv_size, kv_size], c.hidden_size, c.attention_bias
-            ),
-            o=linear([f"{at}.self_attn.o_proj"], [c.hidden_size], q_size, c.attention_bias),
-            post_norm=norm(f"{at}.post_attention_layernorm.weight", c.hidden_size),
-            gate_up=linear(
-                [f"{at}.mlp.gate_proj", f"{at}.mlp.up_proj"], [c.intermediate_size] * 2, c.hidden_size, False
-            ),
-            down=linear([f"{at}.mlp.down_proj"], [c.hidden_size], c.intermediate_size, False),
+            self.backend,
+            input_norm=input_norm,
+            qkv=self._linear(names["qkv"], self.sizes["qkv"], c.hidden_size, c.attention_bias, input_bias),
+            o=self._linear(names["o"], self.sizes["o"], self._q_size, c.attention_bias),
+            post_norm=post_norm,
+            gate_up=self._linear(names["gate_up"], self.sizes["gate_up"], c.hidden_size, False, post_bias),
+            down=self._linear(names["down"], self.sizes["down"], c.intermediate_size, False),
         )
 
-    embedding = place("model.embed_tokens.weight", c.vocab_size, c.hidden_size)
-    layers = [
-        layer(i) for i in tqdm(range(c.num_layers), desc="loading", unit="layer", disable=not progress, leave=False)
-    ]
-    if c.tie_word_embeddings:
-        lm_head = FullLinear(backend, embedding)
-        if isinstance(source, SafetensorsFolder):
-            source.skip("lm_head.weight")  # some savers write the tied weight twice
-    else:
-        lm_head = FullLinear(backend, place("lm_head.weight", c.vocab_size, c.hidden_size))
-    final_norm = norm("model.norm.weight", c.hidden_size)
+    @property
+    def sizes(self) -> dict[str, list[int]]:
+        """Output features of the projections that each linear layer of a decoder layer is fused from."""
+        c = self.config
+        return {
+            "qkv": [self._q_size, self._kv_size, self._kv_size],
+            "o": [c.hidden_size],
+            "gate_up": [c.intermediate_size] * 2,
+            "down": [c.hidden_size],
+        }
+
+    def head(self, embedding: Tensor) -> tuple[Tensor, Linear]:
+        """The last norm [hidden], and lm_head: the embedding again where they are tied."""
+        c = self.config
+        norm, bias = self._norm("model.norm", c.hidden_size, may_shift=True)
+        if not c.tie_word_embeddings:
+            return norm, self._linear(["lm_head"], [c.vocab_size], c.hidden_size, False, bias)
+        self.source.skip("lm_head.weight")  # some savers write the tied weight twice
+        return norm, fused_linear(self.backend, ["lm_head"], [FullWeights(embedding, None)], bias)
+
+    def _norm(self, name: str, size: int, may_shift: bool = False) -> tuple[Tensor, Tensor | None]:
+        bias = self.source.norm_bias(name, size)
+        if bias is not None and not may_shift:
+            raise QuasarError(f"{name}.bias is not zero; Quasar runs shifted inputs of linear layers only")
+        return self.source.get(f"{name}.weight", (size,)).to(self.backend.device, self.backend.dtype), bias
+
+    def _linear(
+        self, names: list[str], sizes: list[int], inputs: int, bias: bool, input_bias: Tensor | None = None
+    ) -> Linear:
+        """One projection, or several fused along their outputs."""
+        parts = [self.source.linear(name, size, inputs, bias) for name, size in zip(names, sizes, strict=True)]
+        return fused_linear(self.backend, names, parts, input_bias)
+
+
+# The projections of a decoder layer by the linear layer they are fused into.
+PROJECTIONS = {
+    "qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "o": ["self_attn.o_proj"],
+    "gate_up": ["mlp.gate_proj", "mlp.up_proj"],
+    "down": ["mlp.down_proj"],
+}
+
+
+def build_decoder(config: ModelConfig, source: TensorSource, backend: Backend, progress: bool = False) -> Decoder:
+    """Reads every weight and puts the decoder on the backend; full-precision layers stay in checkpoint layout."""
+    parts = DecoderParts(config, source, backend)
+    embedding = parts.embedding()
+    indices = tqdm(range(config.num_layers), desc="loading", unit="layer", disable=not progress, leave=False)
+    layers = [parts.layer(i) for i in indices]
+    norm, lm_head = parts.head(embedding)
     source.finish()
-    return Decoder(config, backend, embedding=embedding, layers=layers, norm=final_norm, lm_head=lm_head)
-
-
-def _fuse(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return Decoder(config, backend, embedding=embedding, layers=layers, norm=norm, lm_head=lm_head)

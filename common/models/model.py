@@ -11,11 +11,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from common.backends import get_backend
+from common.backends.base import Backend
 from common.errors import QuasarError
-from common.models.config import DTYPES, DUMMY_SHAPES, ModelConfig, read_config, read_json
+from common.models.config import DTYPES, DUMMY_SHAPES, ModelConfig, read_config
 from common.models.decoder import Decoder
-from common.models.loader import RandomTensors, SafetensorsFolder, build_decoder
+from common.models.loader import RandomTensors, build_decoder
+from common.quantization.checkpoints import open_checkpoint
+from common.quantization.checkpoints.folder import read_json
 from common.quantization.fidelity import Fidelity
+from common.quantization.linear import W8A8Linear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -72,20 +76,31 @@ class LoadOptions:
     trust_remote_code: bool = False
     progress: bool = False
 
+    def backend(self) -> Backend:
+        """The device; QuasarError where it is unknown or absent."""
+        return get_backend(self.device, _dtype(self.dtype))
 
-def load_full(name: str, options: LoadOptions) -> Model:
-    """A model in full precision. `name` is a folder, a shipped model, `dummy:SHAPE`, or a name on the hub."""
-    backend = get_backend(options.device, _dtype(options.dtype))
+
+def load_checkpoint(name: str, options: LoadOptions) -> Model:
+    """A model in its checkpoint's precision. `name` is a folder, a shipped model, `dummy:SHAPE`, or a hub name."""
+    backend = options.backend()
     if name.startswith(DUMMY_PREFIX):
         config = dummy_config(name.removeprefix(DUMMY_PREFIX))
         decoder = build_decoder(config, RandomTensors(config.dtype), backend, options.progress)
         return Model(name, decoder, None, frozenset())
     folder = find_checkpoint(name, options.trust_remote_code)
     config = read_config(folder)
-    decoder = build_decoder(config, SafetensorsFolder(folder), backend, options.progress)
-    tokenizer = _load_tokenizer(folder, options.trust_remote_code)
-    stop_ids = _stop_ids(folder, tokenizer)
-    return Model(name, decoder, tokenizer, stop_ids, trust_remote_code=options.trust_remote_code)
+    decoder = build_decoder(config, open_checkpoint(folder), backend, options.progress)
+    tokenizer = load_tokenizer(folder, options.trust_remote_code)
+    quantized = any(isinstance(linear, W8A8Linear) for linear in decoder.linears())
+    return Model(
+        name,
+        decoder,
+        tokenizer,
+        _stop_ids(folder, tokenizer),
+        precision="w8a8" if quantized else "full",
+        trust_remote_code=options.trust_remote_code,
+    )
 
 
 def dummy_config(shape: str) -> ModelConfig:
@@ -116,12 +131,13 @@ def find_checkpoint(name: str, trust_remote_code: bool = False) -> Path:
         raise QuasarError(f"--model {name}: not a folder here, and not to be had from the hub ({reason})") from None
 
 
-def _load_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer in a checkpoint folder; QuasarError where there is none that can be used."""
     from transformers import AutoTokenizer  # takes seconds to import
 
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # the tokenizers library raises bare Exceptions on files that it cannot parse
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if "trust_remote_code" in str(error):
             raise QuasarError(

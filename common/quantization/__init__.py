@@ -6,15 +6,17 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from tqdm import tqdm
 
-from common.quantization.calibration import SMOOTHED, collect
-from common.quantization.linear import W4A16Linear, W8A8Linear
+from common.quantization.calibration import SMOOTHED, InputStats, collect
+from common.quantization.int4 import W4A16Linear
+from common.quantization.linear import Int8Weights, W8A8Linear, quantize_linear
 from common.quantization.rotation import rotate_decoder
 from common.quantization.smoothquant import smooth_layer
 
 if TYPE_CHECKING:
-    from common.models.decoder import Decoder
+    from common.models.decoder import Decoder, DecoderLayer
 
 SEARCH_ROWS = 256  # sampled inputs per linear layer for the search over alpha
 log = logging.getLogger(__name__)
@@ -34,13 +36,36 @@ def quantize_w8a8(
     """
     stats = collect(decoder, sequences, SEARCH_ROWS if alpha is None else 0, progress)
     for layer in tqdm(decoder.layers, desc="quantising", unit="layer", disable=not progress, leave=False):
-        used = smooth_layer(layer, stats[layer.index], alpha)
-        log.debug("layer %d: alpha %s", layer.index, used)
-        for name in SMOOTHED:
-            setattr(layer, name, W8A8Linear.from_full(getattr(layer, name)))
+        quantize_layer(layer, stats[layer.index], alpha, decoder.config.dtype)
         stats[layer.index].clear()
     if lm_head:  # a tied embedding keeps its own full-precision weight
         decoder.lm_head = W8A8Linear.from_full(decoder.lm_head)
+
+
+def quantize_layer(
+    layer: DecoderLayer,
+    stats: dict[str, InputStats],
+    alpha: float | None,
+    dtype: torch.dtype,
+    static: bool = False,
+) -> dict[str, Int8Weights]:
+    """Smooths one unpacked layer and makes its linear layers W8A8 in place; returns what they were made of.
+
+    dtype is the checkpoint's. static gives activations one scale per tensor, from the peaks in stats.
+    """
+    used = smooth_layer(layer, stats, alpha, dtype)
+    log.debug("layer %d: alpha %s", layer.index, used)
+    made = {}
+    for name in SMOOTHED:
+        linear = getattr(layer, name)
+        made[name] = quantize_linear(linear, static_scale(stats[name].peak) if static else None)
+        setattr(layer, name, W8A8Linear.of(linear.backend, made[name]))
+    return made
+
+
+def static_scale(peak: torch.Tensor) -> torch.Tensor:
+    """float32 [1] for inputs whose channels peak at `peak` [in]."""
+    return (peak.amax(keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def quantize_int4(decoder: Decoder, linear: type[W4A16Linear], progress: bool = False) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from common.errors import QuasarError
 
 if TYPE_CHECKING:
-    from common.models.decoder import Decoder
+    from common.models.decoder import Decoder, DecoderLayer
 
 # The linear layers whose inputs SmoothQuant scales, by their name in DecoderLayer.
 SMOOTHED = ("qkv", "o", "gate_up", "down")
@@ -40,6 +41,31 @@ class InputStats:
             self.rows = torch.cat([self.rows, x])[kept.to(x.device)]
 
 
+@contextmanager
+def observing(layer: DecoderLayer, sample: int = 0) -> Iterator[dict[str, InputStats]]:
+    """While it lasts, what runs through an unpacked layer fills the InputStats of its four linear inputs."""
+    stats: dict[str, InputStats] = {}
+    # Of each layer's own, so that a layer's sample is the same whether or not the others are observed with it.
+    generator = torch.Generator().manual_seed(0)
+
+    def observer(name: str) -> Callable[..., None]:
+        def observe(_module: torch.nn.Module, args: tuple[Tensor]) -> None:
+            x = args[0]
+            if name not in stats:
+                empty = x.new_zeros(x.shape[1], dtype=torch.float32)
+                stats[name] = InputStats(empty, empty[None][:0], torch.empty(0))
+            stats[name].update(x, sample, generator)
+
+        return observe
+
+    hooks = [getattr(layer, name).register_forward_pre_hook(observer(name)) for name in SMOOTHED]
+    try:
+        yield stats
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def collect(
     decoder: Decoder, sequences: Sequence[Sequence[int]], sample: int = 0, progress: bool = False
 ) -> list[dict[str, InputStats]]:
@@ -47,32 +73,12 @@ def collect(
 
     Returns for each layer the InputStats of its four linear inputs, with `sample` rows each.
     """
-    stats: list[dict[str, InputStats]] = [{} for _ in decoder.layers]
-    generator = torch.Generator().manual_seed(0)
-
-    def observer(index: int, name: str) -> Callable[..., None]:
-        def observe(_module: torch.nn.Module, args: tuple[Tensor]) -> None:
-            x = args[0]
-            if name not in stats[index]:
-                empty = x.new_zeros(x.shape[1], dtype=torch.float32)
-                stats[index][name] = InputStats(empty, empty[None][:0], torch.empty(0))
-            stats[index][name].update(x, sample, generator)
-
-        return observe
-
-    hooks = [
-        getattr(layer, name).register_forward_pre_hook(observer(layer.index, name))
-        for layer in decoder.layers
-        for name in SMOOTHED
-    ]
-    try:
+    with ExitStack() as stack:
+        stats = [stack.enter_context(observing(layer, sample)) for layer in decoder.layers]
         cache = decoder.new_cache(max(map(len, sequences)))
         for ids in tqdm(sequences, desc="calibrating", unit="prompt", disable=not progress, leave=False):
             cache.length = 0
             decoder.prefill(ids, cache, keep=0)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return stats
 
 

@@ -33,38 +33,59 @@ class Fidelity:
         )
 
 
+class FidelityTally:
+    """Adds up what distributions before and after a change differ in."""
+
+    def __init__(self) -> None:
+        self._kl = self._loss = self._loss_full = 0.0
+        self._agree = self._count = 0
+
+    def add(self, before: Tensor, after: Tensor, following: Sequence[int]) -> None:
+        """Takes log-probabilities float32 [tokens, vocab] of both models, and the tokens that really followed."""
+        really = torch.tensor(following, device=after.device)[:, None]
+        self._kl += (before.exp() * (before - after)).sum().item()
+        self._agree += int((before.argmax(-1) == after.argmax(-1)).sum().item())
+        self._loss -= after.gather(1, really).sum().item()
+        self._loss_full -= before.gather(1, really).sum().item()
+        self._count += len(before)
+
+    def figures(self) -> Fidelity:
+        """Over all that was added."""
+        n = self._count
+        full, changed = (torch.tensor(total / n).exp().item() for total in (self._loss_full, self._loss))
+        return Fidelity(n, self._kl / n, self._agree / n, full, changed)
+
+
+def held_out(sequences: Sequence[Sequence[int]], vocab: int, positions: int, tokens: int = 4096) -> list[list[int]]:
+    """As many leading tokens of each sequence as make up `tokens` and fit the memory meant for their distributions."""
+    budget = min(tokens, _KEPT_BYTES // (4 * vocab))
+    kept: list[list[int]] = []
+    for ids in sequences:
+        leading = list(ids[: min(_SEQUENCE, positions, budget + 1)])
+        if len(leading) > 1:
+            kept.append(leading)
+            budget -= len(leading) - 1
+        if budget <= 0:
+            break
+    if not kept:
+        raise ValueError("fidelity needs a sequence of at least two tokens")
+    return kept
+
+
 class FidelityProbe:
     """Records a decoder's log-probabilities, and compares them with those of the same decoder changed."""
 
     def __init__(self, decoder: Decoder, sequences: Sequence[Sequence[int]], tokens: int = 4096) -> None:
-        """Takes as many leading tokens of each sequence as make up `tokens` and fit the memory meant for it."""
-        budget = min(tokens, _KEPT_BYTES // (4 * decoder.config.vocab_size))
-        limit = min(_SEQUENCE, decoder.config.max_position_embeddings)
-        self._sequences: list[list[int]] = []
-        for ids in sequences:
-            kept = list(ids[: min(limit, budget + 1)])
-            if len(kept) > 1:
-                self._sequences.append(kept)
-                budget -= len(kept) - 1
-            if budget <= 0:
-                break
-        if not self._sequences:
-            raise ValueError("fidelity needs a sequence of at least two tokens")
+        config = decoder.config
+        self._sequences = held_out(sequences, config.vocab_size, config.max_position_embeddings, tokens)
         self._before = [_log_probs(decoder, ids) for ids in self._sequences]
 
     def compare(self, decoder: Decoder) -> Fidelity:
         """The figures for the decoder as it is now."""
-        kl, agree, loss, loss_full, count = 0.0, 0, 0.0, 0.0, 0
+        tally = FidelityTally()
         for ids, before in zip(self._sequences, self._before, strict=True):
-            after = _log_probs(decoder, ids)
-            kl += (before.exp() * (before - after)).sum().item()
-            agree += (before.argmax(-1) == after.argmax(-1)).sum().item()
-            following = torch.tensor(ids[1:], device=after.device)[:, None]
-            loss -= after.gather(1, following).sum().item()
-            loss_full -= before.gather(1, following).sum().item()
-            count += len(before)
-        perplexity, perplexity_full = (torch.tensor(total / count).exp().item() for total in (loss, loss_full))
-        return Fidelity(count, kl / count, agree / count, perplexity_full, perplexity)
+            tally.add(before, _log_probs(decoder, ids), ids[1:])
+        return tally.figures()
 
 
 def _log_probs(decoder: Decoder, ids: Sequence[int]) -> Tensor:

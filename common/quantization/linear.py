@@ -6,6 +6,8 @@ the op before it, which may fuse the quantisation.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +18,32 @@ from common.backends.base import ActivationQuant, Backend, Quantized
 from common.errors import QuasarError
 
 _ROWS = 8192  # quantised at a time
+
+
+@dataclass(frozen=True)
+class FullWeights:
+    """A projection as a checkpoint holds it: weight [out, in], bias [out] or None, floating point."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class Int8Weights:
+    """A W8A8 projection as a checkpoint holds it: values int8 [out, in], scale float32 [out], bias [out] or None.
+
+    static_scale float32 [1] is None for dynamic activations. Static ones may be asymmetric: x8 = x / static_scale +
+    static_offset, rounded; what the offset adds to the products (offset * sum of a row of values) the bias takes off.
+    """
+
+    values: Tensor
+    scale: Tensor
+    bias: Tensor | None
+    static_scale: Tensor | None = None
+    static_offset: float = 0.0
+
+
+LinearWeights = FullWeights | Int8Weights
 
 
 class Linear(nn.Module):
@@ -58,11 +86,21 @@ class W8A8Linear(Linear):
         scale: Tensor,
         bias: Tensor | None = None,
         static_scale: Tensor | None = None,
+        static_offset: float = 0.0,
+        input_bias: Tensor | None = None,
     ) -> None:
-        """values int8 [out, in]; scale float32 [out]; bias [out]; static_scale float32 [1] or None."""
+        """values int8 [out, in]; scale float32 [out]; bias [out]; static_scale float32 [1] or None.
+
+        static_offset and input_bias [in], which is added to the input, come from checkpoints that others have smoothed
+        (see Int8Weights and AscendFolder.norm_bias). Backends need not know them: such a layer takes its input in
+        floating point and quantises it here.
+        """
         super().__init__()
-        self.backend = backend
-        self.activation_quant = ActivationQuant(static_scale)
+        self.backend, self.static_offset = backend, static_offset
+        self.static_scale = None if static_scale is None else static_scale.to(backend.device)
+        self.input_bias = None if input_bias is None else input_bias.to(backend.device, torch.float32)
+        plain = static_offset == 0 and input_bias is None
+        self.activation_quant = ActivationQuant(self.static_scale) if plain else None
         self.packed = backend.int8_weight(values, scale)
         self.bias = None if bias is None else bias.to(backend.device, torch.float32)
         self.nbytes = values.nbytes + scale.nbytes + (0 if self.bias is None else self.bias.nbytes)
@@ -70,13 +108,78 @@ class W8A8Linear(Linear):
     @classmethod
     def from_full(cls, linear: FullLinear) -> W8A8Linear:
         """Quantises an unpacked full-precision layer."""
-        values, scale = quantize_weight(linear.weight)
-        return cls(linear.backend, values, scale, linear.bias)
+        return cls.of(linear.backend, quantize_linear(linear))
+
+    @classmethod
+    def of(cls, backend: Backend, weights: Int8Weights) -> W8A8Linear:
+        """The layer that holds these weights."""
+        w = weights
+        return cls(backend, w.values, w.scale, w.bias, w.static_scale, w.static_offset)
 
     def forward(self, x: Tensor | Quantized) -> Tensor:
         if isinstance(x, Tensor):
-            x = self.backend.quantize(x, self.activation_quant)
+            x = self._quantize(x)
         return self.backend.int8_linear(x, self.packed, self.bias)
+
+    def _quantize(self, x: Tensor) -> Quantized:
+        if self.input_bias is not None:
+            x = (x.float() + self.input_bias).to(x.dtype)
+        if self.static_scale is None or self.static_offset == 0:
+            return self.backend.quantize(x, ActivationQuant(self.static_scale))
+        values = (x.float() / self.static_scale + self.static_offset).round().clamp(-128, 127).to(torch.int8)
+        return Quantized(values, self.static_scale)
+
+
+def fused_linear(
+    backend: Backend, names: Sequence[str], parts: Sequence[LinearWeights], input_bias: Tensor | None = None
+) -> Linear:
+    """One layer from projections `names` of the same input, fused along their outputs.
+
+    input_bias [in] is added to that input. Raises QuasarError where the parts do not have one precision: one product
+    cannot compute them, and vLLM and vLLM-Ascend refuse such checkpoints too.
+    """
+    full = [part for part in parts if isinstance(part, FullWeights)]
+    int8 = [part for part in parts if isinstance(part, Int8Weights)]
+    if full and int8:
+        kinds = ", ".join(
+            f"{name} {'W8A8' if isinstance(part, Int8Weights) else 'full precision'}"
+            for name, part in zip(names, parts, strict=True)
+        )
+        raise QuasarError(f"{kinds}: projections of one input must have the same precision")
+
+    def on_device(tensors: Sequence[Tensor]) -> Tensor:
+        """Fused where they end up: the checkpoint's pages are read once and not copied on the host."""
+        moved = [tensor.to(backend.device) for tensor in tensors]
+        return moved[0] if len(moved) == 1 else torch.cat(moved)
+
+    bias = None
+    if any(part.bias is not None for part in parts):
+        bias = on_device([torch.zeros(_rows(part)) if part.bias is None else part.bias for part in parts])
+    if full:
+        weight = on_device([part.weight for part in full])
+        if input_bias is not None:  # W (x + b) = W x + W b
+            moved = weight.float() @ input_bias.to(backend.device, torch.float32)
+            bias = moved if bias is None else bias.float() + moved
+        return FullLinear(backend, weight, bias)
+    statics = [part.static_scale for part in int8 if part.static_scale is not None]
+    offsets = {part.static_offset for part in int8}
+    equal = all(torch.equal(scale, statics[0]) for scale in statics)
+    if len(statics) not in (0, len(int8)) or len(offsets) > 1 or (offsets != {0} and not equal):
+        raise QuasarError(f"{', '.join(names)}: projections of one input must quantise it the same way")
+    return W8A8Linear(
+        backend,
+        on_device([part.values for part in int8]),
+        on_device([part.scale for part in int8]),
+        bias,
+        # Symmetric scales that differ: the largest clips nothing, and is what vLLM takes.
+        torch.stack(statics).amax(dim=0) if statics else None,
+        offsets.pop(),
+        input_bias,
+    )
+
+
+def _rows(part: LinearWeights) -> int:
+    return len(part.weight if isinstance(part, FullWeights) else part.values)
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,73 +195,7 @@ def _quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     return (rows / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 
 
-class W4A16Linear(Linear):
-    """int4 weights in groups along the inputs, one scale each; activations stay in 16 bits.
-
-    `hadamard` [block, block] rotates the input first, where that could not be folded into the layer before.
-    """
-
-    def __init__(
-        self, backend: Backend, packed: Any, nbytes: int, bias: Tensor | None, hadamard: Tensor | None = None
-    ) -> None:
-        """packed: what `backend.int4_weight` made; nbytes: of weights, scales and bias; bias float32 [out]."""
-        super().__init__()
-        self.backend, self.packed, self.nbytes = backend, packed, nbytes
-        self.bias, self.hadamard = bias, hadamard
-
-    @classmethod
-    def from_full(cls, linear: FullLinear, hadamard: Tensor | None = None) -> W4A16Linear:
-        """Quantises an unpacked full-precision layer whose weight expects the input times `hadamard` already."""
-        values, scale = quantize_weight_int4(linear.weight)
-        bias = None if linear.bias is None else linear.bias.to(linear.backend.device, torch.float32)
-        nbytes = values.numel() // 2 + scale.nbytes + (0 if bias is None else bias.nbytes)
-        return cls(linear.backend, linear.backend.int4_weight(values, scale), nbytes, bias, hadamard)
-
-    @classmethod
-    def over(cls, other: W4A16Linear) -> W4A16Linear:
-        """A layer of this class around the weights of another."""
-        return cls(other.backend, other.packed, other.nbytes, other.bias, other.hadamard)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.hadamard is not None:
-            x = self.backend.rotate(x, self.hadamard)
-        return self.backend.int4_linear(self._activations(x), self.packed, self.bias)
-
-    def _activations(self, x: Tensor) -> Tensor | Quantized:
-        return x
-
-
-class W4A4Linear(W4A16Linear):
-    """The same weights; activations int4, one scale per token."""
-
-    def _activations(self, x: Tensor) -> Quantized:
-        return self.backend.quantize_int4(x)
-
-
-def quantize_weight_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """[out, in] -> int8 [out, in] between -7 and 7, bfloat16 [out, in / group]: symmetric, per group of 128 inputs
-    (64 or 32 where 128 does not divide them).
-
-    Each group's scale is the one of a few below max / 7 with the least squared error: clipping the largest weight a
-    little makes all others finer. Raises QuasarError for shapes that the int4 kernels do not take.
-    """
-    out, inputs = weight.shape
-    group = next((g for g in (128, 64, 32) if inputs % g == 0), None)
-    if group is None or out % 16:
-        raise QuasarError(
-            f"a linear layer of {inputs} inputs and {out} outputs cannot be int4: multiples of 32 and 16 can; "
-            "use --precision w8a8"
-        )
-    grouped = weight.float().view(out, -1, group)
-    peak = grouped.abs().amax(dim=-1)
-    best_error = torch.full_like(peak, torch.inf)
-    values, scale = torch.zeros_like(grouped, dtype=torch.int8), torch.ones_like(peak, dtype=torch.bfloat16)
-    for clip in (1.0, 0.95, 0.9, 0.85, 0.8, 0.75):
-        tried = torch.where(peak > 0, peak * clip / 7, 1.0).bfloat16()
-        rounded = (grouped / tried.float()[..., None]).round().clamp(-7, 7)
-        error = (rounded * tried.float()[..., None] - grouped).square().sum(dim=-1)
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        scale = torch.where(better, tried, scale)
-        values = torch.where(better[..., None], rounded.to(torch.int8), values)
-    return values.view(out, inputs), scale
+def quantize_linear(linear: FullLinear, static_scale: Tensor | None = None) -> Int8Weights:
+    """An unpacked full-precision layer in int8."""
+    values, scale = quantize_weight(linear.weight)
+    return Int8Weights(values, scale, linear.bias, static_scale)

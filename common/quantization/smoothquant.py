@@ -28,20 +28,26 @@ def smoothing_scales(peak: Tensor, weight: Tensor, alpha: float) -> Tensor:
     return (peak.clamp(min=_TINY) ** alpha / columns ** (1 - alpha)).clamp(min=_TINY)
 
 
-def smooth_layer(layer: DecoderLayer, stats: dict[str, InputStats], alpha: float | None) -> dict[str, float]:
+def smooth_layer(
+    layer: DecoderLayer, stats: dict[str, InputStats], alpha: float | None, dtype: torch.dtype
+) -> dict[str, float]:
     """Folds smoothing scales for all four linear inputs into an unpacked layer, whose weights become float32.
 
-    alpha None searches ALPHAS for each input. Returns the alpha used for each.
+    alpha None searches ALPHAS for each input. Norms and biases stay representable in dtype, the checkpoint's, so the
+    smoothed model can be saved as it is. The peaks in stats become those of the smoothed inputs. Returns the alpha
+    used for each.
     """
     used, scales = {}, {}
     for name in SMOOTHED:
         weight = getattr(layer, name).weight
         used[name] = _search_alpha(layer, name, stats[name]) if alpha is None else alpha
         scales[name] = _foldable(layer, name, smoothing_scales(stats[name].peak, weight, used[name]))
-    layer.input_norm = _fold_norm(layer.input_norm, layer.qkv, scales["qkv"])
-    layer.post_norm = _fold_norm(layer.post_norm, layer.gate_up, scales["gate_up"])
-    _fold_v(layer, scales["o"])
-    _fold_up(layer, scales["down"])
+    layer.input_norm, scales["qkv"] = _fold_norm(layer.input_norm, layer.qkv, scales["qkv"], dtype)
+    layer.post_norm, scales["gate_up"] = _fold_norm(layer.post_norm, layer.gate_up, scales["gate_up"], dtype)
+    _fold_v(layer, scales["o"], dtype)
+    _fold_up(layer, scales["down"], dtype)
+    for name in SMOOTHED:
+        stats[name].peak = stats[name].peak / scales[name]
     return used
 
 
@@ -54,28 +60,28 @@ def _foldable(layer: DecoderLayer, name: str, scales: Tensor) -> Tensor:
     return grouped.amax(dim=1, keepdim=True).expand_as(grouped).reshape(-1)
 
 
-def _fold_norm(norm: Tensor, linear: FullLinear, scales: Tensor) -> Tensor:
-    """Returns the divided norm. It is rounded to its own dtype first and the weight multiplied by what that really
-    divided by, so folding is exact in bfloat16 too."""
-    folded = (norm.float() / scales).to(norm.dtype)
+def _fold_norm(norm: Tensor, linear: FullLinear, scales: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Returns the divided norm and what it was really divided by: it is rounded to dtype first and the weight
+    multiplied by that, so folding is exact in bfloat16 too."""
+    folded = (norm.float() / scales).to(dtype).to(norm.dtype)
     divided = torch.where(folded != 0, norm.float() / folded.float(), scales)
     linear.weight = linear.weight.float() * divided
-    return folded
+    return folded, divided
 
 
-def _fold_v(layer: DecoderLayer, scales: Tensor) -> None:
+def _fold_v(layer: DecoderLayer, scales: Tensor, dtype: torch.dtype) -> None:
     spec = layer.attention
     per_row = scales.view(spec.kv_heads, -1, spec.head_dim)[:, 0].reshape(-1)  # [kv_heads * head_dim]
-    _divide_rows(layer.qkv, len(per_row), per_row)
+    _divide_rows(layer.qkv, len(per_row), per_row, dtype)
     layer.o.weight = layer.o.weight.float() * scales
 
 
-def _fold_up(layer: DecoderLayer, scales: Tensor) -> None:
-    _divide_rows(layer.gate_up, len(scales), scales)
+def _fold_up(layer: DecoderLayer, scales: Tensor, dtype: torch.dtype) -> None:
+    _divide_rows(layer.gate_up, len(scales), scales, dtype)
     layer.down.weight = layer.down.weight.float() * scales
 
 
-def _divide_rows(linear: FullLinear, last: int, scales: Tensor) -> None:
+def _divide_rows(linear: FullLinear, last: int, scales: Tensor, dtype: torch.dtype) -> None:
     """Divides the last rows of a fused projection, v of qkv or up of gate_up, and their biases."""
     weight = linear.weight.float().clone()
     weight[-last:] /= scales[:, None]
@@ -83,7 +89,7 @@ def _divide_rows(linear: FullLinear, last: int, scales: Tensor) -> None:
     if linear.bias is not None:
         bias = linear.bias.float().clone()
         bias[-last:] /= scales
-        linear.bias = bias
+        linear.bias = bias.to(dtype)
 
 
 def _search_alpha(layer: DecoderLayer, name: str, stats: InputStats) -> float:

@@ -8,12 +8,13 @@ import torch
 from common.backends import get_backend
 from common.models.config import read_config
 from common.models.decoder import PREFILL_CHUNK, Decoder
-from common.models.loader import SafetensorsFolder, build_decoder
+from common.models.loader import build_decoder
+from common.quantization.checkpoints import open_checkpoint
 from tests.conftest import FAMILIES, random_transformer, save_checkpoint
 
 
 def load_decoder(folder: Path, dtype: torch.dtype) -> Decoder:
-    decoder = build_decoder(read_config(folder), SafetensorsFolder(folder), get_backend("reference", dtype))
+    decoder = build_decoder(read_config(folder), open_checkpoint(folder), get_backend("reference", dtype))
     decoder.pack()
     return decoder
 

@@ -9,13 +9,14 @@ from safetensors.torch import load_file, save_file
 from common import QuasarError, load
 from common.backends import get_backend
 from common.models.config import DUMMY_SHAPES, read_config
-from common.models.loader import RandomTensors, SafetensorsFolder, build_decoder
+from common.models.loader import RandomTensors, build_decoder
 from common.models.model import find_checkpoint
+from common.quantization.checkpoints import open_checkpoint
 from tests.conftest import FAMILIES, random_transformer, save_checkpoint
 
 
 def decoder_of(folder):
-    return build_decoder(read_config(folder), SafetensorsFolder(folder), get_backend("reference"))
+    return build_decoder(read_config(folder), open_checkpoint(folder), get_backend("reference"))
 
 
 @pytest.fixture(params=FAMILIES)
@@ -93,7 +94,7 @@ def test_weights_that_are_not_floats(checkpoint):
     tensors = load_file(file)
     tensors["model.norm.weight"] = torch.ones(64, dtype=torch.int32)
     save_file(tensors, file)
-    with pytest.raises(QuasarError, match=r"model.norm.weight is torch.int32"):
+    with pytest.raises(QuasarError, match=r"model.norm.weight is int32"):
         decoder_of(checkpoint)
 
 

@@ -10,7 +10,8 @@ from common.backends.reference import ReferenceBackend
 from common.errors import QuasarError
 from common.models.sharing import unpacked_copy
 from common.quantization.fidelity import FidelityProbe
-from common.quantization.linear import FullLinear, W4A4Linear, W4A16Linear, quantize_weight_int4
+from common.quantization.int4 import W4A4Linear, W4A16Linear, quantize_weight_int4
+from common.quantization.linear import FullLinear
 from common.quantization.rotation import hadamard, rotate_decoder, rotate_last
 from tests.conftest import FAMILIES
 from tests.random_models import random_model, shared_random_model

@@ -6,9 +6,10 @@ import torch
 from common import QuasarError, load, quantize
 from common.backends import get_backend
 from common.models.config import read_config
-from common.models.loader import SafetensorsFolder, build_decoder
+from common.models.loader import build_decoder
 from common.quantization import quantize_w8a8
 from common.quantization.calibration import SMOOTHED, collect
+from common.quantization.checkpoints import open_checkpoint
 from common.quantization.fidelity import FidelityProbe
 from common.quantization.smoothquant import smooth_layer, smoothing_scales
 from tests.conftest import FAMILIES, random_transformer, save_checkpoint
@@ -27,7 +28,7 @@ def decoder_of(family, folder, dtype=torch.float32, outliers=False):
                 layer.self_attn.v_proj.weight[2] *= 40
                 layer.mlp.up_proj.weight[7] *= 40
     folder = save_checkpoint(model, folder)
-    return build_decoder(read_config(folder), SafetensorsFolder(folder), get_backend("reference", dtype))
+    return build_decoder(read_config(folder), open_checkpoint(folder), get_backend("reference", dtype))
 
 
 def logits(decoder):

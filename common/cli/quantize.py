@@ -1,0 +1,77 @@
+"""`quasar quantize`: a W8A8 checkpoint that Quasar, vLLM, vLLM-Ascend and MindIE load."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from common.cli import flags
+from common.errors import QuasarError
+from common.exporting import SCHEMES, ExportSettings, quantize_checkpoint
+from common.loading import texts_or_default
+from common.models.model import LoadOptions
+from common.msmodelslim import quantize_with_msmodelslim
+from common.quantization.checkpoints import WRITERS
+
+ENGINES = ("quasar", "msmodelslim")
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "quantize",
+        help="write a W8A8 checkpoint",
+        description="Quantise a model once, layer by layer, into a new folder that Quasar, vLLM, vLLM-Ascend and "
+        "MindIE load. Interrupted and run again it resumes.",
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", type=Path, help="the folder to make")
+    parser.add_argument(
+        "--format", choices=list(WRITERS), help="default: compressed-tensors (vLLM); ascend with --engine msmodelslim"
+    )
+    parser.add_argument(
+        "--scheme",
+        choices=SCHEMES,
+        default="w8a8",
+        help="activation scales: one per token, computed on the fly, or one per tensor, calibrated (default: w8a8)",
+    )
+    parser.add_argument(
+        "--engine", choices=ENGINES, default="quasar", help="who quantises (default: quasar); the other runs the tool"
+    )
+    flags.add_model_flags(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.dummy is not None:
+        raise QuasarError(f"--dummy {args.dummy}: random weights are not worth saving; name a --model")
+    options = LoadOptions(args.device, args.dtype, args.trust_remote_code, sys.stderr.isatty())
+    if args.engine == "msmodelslim":
+        _refuse_what_the_tool_decides(args)
+        scheme, command = args.scheme, shlex.join(["quasar", *sys.argv[1:]])
+        fidelity = quantize_with_msmodelslim(args.model, args.output, scheme, options, args.force, command)
+        print(f"{args.output}: {fidelity}", file=sys.stderr)
+        return
+    fidelity = quantize_checkpoint(
+        args.model,
+        args.output,
+        ExportSettings(args.format or "compressed-tensors", args.scheme, flags.alpha_of(args), args.lm_head),
+        calibration=texts_or_default(args.calibration),
+        heldout=texts_or_default(args.heldout),
+        options=options,
+        force=args.force,
+        command=shlex.join(["quasar", *sys.argv[1:]]),
+    )
+    print(f"{args.output}: {fidelity}", file=sys.stderr)
+
+
+def _refuse_what_the_tool_decides(args: argparse.Namespace) -> None:
+    for flag, value, default in (
+        ("--format", args.format or "ascend", "ascend"),
+        ("--lm-head", args.lm_head, "full"),
+        ("--calibration", args.calibration, None),
+        ("--alpha", args.alpha, "0.5"),
+    ):
+        if value != default:
+            raise QuasarError(f"{flag} {value}: --engine msmodelslim decides this itself; leave it out")

@@ -1,0 +1,54 @@
+"""Greedy ids of a checkpoint by vLLM itself (run in vLLM's environment).
+
+    python vllm_generate.py DIR PROMPTS.json OUT.json
+
+PROMPTS.json is a list of lists of token ids. OUT.json gets, for each, the generated ids and the first one's logprob.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "0-1")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process, which knows what this one registers
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+NEW_TOKENS = 32
+
+
+def main() -> None:
+    from vllm import LLM, SamplingParams
+
+    folder, prompts, out = sys.argv[1:4]
+    if json.loads((Path(folder) / "config.json").read_text())["model_type"] == "PanguEmbedded":
+        _know_pangu_config()
+    # float32, as the CPU backend of Quasar computes: the comparison is of checkpoints, not of rounding.
+    engine = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=1024, trust_remote_code=False)
+    settings = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=1, detokenize=False)
+    inputs = [{"prompt_token_ids": ids} for ids in json.loads(Path(prompts).read_text())]
+    results = []
+    for output in engine.generate(inputs, settings):
+        completion = output.outputs[0]
+        ids = list(completion.token_ids)
+        results.append({"ids": ids, "logprob": completion.logprobs[0][ids[0]].logprob})
+    Path(out).write_text(json.dumps(results))
+
+
+def _know_pangu_config() -> None:
+    """vLLM has the model class and no config class: published openPangu checkpoints bring theirs as Python code, which
+    the shipped tiny model does not. This is what theirs says that a Llama config does not."""
+    from transformers import AutoConfig, LlamaConfig
+
+    class PanguEmbeddedConfig(LlamaConfig):
+        model_type = "PanguEmbedded"
+        bias: bool = True
+
+    AutoConfig.register("PanguEmbedded", PanguEmbeddedConfig)
+
+
+if __name__ == "__main__":
+    main()
