@@ -29,7 +29,7 @@ from tqdm import tqdm
 from common.backends.base import Backend
 from common.backends.reference import ReferenceBackend
 from common.errors import QuasarError
-from common.loading import CALIBRATION_TOKENS, check_alpha, require_agreement
+from common.loading import CALIBRATION_TOKENS, LM_HEADS, check_alpha, require_agreement
 from common.models.config import ModelConfig, read_config
 from common.models.decoder import DecoderLayer, rope_tables
 from common.models.loader import PROJECTIONS, DecoderParts, build_decoder
@@ -42,7 +42,6 @@ from common.quantization.fidelity import Fidelity, FidelityTally, held_out
 from common.quantization.linear import FullLinear, FullWeights, Int8Weights, W8A8Linear, quantize_linear
 
 SCHEMES = ("w8a8", "w8a8-static")
-LM_HEADS = ("full", "w8a8")
 _RESUME, _STATE = "resume.json", "hidden_states.resume"
 _COPIED = (".json", ".txt", ".model", ".tiktoken", ".jinja", ".py")
 _LOGIT_ROWS = 16384  # of lm_head made float at a time

@@ -18,6 +18,7 @@ from common.quantization.linear import FullLinear
 
 _INT4 = {"w4a16": W4A16Linear, "w4a4": W4A4Linear}
 PRECISIONS = ("full", "w8a8", *_INT4)
+LM_HEADS = ("full", "w8a8")
 # Below this share of equal top-1 tokens a quantised model is garbage rather than a little different.
 MIN_AGREEMENT = {"w8a8": 0.80, "w4a16": 0.50, "w4a4": 0.50}
 CALIBRATION_TOKENS = 512  # of each prompt
@@ -59,6 +60,7 @@ def quantize(
     prompts: Sequence[str] | None = None,
     *,
     precision: str = "w8a8",
+    lm_head: str = "full",
     keep_full: bool = False,
     heldout: Sequence[str] | None = None,
     alpha: float | None = 0.5,
@@ -68,10 +70,15 @@ def quantize(
     """Makes a full-precision model "w8a8", "w4a16" or "w4a4" in place, and measures what that did on held-out text.
 
     prompts are texts to calibrate on, heldout texts to measure on (None: built-in ones); alpha is SmoothQuant's
-    migration strength, None searches it per layer; int4 uses neither prompts nor alpha. keep_full keeps the
-    full-precision decoder in `model.full`. Raises QuasarError if the result is garbage, unless force.
+    migration strength, None searches it per layer; int4 uses neither prompts nor alpha. lm_head "w8a8" makes that
+    layer int8 too (with precision "w8a8" only). keep_full keeps the full-precision decoder in `model.full`. Raises
+    QuasarError if the result is garbage, unless force.
     Returns None for a model without a tokenizer, which has no text to be measured on.
     """
+    if lm_head not in LM_HEADS:
+        raise QuasarError(f"--lm-head {lm_head} is unknown; use one of {', '.join(LM_HEADS)}")
+    if lm_head == "w8a8" and precision != "w8a8":
+        raise QuasarError(f"--lm-head w8a8 goes with --precision w8a8, not {precision}")
     check_alpha(alpha)
     decoder = model.decoder
     if not all(isinstance(linear, FullLinear) and linear.packed is None for linear in decoder.linears()):
@@ -81,13 +88,13 @@ def quantize(
         model.decoder = decoder
     if model.tokenizer is None:
         ids = [list(range(64))]  # random weights: any ids do, the figures would mean nothing
-        _convert(decoder, precision, ids, alpha, progress)
+        _convert(decoder, precision, lm_head, ids, alpha, progress)
         model.precision = precision
         return None
     limit = min(CALIBRATION_TOKENS, decoder.config.max_position_embeddings)
     calibration = [ids[:limit] for ids in map(model.encode, prompts or read_texts(ASSETS / "calibration.jsonl")) if ids]
     probe = FidelityProbe(decoder, [model.encode(text) for text in heldout or read_texts(ASSETS / "heldout.jsonl")])
-    _convert(decoder, precision, calibration, alpha, progress)
+    _convert(decoder, precision, lm_head, calibration, alpha, progress)
     model.precision = precision
     fidelity = probe.compare(decoder)
     log.info("%s against full precision: %s", precision.upper(), fidelity)
@@ -114,12 +121,17 @@ def require_agreement(name: str, fidelity: Fidelity, precision: str = "w8a8", fo
 
 
 def _convert(
-    decoder: Decoder, precision: str, calibration: Sequence[Sequence[int]], alpha: float | None, progress: bool
+    decoder: Decoder,
+    precision: str,
+    lm_head: str,
+    calibration: Sequence[Sequence[int]],
+    alpha: float | None,
+    progress: bool,
 ) -> None:
     if precision in _INT4:
         quantize_int4(decoder, _INT4[precision], progress)
     else:
-        quantize_w8a8(decoder, calibration, alpha, progress)
+        quantize_w8a8(decoder, calibration, alpha, progress, lm_head=lm_head == "w8a8")
 
 
 def texts_or_default(path: str | None) -> list[str] | None:

@@ -68,6 +68,7 @@ class KVCache:
         shape = (layers, kv_heads, capacity, head_dim)
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.layer_k, self.layer_v = self.k.unbind(), self.v.unbind()  # the same memory, a tensor for each layer
         self.capacity = capacity
         self.length = 0
 

@@ -34,13 +34,13 @@ class CpuBackend(ReferenceBackend):
         return native.PackedInt8(values.contiguous(), scale)
 
     def linear(self, x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
-        y = native.float_linear(x.contiguous(), weight)
-        return y if bias is None else y.add_(bias)
+        return native.float_linear(x.contiguous(), weight, bias)
 
     def int8_linear(self, x: Quantized, weight: Any, bias: Tensor | None) -> Tensor:
-        scale = x.scale if len(x.scale) == len(x.values) else x.scale.expand(len(x.values)).contiguous()
-        y = native.int8_linear(x.values, scale, weight)
-        return y if bias is None else y.add_(bias)
+        scale, tokens = x.scale, x.values.shape[0]
+        if scale.shape[0] != tokens:  # one for all of them
+            scale = scale.expand(tokens).contiguous()
+        return native.int8_linear(x.values, scale, weight, bias)
 
     def quantize(self, x: Tensor, quant: ActivationQuant) -> Quantized:
         if quant.static_scale is not None:
@@ -69,10 +69,10 @@ class CpuBackend(ReferenceBackend):
         if spec.head_dim % _HEAD_STEP:
             return super().append_rotated(qkv, spec, cos, sin, cache, layer)
         return native.rope_qk_append(
-            qkv, cos, sin, cache.k[layer], cache.v[layer], cache.length, spec.q_norm, spec.k_norm, spec.eps
+            qkv, cos, sin, cache.layer_k[layer], cache.layer_v[layer], cache.length, spec.q_norm, spec.k_norm, spec.eps
         )
 
     def attention(self, q: Tensor, spec: AttentionSpec, cache: KVCache, layer: int) -> Tensor:
         if spec.head_dim % _HEAD_STEP:
             return super().attention(q, spec, cache, layer)
-        return native.attention(q, cache.k[layer], cache.v[layer], cache.length, spec.head_dim**-0.5)
+        return native.attention(q, cache.layer_k[layer], cache.layer_v[layer], cache.length, spec.head_dim**-0.5)

@@ -10,7 +10,7 @@ from common.backends import DEVICES
 from common.drafting import DRAFTS
 from common.errors import QuasarError
 from common.generation import GenerationSettings
-from common.loading import PRECISIONS, load, quantize, texts_or_default
+from common.loading import LM_HEADS, PRECISIONS, load, quantize, texts_or_default
 from common.models.config import DUMMY_SHAPES
 from common.models.model import DEFAULT_MODEL, DUMMY_PREFIX, Model
 
@@ -60,6 +60,12 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         default="0.5",
         metavar="A",
         help="SmoothQuant's migration strength, 0 to 1, or auto to search it per layer (default: 0.5)",
+    )
+    group.add_argument(
+        "--lm-head",
+        choices=LM_HEADS,
+        default="full",
+        help="of a w8a8 model: int8 reads half the bytes of its largest layer (default: %(default)s)",
     )
     group.add_argument("--force", action="store_true", help="go on with a quantised model that measures as garbage")
     parser.add_argument("-v", "--verbose", action="count", default=0, help="log more; twice for debugging")
@@ -165,6 +171,7 @@ def load_model(args: argparse.Namespace, precision: str, lossless: bool = False)
             model,
             calibration,
             precision=precision,
+            lm_head=args.lm_head if precision == "w8a8" else "full",
             keep_full=lossless,
             heldout=heldout,
             alpha=alpha,

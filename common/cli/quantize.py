@@ -10,7 +10,7 @@ from typing import Any
 
 from common.cli import flags
 from common.errors import QuasarError
-from common.exporting import LM_HEADS, SCHEMES, ExportSettings, quantize_checkpoint
+from common.exporting import SCHEMES, ExportSettings, quantize_checkpoint
 from common.loading import texts_or_default
 from common.models.model import LoadOptions
 from common.msmodelslim import quantize_with_msmodelslim
@@ -36,7 +36,6 @@ def add_parser(subparsers: Any) -> None:
         default="w8a8",
         help="activation scales: one per token, computed on the fly, or one per tensor, calibrated (default: w8a8)",
     )
-    parser.add_argument("--lm-head", choices=LM_HEADS, default="full", help="precision of lm_head (default: full)")
     parser.add_argument(
         "--engine", choices=ENGINES, default="quasar", help="who quantises (default: quasar); the other runs the tool"
     )

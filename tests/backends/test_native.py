@@ -83,7 +83,7 @@ def test_int8_linear_has_the_bits_of_plain_torch(shape: tuple[int, int, int], wi
     expected = exact(x, weight).float() * x_scale[:, None] * scale
     if bias is not None:
         expected = expected + bias
-    assert torch.equal(native.int8_linear(x, x_scale, native.PackedInt8(weight, scale, bias)), expected)
+    assert torch.equal(native.int8_linear(x, x_scale, native.PackedInt8(weight, scale), bias), expected)
 
 
 @few
@@ -93,7 +93,7 @@ def test_float_linear_is_close_to_float64(shape: tuple[int, int, int], bf16: boo
     m, n, k = shape
     x, weight, bias = torch.randn(m, k), torch.randn(n, k), torch.randn(n) if with_bias else None
     weight = weight.bfloat16() if bf16 else weight
-    out = native.float_linear(x, (native.PackedBf16 if bf16 else native.PackedFloat32)(weight, bias))
+    out = native.float_linear(x, (native.PackedBf16 if bf16 else native.PackedFloat32)(weight), bias)
     expected = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
     bound = F.linear(x.double().abs(), weight.double().abs()) + (0 if bias is None else bias.double().abs())
     assert ((out - expected).abs() <= 256 * 2**-24 * bound).all()
@@ -258,18 +258,18 @@ def test_attention_with_large_scores() -> None:
 def row_kernels() -> dict[str, tuple[Callable[[Tensor], Tensor], int]]:
     """Name -> (kernel of a float32 input [m, width], width)."""
     k, n = 515, 70
-    int8 = native.PackedInt8(random_int8(n, k), torch.rand(n), torch.randn(n))
-    bf16 = native.PackedBf16(torch.randn(n, k).bfloat16(), torch.randn(n))
-    full = native.PackedFloat32(torch.randn(n, k), torch.randn(n))
+    int8, bias = native.PackedInt8(random_int8(n, k), torch.rand(n)), torch.randn(n)
+    bf16 = native.PackedBf16(torch.randn(n, k).bfloat16())
+    full = native.PackedFloat32(torch.randn(n, k))
     weight = torch.randn(k)
 
     def stacked(quantized: native.Quantized) -> Tensor:
         return torch.cat([quantized[0].float(), quantized[1][:, None]], 1)
 
     return {
-        "int8_linear": (lambda x: native.int8_linear(*native.quantize_per_token(x), int8), k),
-        "bf16_linear": (lambda x: native.float_linear(x, bf16), k),
-        "f32_linear": (lambda x: native.float_linear(x, full), k),
+        "int8_linear": (lambda x: native.int8_linear(*native.quantize_per_token(x), int8, bias), k),
+        "bf16_linear": (lambda x: native.float_linear(x, bf16, bias), k),
+        "f32_linear": (lambda x: native.float_linear(x, full, bias), k),
         "quantize": (lambda x: stacked(native.quantize_per_token(x)), k),
         "add_rms_norm": (lambda x: native.add_rms_norm(x.clone(), x.flip(1).contiguous(), weight, 1e-6), k),
         "add_rms_norm_quantize": (

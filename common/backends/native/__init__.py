@@ -15,6 +15,7 @@ busy process on two cores: a pass of 61 ms instead of 1.8 s; on the quiet machin
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -90,13 +91,21 @@ def _pointer(tensor: Tensor, dtype: torch.dtype, elements: int) -> int:
     return tensor.data_ptr()
 
 
+def _output(out: Tensor | None, *shape: int) -> tuple[Tensor, int]:
+    """`out`, or a new float32 tensor, and its address."""
+    if out is None:
+        out = torch.empty(shape)
+        return out, out.data_ptr()
+    return out, _pointer(out, _float32, math.prod(shape))
+
+
 class _Packed:
     """A weight in the kernels' layout: `n` outputs, `k` inputs, `tensor` keeps the bytes alive."""
 
-    __slots__ = ("_bias_pointer", "_pointer", "bias", "k", "n", "tensor")
+    __slots__ = ("_pointer", "k", "n", "tensor")
     bits: int
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype, k_step: int, bias: Tensor | None):
+    def __init__(self, weight: Tensor, dtype: torch.dtype, k_step: int):
         if weight.dim() != 2:
             raise ValueError(f"expected a weight of shape [n, k], got {tuple(weight.shape)}")
         self.n, self.k = weight.shape
@@ -106,8 +115,6 @@ class _Packed:
         self.tensor = torch.empty(blocks * steps * _BLOCK * k_step, dtype=torch.uint8 if dtype is _int8 else dtype)
         self._pointer = self.tensor.data_ptr()
         _kernels.pack(self.bits, source, self._pointer, self.n, self.k)
-        self.bias = None if bias is None else bias.to(_float32).contiguous().clone()
-        self._bias_pointer = 0 if bias is None else _pointer(self.bias, _float32, self.n)
 
     @property
     def nbytes(self) -> int:
@@ -116,48 +123,49 @@ class _Packed:
 
 
 class PackedInt8(_Packed):
-    """int8 weight [n, k] with a float32 scale per output [n] and an optional bias [n]."""
+    """int8 weight [n, k] with a float32 scale per output [n]."""
 
     __slots__ = ("_scale_pointer", "scale")
     bits = 8
 
-    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None = None):
-        super().__init__(weight, _int8, 4, bias)
+    def __init__(self, weight: Tensor, scale: Tensor):
+        super().__init__(weight, _int8, 4)
         self.scale = scale.to(_float32).contiguous().clone()
         self._scale_pointer = _pointer(self.scale, _float32, self.n)
 
 
 class PackedBf16(_Packed):
-    """bfloat16 weight [n, k], read as bf16 and multiplied in float32; optional bias [n]."""
+    """bfloat16 weight [n, k], read as bf16 and multiplied in float32."""
 
     __slots__ = ()
     bits = 16
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None):
-        super().__init__(weight, torch.bfloat16, 1, bias)
+    def __init__(self, weight: Tensor):
+        super().__init__(weight, torch.bfloat16, 1)
 
 
 class PackedFloat32(_Packed):
-    """float32 weight [n, k], optional bias [n]."""
+    """float32 weight [n, k]."""
 
     __slots__ = ()
     bits = 32
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None):
-        super().__init__(weight, _float32, 1, bias)
+    def __init__(self, weight: Tensor):
+        super().__init__(weight, _float32, 1)
 
 
-def int8_linear(x: Tensor, x_scale: Tensor, weight: PackedInt8, out: Tensor | None = None) -> Tensor:
+def int8_linear(
+    x: Tensor, x_scale: Tensor, weight: PackedInt8, bias: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
     """`((x @ weight.T) * x_scale[:, None]) * w_scale + bias` with exact int32 sums.
 
-    x: int8 [m, k], x_scale: float32 [m]; returns float32 [m, n] (`out` if given).
+    x: int8 [m, k], x_scale: float32 [m], bias: float32 [n] or None; returns float32 [m, n] (`out` if given).
     """
     m, n, k = x.shape[0], weight.n, weight.k
-    if out is None:
-        out = torch.empty(m, n)
+    out, out_pointer = _output(out, m, n)
     _kernels.int8_linear(
         _pointer(x, _int8, m * k), _pointer(x_scale, _float32, m), weight._pointer, weight._scale_pointer,
-        weight._bias_pointer, _pointer(out, _float32, m * n), 0, m, n, k, _threads(),
+        0 if bias is None else _pointer(bias, _float32, n), out_pointer, 0, m, n, k, _threads(),
     )  # fmt: skip
     return out
 
@@ -170,20 +178,24 @@ def int8_accumulate(x: Tensor, weight: PackedInt8) -> Tensor:
     return out
 
 
-def float_linear(x: Tensor, weight: PackedBf16 | PackedFloat32, out: Tensor | None = None) -> Tensor:
-    """`x @ weight.T + bias`, multiplied and summed in float32: float32 [m, k] -> float32 [m, n]."""
+def float_linear(
+    x: Tensor, weight: PackedBf16 | PackedFloat32, bias: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """`x @ weight.T + bias`, multiplied and summed in float32: float32 [m, k], bias float32 [n] -> float32 [m, n]."""
     m, n, k = x.shape[0], weight.n, weight.k
-    if out is None:
-        out = torch.empty(m, n)
+    out, out_pointer = _output(out, m, n)
     _kernels.float_linear(
-        weight.bits == 16, _pointer(x, _float32, m * k), weight._pointer, weight._bias_pointer,
-        _pointer(out, _float32, m * n), m, n, k, _threads(),
+        weight.bits == 16, _pointer(x, _float32, m * k), weight._pointer,
+        0 if bias is None else _pointer(bias, _float32, n), out_pointer, m, n, k, _threads(),
     )  # fmt: skip
     return out
 
 
 def _quantized(m: int, k: int, out: Quantized | None) -> tuple[Tensor, Tensor, int, int]:
-    q, scale = out if out is not None else (torch.empty(m, k, dtype=_int8), torch.empty(m))
+    if out is None:
+        q, scale = torch.empty(m, k, dtype=_int8), torch.empty(m)
+        return q, scale, q.data_ptr(), scale.data_ptr()
+    q, scale = out
     return q, scale, _pointer(q, _int8, m * k), _pointer(scale, _float32, m)
 
 
@@ -206,11 +218,10 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float,
     x, residual: float32 [m, k], weight: float32 [k]; returns float32 [m, k] (`out` if given).
     """
     m, k = x.shape
-    if out is None:
-        out = torch.empty(m, k)
+    out, out_pointer = _output(out, m, k)
     _kernels.add_rms_norm(
         _pointer(x, _float32, m * k), 0 if residual is None else _pointer(residual, _float32, m * k),
-        _pointer(weight, _float32, k), eps, _pointer(out, _float32, m * k), 0, 0, m, k, _threads(),
+        _pointer(weight, _float32, k), eps, out_pointer, 0, 0, m, k, _threads(),
     )  # fmt: skip
     return out
 
@@ -231,9 +242,8 @@ def add_rms_norm_quantize(
 def swiglu(gate_up: Tensor, out: Tensor | None = None) -> Tensor:
     """`silu(gate) * up`: float32 [m, 2 * k], gate first -> float32 [m, k]."""
     m, k = gate_up.shape[0], gate_up.shape[1] // 2
-    if out is None:
-        out = torch.empty(m, k)
-    _kernels.swiglu(_pointer(gate_up, _float32, 2 * m * k), _pointer(out, _float32, m * k), 0, 0, m, k, _threads())
+    out, out_pointer = _output(out, m, k)
+    _kernels.swiglu(_pointer(gate_up, _float32, 2 * m * k), out_pointer, 0, 0, m, k, _threads())
     return out
 
 
@@ -273,14 +283,14 @@ def rope_qk_append(
         raise ValueError(f"{heads=} {dim=}, tables {tuple(cos.shape)}: dim must be a multiple of 16")
     if start < 0 or start + m > capacity or m != cos.shape[0]:
         raise ValueError(f"positions {start} to {start + m} leave the cache, or {len(cos)} rows of rope do not fit")
-    q = torch.empty(m, heads, dim) if out is None else out
+    q, q_pointer = _output(out, m, heads, dim)
     cached, table = kv_heads * capacity * dim, cos.shape[0] * stride
     _kernels.rope_qk_append(
         _pointer(qkv, _float32, m * (heads + 2 * kv_heads) * dim),
         0 if q_weight is None else _pointer(q_weight, _float32, dim),
         0 if k_weight is None else _pointer(k_weight, _float32, dim),
         eps, _pointer(cos, _float32, table), _pointer(sin, _float32, table),
-        _pointer(q, _float32, m * heads * dim),
+        q_pointer,
         _pointer(k_cache, _float32, cached), _pointer(v_cache, _float32, cached),
         m, heads, kv_heads, dim, stride, start, capacity, _threads(),
     )  # fmt: skip
@@ -299,12 +309,11 @@ def attention(
     kv_heads, capacity, _ = k_cache.shape
     if dim % 16 or heads % kv_heads or start < 0 or start + m > capacity:
         raise ValueError(f"{heads=} {kv_heads=} {dim=} {start=} {m=} {capacity=}")
-    if out is None:
-        out = torch.empty(m, heads * dim)
+    out, out_pointer = _output(out, m, heads * dim)
     cached = kv_heads * capacity * dim
     _kernels.attention(
         _pointer(q, _float32, m * heads * dim), _pointer(k_cache, _float32, cached),
-        _pointer(v_cache, _float32, cached), _pointer(out, _float32, m * heads * dim),
+        _pointer(v_cache, _float32, cached), out_pointer,
         scale, m, heads, kv_heads, dim, start, capacity, _threads(),
     )  # fmt: skip
     return out
