@@ -50,7 +50,7 @@ class AdaptiveWindow(Window):
     tried with a window of `probe`, and the cooldown doubles each time that does not pay.
     """
 
-    RATE = 0.12  # weight of the newest outcome in the running acceptance rate
+    RATE = 0.12  # weight of the newest outcome in the running acceptance rate, after the first few
     COOLDOWN = (8, 64)  # plain steps per probed token, at first and at most
     TIMES = 5  # drafting times of which the median counts: one interruption should not close a window
 
@@ -60,13 +60,18 @@ class AdaptiveWindow(Window):
         *,
         drafts_are_free: bool = True,
         draft_seconds: float = 0.0,
-        acceptance: float = 0.5,
+        acceptance: float | None = None,
         probe: int = 1,
         max_gamma: int = MAX_AUTO_GAMMA,
     ) -> None:
-        """pass_seconds: of a pass over so many tokens; draft_seconds (per token) and acceptance: to begin with."""
+        """pass_seconds: of a pass over so many tokens; draft_seconds (per token) and acceptance: to begin with.
+
+        A free drafter begins with next to no credit, since its guesses earn it some unverified; others cannot.
+        """
         self._seconds = [pass_seconds(g + 1) for g in range(max_gamma + 1)]
-        self._free, self._acceptance = drafts_are_free, acceptance
+        self._free = drafts_are_free
+        self._acceptance = acceptance if acceptance is not None else 0.1 if drafts_are_free else 0.6
+        self._tested = 1
         self._draft_seconds = deque([draft_seconds] * 2, maxlen=self.TIMES)  # per token
         self._probe, self._cooldown, self._waited = probe, probe * self.COOLDOWN[0], 0
 
@@ -98,6 +103,7 @@ class AdaptiveWindow(Window):
         self._draft_seconds.append(seconds / drafted)
         # What was tested: the accepted tokens and, unless all were, the one that was not. The rest is unknown.
         for hit in [1.0] * accepted + [0.0] * (accepted < drafted):
-            self._acceptance += self.RATE * (hit - self._acceptance)
+            self._tested += 1
+            self._acceptance += max(self.RATE, 1 / self._tested) * (hit - self._acceptance)  # at first a plain average
         if self._best():
             self._cooldown = self._probe * self.COOLDOWN[0]

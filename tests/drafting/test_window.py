@@ -51,7 +51,7 @@ def test_drafts_that_are_never_right_close_the_window_within_a_few_steps():
         gamma = window.gamma()
         wasted += gamma > 0
         window.observe(max(gamma, 1), 0, 0.0)
-    assert wasted <= 20 and window.gamma() == 0
+    assert wasted <= 3 and window.gamma() == 0
 
 
 def test_a_closed_window_opens_when_unverified_drafts_come_true():
