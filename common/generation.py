@@ -22,6 +22,7 @@ from common.verification.sampling import Sampling
 from common.verification.verifier import Verifier
 
 MAX_FIXED_GAMMA = 32
+LEAST_BLOCK = 7  # tokens: a pass in full precision for fewer would cost more than it confirms
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ class Generation:
         verifier = Verifier(decoder, cache, acceptance)
         if settings.lossless:
             drafter: Drafter | None = cascade(model, settings, cache.capacity)
-            window: Window = adaptive_window(decoder, drafter, acceptance=0.9, probe=8)
+            window: Window = adaptive_window(decoder, drafter, acceptance=0.9, least=LEAST_BLOCK)
         else:
             drafter = new_drafter(settings.draft, DraftTarget(model, cache, sampling))
             window = new_window(settings, decoder, drafter)

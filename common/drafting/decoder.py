@@ -78,7 +78,8 @@ class SelfDrafter(DecoderDrafter):
         return draft
 
     def _behind(self, pending: Sequence[int]) -> list[int]:
-        return [*self._tokens, *pending][self._cache.length :]
+        known, held = len(self._tokens), self._cache.length
+        return [*self._tokens[held:], *pending[max(held - known, 0) :]]
 
 
 class ModelDrafter(DecoderDrafter):

@@ -47,11 +47,11 @@ class AdaptiveWindow(Window):
     With acceptance rate a, a window of g commits (1 - a^(g+1)) / (1 - a) tokens on average (Leviathan et al. 2023,
     eq. 1) and costs one pass over g + 1 tokens and the drafting of g. Where no g beats a plain step the window closes.
     A drafter that costs nothing goes on guessing unverified; one that takes passes is left alone for a cooldown, then
-    tried with a window of `probe`, and the cooldown doubles each time that does not pay.
+    tried with its least window, and the cooldown doubles each time that does not pay.
     """
 
-    RATE = 0.12  # weight of the newest outcome in the running acceptance rate
-    COOLDOWN = (8, 64)  # plain steps per probed token, at first and at most
+    RATE = 0.12  # weight of the newest outcome in the running acceptance rate, after the first few
+    COOLDOWN = (8, 64)  # plain steps per token of the least window, at first and at most
     TIMES = 5  # drafting times of which the median counts: one interruption should not close a window
 
     def __init__(
@@ -60,15 +60,21 @@ class AdaptiveWindow(Window):
         *,
         drafts_are_free: bool = True,
         draft_seconds: float = 0.0,
-        acceptance: float = 0.5,
-        probe: int = 1,
+        acceptance: float | None = None,
+        least: int = 1,
         max_gamma: int = MAX_AUTO_GAMMA,
     ) -> None:
-        """pass_seconds: of a pass over so many tokens; draft_seconds (per token) and acceptance: to begin with."""
+        """pass_seconds: of a pass over so many tokens; draft_seconds (per token) and acceptance: to begin with;
+        least: the smallest window but 0, for drafters that are slow to start.
+
+        A free drafter begins with next to no credit, since its guesses earn it some unverified; others cannot.
+        """
         self._seconds = [pass_seconds(g + 1) for g in range(max_gamma + 1)]
-        self._free, self._acceptance = drafts_are_free, acceptance
+        self._free = drafts_are_free
+        self._acceptance = acceptance if acceptance is not None else 0.1 if drafts_are_free else 0.6
+        self._tested = 1
         self._draft_seconds = deque([draft_seconds] * 2, maxlen=self.TIMES)  # per token
-        self._probe, self._cooldown, self._waited = probe, probe * self.COOLDOWN[0], 0
+        self._least, self._cooldown, self._waited = least, least * self.COOLDOWN[0], 0
 
     def gamma(self) -> int:
         best = self._best()
@@ -78,8 +84,8 @@ class AdaptiveWindow(Window):
         if self._waited <= self._cooldown:
             return 0
         self._waited = 0
-        self._cooldown = min(2 * self._cooldown, self._probe * self.COOLDOWN[1])
-        return self._probe
+        self._cooldown = min(2 * self._cooldown, self._least * self.COOLDOWN[1])
+        return self._least
 
     def _best(self) -> int:
         a, most, best, tokens, power = self._acceptance, 0.0, 0, 0.0, 1.0
@@ -88,7 +94,7 @@ class AdaptiveWindow(Window):
             tokens += power
             power *= a
             rate = tokens / (seconds + g * drafting)
-            if rate > most:
+            if rate > most and (g == 0 or g >= self._least):
                 most, best = rate, g
         return best
 
@@ -98,6 +104,7 @@ class AdaptiveWindow(Window):
         self._draft_seconds.append(seconds / drafted)
         # What was tested: the accepted tokens and, unless all were, the one that was not. The rest is unknown.
         for hit in [1.0] * accepted + [0.0] * (accepted < drafted):
-            self._acceptance += self.RATE * (hit - self._acceptance)
+            self._tested += 1
+            self._acceptance += max(self.RATE, 1 / self._tested) * (hit - self._acceptance)  # at first a plain average
         if self._best():
-            self._cooldown = self._probe * self.COOLDOWN[0]
+            self._cooldown = self._least * self.COOLDOWN[0]
