@@ -34,6 +34,10 @@ class InferenceCardBackend(NpuBackend):
     dtypes = (torch.float16,)
     graphs = False  # plain windows: capture is documented for A2 and A3
 
+    def place(self, tensor: Tensor) -> Tensor:
+        # Cast on the host: the chip has no bfloat16, not even to cast from.
+        return (tensor.half() if tensor.dtype == torch.bfloat16 else tensor).to(self.device)
+
     def int8_weight(self, values: Tensor, scale: Tensor) -> _CardWeight:
         return _CardWeight(int8_parts(values.to(self.device), scale.to(self.device), transposed=True))
 
