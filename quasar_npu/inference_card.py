@@ -1,4 +1,4 @@
-"""The backend for Atlas inference cards (Ascend 310P): float16, one calibrated scale per tensor, attention in plain steps.
+"""The backend for Atlas inference cards (Ascend 310P): float16, one calibrated scale per tensor, plain attention.
 
 These chips have no per-token scale in their int8 matmul, no bfloat16, and none of the fused quantising operators. Their
 int8 matmul takes the product of weight and activation scale packed into an int64 (19 significant bits), and an int32

@@ -49,6 +49,7 @@ if [ "$emulated" = 1 ]; then
 else
     python="${PYTHON:-python3}"
     launch=("$python" -m)
+    export PYTORCH_NPU_ALLOC_CONF="${PYTORCH_NPU_ALLOC_CONF:-expandable_segments:True}"
     command -v "$python" >/dev/null || { report MISSING "$python: install Python 3.10 or later, or set PYTHON"; exit 1; }
 
     found=
@@ -92,7 +93,7 @@ fi
 # A module of Quasar on the device.
 quasar() { "${launch[@]}" "$@"; }
 
-export PYTORCH_NPU_ALLOC_CONF="${PYTORCH_NPU_ALLOC_CONF:-expandable_segments:True}"
+
 if [ -z "${ASCEND_RT_VISIBLE_DEVICES:-}" ] && picked="$(quasar quasar_npu.check --pick 2>/dev/null)"; then
     export ASCEND_RT_VISIBLE_DEVICES="$(tail -n 1 <<<"$picked")"
 fi

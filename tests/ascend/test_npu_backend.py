@@ -190,7 +190,7 @@ def test_append_and_attention(sides, name, before, tokens, rows_from):
         caches.append((cache.k.cpu(), cache.v.cpu()))
     assert_same(outputs[0], outputs[1])
     assert_same(caches[0], caches[1])
-    # cos or sin, norm and output each round by themselves; attention adds its scores' and probabilities' in the reference.
+    # cos or sin, norm and output each round by themselves; in the reference attention's scores and probabilities too.
     assert_near(outputs[0][0], outputs[2][0], 6 * rounding)
     assert_near(caches[0][0], caches[2][0], 6 * rounding)
     assert torch.equal(caches[0][1], caches[2][1])

@@ -3,18 +3,24 @@
 The CPU here is the reference backend with the NPU's rounding (fused_rounding.py says where and why).
 """
 
+from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
 from fused_rounding import FusedRounding
 from npu_models import CALIBRATION, PRECISIONS, on_backend
 
-from common import generate
+from common import generate, load
 from common.backends import get_backend
 from common.backends.reference import ReferenceBackend
+from common.models.config import DTYPES
+from common.models.loader import build_decoder
+from common.quantization.checkpoints import open_checkpoint
 from tests.conftest import FAMILIES
 
+GOLDEN = Path(__file__).parent.parent / "golden"
 PROMPT = "class Stack:\n    def push(self, item):\n        self.items.append(item)\n    def push"
 GREEDY = {"temperature": 0.0}
 SAMPLED = {"temperature": 0.9, "top_k": 50, "top_p": 0.95, "seed": 7}
@@ -56,6 +62,20 @@ def test_statically_quantised_checkpoints_say_the_same_ids():
     """One calibrated scale per tensor, as msModelSlim's W8A8: A2 and A3 run it too."""
     result = ids_of(on_npu("openpangu", "w8a8-static"), draft="ngram", gamma=3)
     assert result.token_ids == ids_of(oracle("openpangu", "w8a8-static"), draft="none").token_ids
+
+
+CHECKPOINTS = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_checkpoints_that_other_tools_quantised_say_the_same_ids(name):
+    """Folders that the real msmodelslim (W8A8, W8A8_DYNAMIC, W8A8_MIX) and llm-compressor have written."""
+    dtype = "float16" if "fp16" in name else "bfloat16"
+    npu = load(str(GOLDEN / name), device="npu", dtype=dtype)
+    assert npu.precision == "w8a8"
+    decoder = build_decoder(npu.config, open_checkpoint(GOLDEN / name), FusedRounding("cpu", DTYPES[dtype]))
+    result = ids_of(npu, draft="ngram", gamma=4)
+    assert result.token_ids == ids_of(replace(npu, decoder=decoder), draft="none").token_ids
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -53,7 +53,7 @@ def test_int8_linear_within_the_packed_scale_s_rounding(card, with_bias):
         card.int8_weight(values, scale),
         None if bias is None else bias.npu(),
     )
-    # 11 significant bits survive in the packed scale (truncated), half a unit of product in the bias, float16 at the end.
+    # 11 significant bits survive in the packed scale (truncated); the bias is a whole number of products.
     bound = expected.abs().float() * (2**-10 + 2**-11) + scale * static
     assert ((got.cpu().float() - expected.float()).abs() <= bound).all()
 
