@@ -1,7 +1,6 @@
 """`python -m quasar_npu.check [MODEL]`: is everything there that an NPU run needs? A line each; exit 1 if not.
 
-Called by scripts/run_ascend.sh after it has sourced CANN's environment. With --pick it prints nothing but the index of
-the NPU with the most free memory.
+Called by scripts/run_ascend.sh after it has sourced CANN's environment.
 """
 
 from __future__ import annotations
@@ -50,17 +49,13 @@ def findings(model: str | None) -> Iterator[Finding]:
     if not torch.npu.is_available():
         yield False, "no NPU is visible: see npu-smi info and ASCEND_RT_VISIBLE_DEVICES"
         return
-    index = freest()
+    # Of the visible ones, the NPU with the most free memory; run_ascend.sh takes it from the line.
+    index = max(range(torch.npu.device_count()), key=lambda index: torch.npu.mem_get_info(index)[0])
     soc, (free, total) = torch.npu.get_device_name(index), torch.npu.mem_get_info(index)
     kind = "inference card: static W8A8, float16" if is_inference_card(soc) else "A2 or A3: dynamic W8A8, bfloat16"
     yield True, f"NPU {index}: {soc} ({kind}), {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
     if model is not None:
         yield _memory(model, index, free)
-
-
-def freest() -> int:
-    """Of the visible NPUs, the one with the most free memory."""
-    return max(range(torch.npu.device_count()), key=lambda index: torch.npu.mem_get_info(index)[0])
 
 
 def cann_version() -> str | None:
@@ -98,11 +93,7 @@ def _memory(model: str, index: int, free: int) -> Finding:
 
 
 def run(argv: list[str]) -> int:
-    """Arguments: --pick, or the model if there is one."""
-    if argv[:1] == ["--pick"]:
-        import_torch_npu()
-        print(freest())
-        return 0
+    """Arguments: the model, if there is one."""
     good = True
     for right, line in findings(argv[0] if argv else None):
         print(f"{'ok' if right else 'MISSING':8}{line}")

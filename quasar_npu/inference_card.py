@@ -1,4 +1,4 @@
-"""The backend for Atlas inference cards (Ascend 310P): float16, one calibrated scale per tensor, attention in plain steps.
+"""The backend for Atlas inference cards (Ascend 310P): float16, one calibrated scale per tensor, plain attention.
 
 These chips have no per-token scale in their int8 matmul, no bfloat16, and none of the fused quantising operators. Their
 int8 matmul takes the product of weight and activation scale packed into an int64 (19 significant bits), and an int32
@@ -33,6 +33,10 @@ class InferenceCardBackend(NpuBackend):
     name = "npu (inference card)"
     dtypes = (torch.float16,)
     graphs = False  # plain windows: capture is documented for A2 and A3
+
+    def place(self, tensor: Tensor) -> Tensor:
+        # Cast on the host: the chip has no bfloat16, not even to cast from.
+        return (tensor.half() if tensor.dtype == torch.bfloat16 else tensor).to(self.device)
 
     def int8_weight(self, values: Tensor, scale: Tensor) -> _CardWeight:
         return _CardWeight(int8_parts(values.to(self.device), scale.to(self.device), transposed=True))

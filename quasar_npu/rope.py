@@ -65,11 +65,9 @@ class RopeTables:
         self._offset = None if gains[0].offset is None else gains[0].offset[:, None]
 
     def rows(self, start: int, tokens: int, positions: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
-        """cos, sin [1, heads * tokens, 1, head_dim] for each layer; from `positions` [tokens] on the device if given."""
-        if positions is None:
-            rows = self._table[:, start : start + tokens]
-        else:
-            rows = self._table.index_select(1, positions)
+        """For each layer cos, sin [1, heads * tokens, 1, head_dim]; device-held positions [tokens] replace start."""
+        table = self._table
+        rows = table[:, start : start + tokens] if positions is None else table.index_select(1, positions)
         rows = rows[:, None, None]  # [2, 1, 1, tokens, head_dim]
         if self._shared or tokens <= _TOGETHER:
             made = _apply(rows, self._scale, self._offset).to(self._dtype)  # [2, layers, heads, tokens, head_dim]

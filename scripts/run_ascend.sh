@@ -12,7 +12,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-check_only='' model=tiny-openpangu precision=w8a8 flags=()
+check_only='' model=tiny-openpangu precision=w8a8 flags=() for_quantize=()
 while [ $# -gt 0 ]; do
     case "$1" in
         --check) check_only=1 ;;
@@ -26,8 +26,19 @@ while [ $# -gt 0 ]; do
             precision="${2-}"
             flags+=("$1")
             ;;
+        --calibration | --heldout | --alpha | --lm-head)
+            flags+=("$1")
+            for_quantize+=("$1" "${2-}")
+            ;;
         *)
-            case "$1" in --precision=*) precision="${1#*=}" ;; esac
+            case "$1" in
+                --precision=*) precision="${1#*=}" ;;
+                --dummy | --dummy=*) model='' ;;       # random weights instead of a model
+                --lossless) precision=full ;;          # needs the model itself, and quantises it in memory
+                --trust-remote-code | --force | --calibration=* | --heldout=* | --alpha=* | --lm-head=*)
+                    for_quantize+=("$1")
+                    ;;
+            esac
             flags+=("$1")
             ;;
     esac
@@ -49,6 +60,7 @@ if [ "$emulated" = 1 ]; then
 else
     python="${PYTHON:-python3}"
     launch=("$python" -m)
+    export PYTORCH_NPU_ALLOC_CONF="${PYTORCH_NPU_ALLOC_CONF:-expandable_segments:True}"
     command -v "$python" >/dev/null || { report MISSING "$python: install Python 3.10 or later, or set PYTHON"; exit 1; }
 
     found=
@@ -92,15 +104,15 @@ fi
 # A module of Quasar on the device.
 quasar() { "${launch[@]}" "$@"; }
 
-export PYTORCH_NPU_ALLOC_CONF="${PYTORCH_NPU_ALLOC_CONF:-expandable_segments:True}"
-if [ -z "${ASCEND_RT_VISIBLE_DEVICES:-}" ] && picked="$(quasar quasar_npu.check --pick 2>/dev/null)"; then
-    export ASCEND_RT_VISIBLE_DEVICES="$(tail -n 1 <<<"$picked")"
-fi
 if "$python" -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("torch"))'; then
-    said="$(quasar quasar_npu.check "$model" 2>&1)" || missing=1
+    said="$(quasar quasar_npu.check ${model:+"$model"} 2>&1)" || missing=1
     # What is not a finding is a warning of somebody else's, or the reason why the check could not run at all.
     findings="$(grep -E '^(ok|MISSING) ' <<<"$said")" || findings="MISSING $(tail -n 1 <<<"$said")"
     printf '%s\n' "$findings" >&2
+    if [ -z "${ASCEND_RT_VISIBLE_DEVICES:-}" ]; then  # the check looks at the one with the most free memory
+        picked="$(sed -n 's/^ok *NPU \([0-9]*\):.*/\1/p' <<<"$findings")"
+        [ -z "$picked" ] || export ASCEND_RT_VISIBLE_DEVICES="$picked"
+    fi
 else
     report MISSING "torch: pip install torch torch-npu, or set PYTHON to an interpreter that has them"
 fi
@@ -111,7 +123,7 @@ quantised() {
     [ -n "$(find "$1" -maxdepth 1 -name 'quant_model_description*.json' 2>/dev/null)" ] ||
         grep -q '"quantization_config"' "$1/config.json" 2>/dev/null
 }
-if [ "$precision" = w8a8 ] && ! quantised "$model" && quasar common.cli quantize --help >/dev/null 2>&1; then
+if [ "$precision" = w8a8 ] && [ -n "$model" ] && ! quantised "$model"; then
     if [ -d "$model" ]; then
         copy="${model%/}-quasar-w8a8"
     else
@@ -119,14 +131,15 @@ if [ "$precision" = w8a8 ] && ! quantised "$model" && quasar common.cli quantize
     fi
     if [ ! -e "$copy" ]; then
         echo "quantising $model into $copy (once)" >&2
-        scheme="$(grep -q 'inference card' <<<"$findings" && echo w8a8-static || echo w8a8)"
-        device=npu
-        [ "$emulated" != 1 ] || device=cpu # the same numbers, without emulating millions of launches
+        scheme=w8a8 device=npu
+        if grep -q 'inference card' <<<"$findings"; then scheme=w8a8-static device=cpu; fi # no bfloat16 to calibrate in
+        if [ "$emulated" = 1 ]; then device=cpu; fi # the same numbers, without emulating millions of launches
         mkdir -p "$(dirname "$copy")"
-        quasar common.cli quantize --model "$model" --output "$copy" --format ascend --scheme "$scheme" --device "$device"
+        quasar common.cli quantize --model "$model" --output "$copy" --format ascend --scheme "$scheme" \
+            --device "$device" "${for_quantize[@]+"${for_quantize[@]}"}"
     fi
     model="$copy"
 fi
 
 [ ${#flags[@]} -gt 0 ] || flags=("class Stack:")
-exec "${launch[@]}" quasar_npu.generate --model "$model" "${flags[@]}"
+exec "${launch[@]}" quasar_npu.generate ${model:+--model "$model"} "${flags[@]}"

@@ -105,6 +105,10 @@ class Backend(ABC):
 
     # Weights: given in checkpoint layout once, kept in whatever form the device reads fastest.
 
+    def place(self, tensor: Tensor) -> Tensor:
+        """A checkpoint's tensor on this device, in its own type where the device has it."""
+        return tensor.to(self.device)
+
     @abstractmethod
     def full_weight(self, weight: Tensor) -> Any:
         """Takes a float weight [out, in]; returns the handle that `linear` wants."""

@@ -16,7 +16,8 @@ from common.models.sharing import share, unpacked_copy
 from common.quantization import quantize_int4, quantize_w8a8
 from common.quantization.calibration import SMOOTHED
 from common.quantization.fidelity import Fidelity, FidelityProbe
-from common.quantization.linear import W4A4Linear, W4A16Linear, W8A8Linear
+from common.quantization.int4 import W4A4Linear, W4A16Linear
+from common.quantization.linear import W8A8Linear
 
 PRUNED_SHARES = (0.10, 0.25, 0.50)  # of the layers, as in table 5 of arXiv 2603.01399
 

@@ -40,6 +40,14 @@ class FusedRounding(ReferenceBackend):
         y = self.int8_matmul(x.values, values).float() * scale * x.scale[:, None]
         return (y if bias is None else y + bias).to(self.dtype)
 
+    def quantize(self, x: Tensor, quant: ActivationQuant) -> Quantized:
+        if quant.static_scale is None:
+            # A row of zeros has scale 0 on the NPU and 1 in the reference; its product is 0 either way.
+            quantised = super().quantize(x, quant)
+            return Quantized(quantised.values, torch.where(quantised.values.any(-1), quantised.scale, 0.0))
+        values = (x.float() / quant.static_scale).round().clamp(-128, 127)  # npu_quantize clips at -128
+        return Quantized(values.to(torch.int8), quant.static_scale)
+
     def add_rms_norm(
         self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, quant: ActivationQuant | None
     ) -> tuple[Tensor | Quantized, Tensor]:

@@ -44,7 +44,7 @@ def _moved(decoder: Decoder, backend: Backend) -> Decoder:
     def linear(old: Linear) -> Linear:
         if isinstance(old, FullLinear):
             weight = old.weight if old.weight is not None else old.packed  # the reference packs nothing
-            return FullLinear(backend, weight.to(backend.device), place(old.bias))
+            return FullLinear(backend, backend.place(weight), place(old.bias))
         return W8A8Linear(backend, *old.packed, old.bias, _on(old.activation_quant.static_scale, backend))
 
     layers = [
@@ -65,7 +65,7 @@ def _moved(decoder: Decoder, backend: Backend) -> Decoder:
     return Decoder(
         decoder.config,
         backend,
-        embedding=decoder.embedding.to(backend.device),
+        embedding=backend.place(decoder.embedding),
         layers=layers,
         norm=place(decoder.norm),
         lm_head=linear(decoder.lm_head),

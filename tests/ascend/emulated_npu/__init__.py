@@ -17,7 +17,8 @@ What this does NOT show, and must never be cited for:
 - speed, memory bandwidth or memory footprint of any kind;
 - hardware numerics beyond the documented formula. Inside a fused operator the intermediate values here are
   float32 (matrix products and attention: float64, so that rows do not depend on their neighbours) and rounded
-  once, to nearest even, at each documented output. The hardware may accumulate in another order or precision, flush denormals, or saturate where float16 overflows here;
+  once, to nearest even, at each documented output. The hardware may accumulate in another order or precision,
+  flush denormals, or saturate where float16 overflows here;
 - races between streams: launches run at once and in program order, so a missing event is invisible;
 - limits that CANN enforces and its documentation does not mention.
 

@@ -1,7 +1,7 @@
 """The dispatch mode that runs operators on ``npu`` tensors: aten ones on the CPU, npu ones by ``ops/``."""
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -99,7 +99,7 @@ class EmulatedDevice(TorchDispatchMode):
         return _run_aten(func, args, kwargs, tensors)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _is_composite(func: Any) -> bool:
     # Inside torch.inference_mode such operators arrive whole instead of as what they are made of. Those that torch_npu
     # has a kernel for are run whole, unless they may return a view or a copy (`to`, `contiguous`, `reshape`).
