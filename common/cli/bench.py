@@ -9,8 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
+from common.backends import get_backend
 from common.cli import flags
 from common.errors import QuasarError
 from common.evaluation import decode, peers, speed
@@ -76,23 +78,21 @@ def add_parser(subparsers: Any) -> None:
 def run_step(args: argparse.Namespace) -> None:
     _positive(args, "repeats", "context")
     target = None if args.plot is None else _plotter(args.plot)
-    steps: dict[str, tuple[speed.Step, int]] = {}
+    device = get_backend(args.device).device
+    for peer in args.peer:
+        peers.require(peer, device)
+    steps: dict[str, speed.Step] = {}
     for precision in args.precisions:
         model = flags.load_model(args, precision)
-        step = speed.decoder_step(model.decoder, args.context, max(args.rows))
-        steps[precision] = step, model.decoder.weight_bytes_per_pass
+        steps[precision] = speed.decoder_step(model.decoder, args.context, max(args.rows))
         config, backend = model.config, model.decoder.backend
     folder = None if args.dummy else find_checkpoint(args.model)
-    if "transformers" in args.peer:
-        found = peers.transformers_steps(config, folder, args.context, backend.device)
-        steps |= {name: (step, 0) for name, step in found.items()}
+    for peer in args.peer:
+        steps |= peers.peer_steps(peer, config, folder, args.context, max(args.rows), backend.device)
     with tqdm(total=args.repeats + 2, desc="timing", unit="round", disable=not sys.stderr.isatty(), leave=False) as bar:
         costs = speed.time_steps(steps, args.rows, args.repeats, config.vocab_size, backend, bar.update)
     print(step_table(costs, args.dummy or args.model, args.context, backend.name))
-    figures = [
-        asdict(c) | {"gigabytes_per_second": c.gigabytes_per_second, "percent_of_floor": c.percent_of_floor}
-        for c in costs
-    ]
+    figures = [asdict(c) | {"floor_ms": c.floor_ms, "gigabytes_per_second": c.gigabytes_per_second} for c in costs]
     _write_json(args, {"backend": backend.name, "device": str(backend.device), "steps": figures})
     if target is not None:
         target(costs)
@@ -100,20 +100,19 @@ def run_step(args: argparse.Namespace) -> None:
 
 def step_table(costs: list[speed.StepCost], name: str, context: int, backend: str) -> str:
     """A line per scheme and number of rows."""
-    ours = [c for c in costs if c.weight_bytes]
-    bandwidth = ours[0].weight_bytes / ours[0].floor_ms / 1e6 if ours else 0.0
+    bandwidths = [c.bandwidth / 1e9 for c in costs]
     lines = [
-        f"{name}, {context} tokens of context, backend {backend}, measured bandwidth {bandwidth:.1f} GB/s",
+        f"{name}, {context} tokens of context, backend {backend}, {torch.get_num_threads()} threads, "
+        f"bandwidth measured in each round, medians {min(bandwidths):.1f} to {max(bandwidths):.1f} GB/s",
         f"{'scheme':<24}{'M':>4}{'ms':>10}{'spread':>8}{'MB read':>10}{'GB/s':>8}{'of floor':>10}{'vs full':>9}",
     ]
-    full = {c.rows: c.milliseconds for c in costs if c.scheme == "full"}
     for c in sorted(costs, key=lambda c: c.rows):
         own = (
-            f"{c.weight_bytes / 1e6:>10.1f}{c.gigabytes_per_second:>8.1f}{c.percent_of_floor:>9.0f}%"
+            f"{c.weight_bytes / 1e6:>10.1f}{c.gigabytes_per_second:>8.1f}{c.of_floor:>10.0%}"
             if c.weight_bytes
             else f"{'':>28}"
         )
-        ratio = f"{full[c.rows] / c.milliseconds:>8.2f}x" if c.rows in full else ""
+        ratio = "" if c.vs_full is None else f"{c.vs_full:>8.2f}x"
         lines.append(f"{c.scheme:<24}{c.rows:>4}{c.milliseconds:>10.2f}{c.spread:>8.0%}{own}{ratio}")
     return "\n".join(lines)
 

@@ -1,6 +1,7 @@
 """What a forward pass costs, against the floor that memory sets: every weight read once.
 
-Everything is timed in one run, schemes in turn, since machines drift: only ratios within a run mean something.
+Schemes take turns, and the bandwidth is measured between them: a machine's own changes within minutes (on shared
+hosts by a factor), so that only ratios of neighbours mean something. What is reported is the median of those.
 """
 
 from __future__ import annotations
@@ -12,110 +13,140 @@ from dataclasses import dataclass
 
 import torch
 
+from common.backends import native
 from common.backends.base import Backend
 from common.models.decoder import Decoder
 
-_BANDWIDTH_BYTES = 1 << 30
+_READ_BYTES = 512 << 20  # larger than the outer caches
+_READS = 2  # each time; the faster counts
 _WARM_UP = 2
 
 
 @dataclass(frozen=True)
+class Step:
+    """Passes of one engine behind a context: `run` takes ids [rows] and returns logits [rows, vocab]; `rewind(rows)`
+    then puts the context back as it was, which is not timed.
+
+    weight_bytes is what a pass reads of weights (0 for peers, whose bytes are their own affair).
+    """
+
+    run: Callable[[torch.Tensor], torch.Tensor]
+    rewind: Callable[[int], object] = lambda rows: None
+    weight_bytes: int = 0
+
+
+@dataclass(frozen=True)
 class StepCost:
-    """A pass of `rows` new tokens. `floor_ms` is weight bytes / measured bandwidth (0 for peers, whose bytes are
-    their own affair)."""
+    """A pass of `rows` new tokens: medians over the rounds, ratios taken within each round."""
 
     scheme: str
     rows: int
-    milliseconds: float  # median
+    milliseconds: float
     spread: float  # (largest - smallest) / median
     weight_bytes: int
-    floor_ms: float
+    bandwidth: float  # bytes per second, measured beside the pass
+    of_floor: float  # time that reading weight_bytes takes / time of the pass: 1 is the memory limit, 0.5 twice as long
+    vs_full: float | None  # time of full precision / time of this scheme; None where full precision was not run
+
+    @property
+    def floor_ms(self) -> float:
+        return 1e3 * self.weight_bytes / self.bandwidth
 
     @property
     def gigabytes_per_second(self) -> float:
         return self.weight_bytes / self.milliseconds / 1e6
 
-    @property
-    def percent_of_floor(self) -> float:
-        """100 is the memory limit; 50 took twice as long."""
-        return 100 * self.floor_ms / self.milliseconds
 
+class BandwidthProbe:
+    """How fast this device reads memory at the moment.
 
-Step = Callable[[torch.Tensor], object]  # runs one pass over ids [rows] behind the context, leaving no trace
-
-
-def read_bandwidth(backend: Backend) -> float:
-    """Bytes per second that this device reads from memory.
-
-    CPU: a float32 sum of 1 GiB. Elsewhere: a device-to-device copy of 1 GiB, bytes read plus bytes written. The best
-    of several, since this is a limit.
+    CPU: a float32 sum and, where the kernels are built, their bare read, of 512 MiB. Elsewhere: a device-to-device
+    copy, bytes read plus bytes written.
     """
-    data = torch.ones(_BANDWIDTH_BYTES // 4, dtype=torch.float32, device=backend.device)
-    on_cpu = backend.device.type == "cpu"
-    target = None if on_cpu else torch.empty_like(data)
-    best = float("inf")
-    for _ in range(7):
-        backend.synchronize()
-        start = time.perf_counter()
-        if target is None:
-            data.sum()
-        else:
-            target.copy_(data)
-        backend.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return _BANDWIDTH_BYTES * (1 if on_cpu else 2) / best
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        data = torch.ones(_READ_BYTES // 4, dtype=torch.float32, device=backend.device)
+        self._bytes = data.nbytes
+        self._reads: list[Callable[[], object]] = [data.sum]
+        if backend.device.type != "cpu":
+            target = torch.empty_like(data)
+            self._bytes *= 2
+            self._reads = [lambda: target.copy_(data)]
+        elif native.available():
+            self._reads.append(lambda: native.read(data.view(torch.int32)))
+
+    def __call__(self) -> float:
+        """Bytes per second: the best of a few reads, since this is a limit."""
+        best = float("inf")
+        for read in self._reads * _READS:
+            self._backend.synchronize()
+            start = time.perf_counter()
+            read()
+            self._backend.synchronize()
+            best = min(best, time.perf_counter() - start)
+        return self._bytes / best
 
 
 def decoder_step(decoder: Decoder, context: int, most_rows: int) -> Step:
     """Passes of a decoder behind `context` committed tokens."""
     decoder.pack()
     cache = decoder.new_cache(context + most_rows)
-    decoder.prefill(torch.arange(context) % decoder.config.vocab_size, cache, keep=1)
+    decoder.prefill(context_ids(decoder.config.vocab_size, context), cache, keep=1)
 
-    def step(ids: torch.Tensor) -> object:
+    def run(ids: torch.Tensor) -> torch.Tensor:
         return decoder(ids, cache, keep=len(ids))  # never committed: the next pass overwrites it
 
-    return step
+    return Step(run, weight_bytes=decoder.weight_bytes_per_pass)
+
+
+def context_ids(vocab: int, tokens: int) -> torch.Tensor:
+    """The context that every engine gets."""
+    return torch.arange(tokens) % vocab
 
 
 def time_steps(
-    steps: dict[str, tuple[Step, int]],
+    steps: dict[str, Step],
     rows: Sequence[int],
     repeats: int,
     vocab: int,
     backend: Backend,
     tick: Callable[[], object] = lambda: None,
 ) -> list[StepCost]:
-    """Times each scheme's step, given with its weight bytes per pass, for each number of rows: `repeats` rounds over
-    all of them in turn, bandwidth measured before and after. `tick` is called after each round."""
-    bandwidth = read_bandwidth(backend)
+    """Times each scheme's step for each number of rows: `repeats` rounds over all of them in turn, the bandwidth
+    measured in each. `tick` is called after each round."""
+    probe = BandwidthProbe(backend)
     seconds: dict[tuple[str, int], list[float]] = {(name, m): [] for m in rows for name in steps}
+    bandwidths: dict[int, list[float]] = {m: [] for m in rows}
     windows = {
         m: torch.randint(0, vocab, (m,), generator=torch.Generator().manual_seed(m)).to(backend.device) for m in rows
     }
     for round_ in range(_WARM_UP + repeats):
         for m in rows:
-            for name, (step, _) in steps.items():
+            bandwidth = probe()
+            for name, step in steps.items():
                 backend.synchronize()
                 start = time.perf_counter()
-                step(windows[m])
+                step.run(windows[m])
                 backend.synchronize()
+                spent = time.perf_counter() - start
+                step.rewind(m)
                 if round_ >= _WARM_UP:
-                    seconds[name, m].append(time.perf_counter() - start)
+                    seconds[name, m].append(spent)
+            if round_ >= _WARM_UP:
+                bandwidths[m].append(max(bandwidth, probe()))
         tick()
-    bandwidth = max(bandwidth, read_bandwidth(backend))
-    costs = []
-    for (name, m), samples in seconds.items():
-        median = statistics.median(samples)
-        weight_bytes = steps[name][1]
-        costs.append(
-            StepCost(
-                name,
-                m,
-                1e3 * median,
-                (max(samples) - min(samples)) / median,
-                weight_bytes,
-                1e3 * weight_bytes / bandwidth,
-            )
-        )
-    return costs
+    return [
+        _cost(name, m, steps[name].weight_bytes, samples, bandwidths[m], seconds.get(("full", m)))
+        for (name, m), samples in seconds.items()
+    ]
+
+
+def _cost(
+    name: str, rows: int, weight_bytes: int, samples: list[float], bandwidths: list[float], full: list[float] | None
+) -> StepCost:
+    median = statistics.median(samples)
+    of_floor = statistics.median(weight_bytes / b / s for b, s in zip(bandwidths, samples, strict=True))
+    vs_full = None if full is None else statistics.median(f / s for f, s in zip(full, samples, strict=True))
+    spread = (max(samples) - min(samples)) / median
+    return StepCost(name, rows, 1e3 * median, spread, weight_bytes, statistics.median(bandwidths), of_floor, vs_full)

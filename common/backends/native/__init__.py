@@ -327,3 +327,13 @@ def argmax(x: Tensor) -> Tensor:
     out = torch.empty(m, dtype=torch.int64)
     _kernels.argmax(_pointer(x, _float32, m * n), out.data_ptr(), m, n, _threads())
     return out
+
+
+def read(x: Tensor) -> int:
+    """Reads the int32 tensor (a multiple of 16 elements) once, with all threads; returns the xor of its elements.
+
+    Nothing a kernel does with weights can be faster than this.
+    """
+    if x.numel() % 16:
+        raise ValueError(f"{x.numel()} elements: lines of 16 are read")
+    return _kernels.read(_pointer(x, torch.int32, x.numel()), x.numel() // 16, _threads())

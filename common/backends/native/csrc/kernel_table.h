@@ -2,9 +2,10 @@
 #include "attention.h"
 #include "linear_float.h"
 #include "linear_int8.h"
+#include "read.h"
 #include "rows.h"
 
 const struct kernels KERNELS = {
     ISA_NAME, int8_linear, bf16_linear, f32_linear, quantize, norm, swiglu, rope, attention, argmax,
-    exp_array,
+    read_memory, exp_array,
 };

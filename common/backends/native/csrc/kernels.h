@@ -79,6 +79,11 @@ struct attention_args {
     int64_t next;            /* work items handed out so far */
 };
 
+struct read_args {
+    const char *data;        /* [lines, 64] */
+    int64_t lines;
+    int32_t result;          /* all 32-bit words, xor */
+};
 
 struct argmax_args {
     const float *x;          /* [m, n] */
@@ -90,7 +95,7 @@ typedef void (*task_fn)(void *args, int thread, int threads);
 
 struct kernels {
     const char *name;
-    task_fn int8_linear, bf16_linear, f32_linear, quantize, norm, swiglu, rope, attention, argmax;
+    task_fn int8_linear, bf16_linear, f32_linear, quantize, norm, swiglu, rope, attention, argmax, read;
     void (*exp)(const float *x, float *y, int64_t n); /* for the accuracy test */
 };
 

@@ -215,6 +215,15 @@ FUNCTION(py_argmax, 5)
     Py_RETURN_NONE;
 }
 
+/* address, lines of 64 bytes, threads; returns all 32-bit words, xor */
+FUNCTION(py_read, 3)
+    struct read_args a = {.data = ADDRESS(0), .lines = INT(1)};
+    Py_BEGIN_ALLOW_THREADS
+    parallel_run(isa->read, &a, (int)INT(2));
+    Py_END_ALLOW_THREADS
+    return PyLong_FromLong(a.result);
+}
+
 /* bits (8, 16, 32), weight, packed, n, k */
 FUNCTION(py_pack, 5)
     Py_BEGIN_ALLOW_THREADS
@@ -292,6 +301,7 @@ static PyMethodDef methods[] = {
     FAST("rope_qk_append", py_rope_qk_append),
     FAST("attention", py_attention),
     FAST("argmax", py_argmax),
+    FAST("read", py_read),
     FAST("pack", py_pack),
     FAST("exp", py_exp),
     FAST("fork_join", py_fork_join),

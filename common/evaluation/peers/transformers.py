@@ -1,4 +1,4 @@
-"""The engines that users would otherwise run, on the same weights, behind the same context."""
+"""transformers' own model, eager, sdpa attention, dynamic cache."""
 
 from __future__ import annotations
 
@@ -6,48 +6,32 @@ import json
 from pathlib import Path
 
 import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from common.evaluation.speed import Step
+from common.errors import QuasarError
+from common.evaluation.speed import Step, context_ids
 from common.models.config import ModelConfig
 from common.models.loader import RandomTensors
 
-PEERS = ("transformers",)
 
-
-def transformers_steps(config: ModelConfig, folder: Path | None, context: int, device: torch.device) -> dict[str, Step]:
-    """transformers' own model, eager, sdpa attention, dynamic cache: float32 and bfloat16 on CPU, bfloat16 elsewhere.
-
-    folder None takes the random weights that `--dummy` has.
-    """
-    dtypes = (torch.float32, torch.bfloat16) if device.type == "cpu" else (torch.bfloat16,)
-    return {
-        f"transformers {str(dtype).removeprefix('torch.')}": _transformers_step(config, folder, context, device, dtype)
-        for dtype in dtypes
-    }
-
-
-def _transformers_step(
+def transformers_step(
     config: ModelConfig, folder: Path | None, context: int, device: torch.device, dtype: torch.dtype
 ) -> Step:
-    from transformers import DynamicCache
-
-    model = _transformers_model(config, folder, dtype).to(device).eval()
+    """Passes of the model in `dtype` behind `context` tokens."""
+    model = transformers_model(config, folder, dtype).to(device).eval()
     cache = DynamicCache(config=model.config)
     with torch.inference_mode():
-        model(torch.arange(context, device=device)[None] % config.vocab_size, past_key_values=cache)
+        model(context_ids(config.vocab_size, context).to(device)[None], past_key_values=cache)
 
     @torch.inference_mode()
-    def step(ids: torch.Tensor) -> object:
-        logits = model(ids[None], past_key_values=cache).logits
-        cache.crop(-len(ids))
-        return logits
+    def run(ids: torch.Tensor) -> torch.Tensor:
+        return model(ids[None], past_key_values=cache).logits[0]
 
-    return step
+    return Step(run, lambda rows: cache.crop(-rows))
 
 
-def _transformers_model(config: ModelConfig, folder: Path | None, dtype: torch.dtype) -> torch.nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
-
+def transformers_model(config: ModelConfig, folder: Path | None, dtype: torch.dtype) -> PreTrainedModel:
+    """The checkpoint, or `--dummy`'s random weights, as transformers' module."""
     shared = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -72,6 +56,8 @@ def _transformers_model(config: ModelConfig, folder: Path | None, dtype: torch.d
         tensors: dict[str, torch.Tensor] = {}
         for file in _shards(folder):
             tensors |= load_file(file)
+        if any(tensor.dtype == torch.int8 for tensor in tensors.values()):
+            raise QuasarError(f"{folder} is quantised; --peer needs the full-precision model, to convert it itself")
     else:
         source = RandomTensors(config.dtype)
         tensors = {name: source.get(name, tuple(t.shape)) for name, t in model.state_dict().items()}

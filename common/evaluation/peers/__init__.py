@@ -1,0 +1,54 @@
+"""The engines that users would otherwise run, on the same weights, behind the same context.
+
+Each converts the weights itself, from transformers' module, into what its users would have.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from common.errors import QuasarError
+from common.evaluation.speed import Step
+from common.models.config import ModelConfig
+
+# Peer -> the packages it needs, as Python imports them and as pip installs them.
+_PACKAGES = {
+    "transformers": {"transformers": "transformers"},
+    "openvino": {"openvino": "openvino", "nncf": "nncf"},
+    "llama.cpp": {"llama_cpp": "llama-cpp-python", "gguf": "gguf"},
+}
+PEERS = tuple(_PACKAGES)
+
+
+def require(peer: str, device: torch.device) -> None:
+    """Raises QuasarError unless the peer is installed and runs on this device."""
+    if missing := [package for module, package in _PACKAGES[peer].items() if find_spec(module) is None]:
+        raise QuasarError(f"--peer {peer} is not installed; pip install {' '.join(missing)}")
+    if peer != "transformers" and device.type != "cpu":
+        raise QuasarError(f"--peer {peer} is compared on CPU only; add --device cpu")
+
+
+def peer_steps(
+    peer: str, config: ModelConfig, folder: Path | None, context: int, most_rows: int, device: torch.device
+) -> dict[str, Step]:
+    """The peer's passes by name, one for each precision that it offers. folder None takes the random weights that
+    `--dummy` has."""
+    require(peer, device)
+    if peer == "openvino":
+        from common.evaluation.peers.openvino import openvino_step
+
+        return {"OpenVINO int8": openvino_step(config, folder, context)}
+    if peer == "llama.cpp":
+        from common.evaluation.peers.llama_cpp import llama_cpp_step
+
+        return {"llama.cpp Q8_0": llama_cpp_step(config, folder, context, most_rows)}
+    from common.evaluation.peers.transformers import transformers_step
+
+    dtypes = (torch.float32, torch.bfloat16) if device.type == "cpu" else (torch.bfloat16,)
+    return {
+        f"transformers {str(dtype).removeprefix('torch.')}": transformers_step(config, folder, context, device, dtype)
+        for dtype in dtypes
+    }
