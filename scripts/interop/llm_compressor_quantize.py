@@ -1,6 +1,6 @@
 """Quantises a checkpoint with the real llm-compressor (run in its environment), as RedHatAI's W8A8 models are made.
 
-    python llm_compressor_quantize.py MODEL OUT [static]
+python llm_compressor_quantize.py MODEL OUT [static]
 """
 
 from __future__ import annotations
