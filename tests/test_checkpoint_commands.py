@@ -6,6 +6,8 @@ import json
 import os
 import shlex
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -93,17 +95,38 @@ def test_serve_prints_the_command(
 
 def test_serve_becomes_the_engine(tmp_path: Path) -> None:
     """It does not stay in between: signals and exit codes are the engine's."""
-    program = tmp_path / "vllm"
-    program.write_text('#!/bin/sh\necho "$@"\nexit 7\n')
-    program.chmod(program.stat().st_mode | stat.S_IXUSR)
-    child = os.fork()
-    if not child:
-        os.environ["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
-        os.dup2(os.open(tmp_path / "out", os.O_WRONLY | os.O_CREAT), 1)
-        main(["serve", "--engine", "vllm", "--model", str(GOLDEN / "llm-compressor"), "--device", "cuda"])
-        os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-    assert (tmp_path / "out").read_text().startswith(f"serve {GOLDEN / 'llm-compressor'} --tensor-parallel-size 1")
+    program(tmp_path / "vllm", 'echo "$@"; exit 7')
+    argv = ["serve", "--engine", "vllm", "--model", str(GOLDEN / "llm-compressor"), "--device", "cuda"]
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = [sys.executable, "-m", "common.cli", *argv]
+    done = subprocess.run(command, env=environment, cwd=GOLDEN.parents[1], capture_output=True, text=True, check=False)
+    assert done.returncode == 7
+    assert done.stdout.startswith(f"serve {GOLDEN / 'llm-compressor'} --tensor-parallel-size 1")
+
+
+def program(path: Path, script: str) -> None:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+def test_msmodelslim_as_the_engine(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a stand-in for the tool, which scripts/test_interop.sh runs for real."""
+    out = tmp_path / "out"
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    argv = ["quantize", "--model", str(GOLDEN / "small-qwen3"), "--output", str(out), "--engine", "msmodelslim"]
+    program(tmp_path / "msmodelslim", "echo 'SomeError: it broke' >&2; exit 3")
+    assert "the tool failed (SomeError: it broke)" in failure(capsys, *argv, "--device", "reference")
+    assert [path.name for path in tmp_path.iterdir()] == ["msmodelslim"]
+
+    made = GOLDEN / "msmodelslim-dynamic"
+    finds = 'while [ "$1" != --save_path ]; do shift; done'
+    program(tmp_path / "msmodelslim", f'{finds}; cp -r "{made}" "$2"')
+    assert main([*argv, "--device", "reference"]) == 0
+    assert "top-1 agreement" in capsys.readouterr().err
+    assert "anti_method m4" in (out / "README.md").read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {"msmodelslim", "out"}
 
 
 def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
