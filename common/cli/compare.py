@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -54,17 +53,15 @@ def run(args: argparse.Namespace) -> None:
             )
         )
         return
-    print(results[len(SCHEMES) - 1][3].text)
-    print(table(results), file=sys.stderr)
+    print(table(results))
     if models["w8a8"].fidelity is not None:
-        print(f"\nW8A8 against full precision: {models['w8a8'].fidelity}", file=sys.stderr)
+        print(f"W8A8 against full precision: {models['w8a8'].fidelity}")
 
 
 def table(results: list[tuple[str, Model, GenerationSettings, Result]]) -> str:
     """A line per scheme."""
     baseline = results[0][3]
     lines = [
-        "",
         f"{'scheme':<24}{'tokens':>7}{'passes':>8}{'acceptance':>12}{'MB/token':>10}{'tokens/s':>10}"
         f"{'speed':>8}{'same text':>11}",
     ]
