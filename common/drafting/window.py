@@ -60,19 +60,15 @@ class AdaptiveWindow(Window):
         *,
         drafts_are_free: bool = True,
         draft_seconds: float = 0.0,
-        acceptance: float | None = None,
+        acceptance: float = 0.5,
         least: int = 1,
         max_gamma: int = MAX_AUTO_GAMMA,
     ) -> None:
         """pass_seconds: of a pass over so many tokens; draft_seconds (per token) and acceptance: to begin with;
         least: the smallest window but 0, for drafters that are slow to start.
-
-        A free drafter begins with next to no credit, since its guesses earn it some unverified; others cannot.
         """
         self._seconds = [pass_seconds(g + 1) for g in range(max_gamma + 1)]
-        self._free = drafts_are_free
-        self._acceptance = acceptance if acceptance is not None else 0.1 if drafts_are_free else 0.6
-        self._tested = 1
+        self._free, self._acceptance, self._tested = drafts_are_free, acceptance, 1
         self._draft_seconds = deque([draft_seconds] * 2, maxlen=self.TIMES)  # per token
         self._least, self._cooldown, self._waited = least, least * self.COOLDOWN[0], 0
 

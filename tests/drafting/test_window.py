@@ -51,7 +51,7 @@ def test_drafts_that_are_never_right_close_the_window_within_a_few_steps():
         gamma = window.gamma()
         wasted += gamma > 0
         window.observe(max(gamma, 1), 0, 0.0)
-    assert wasted <= 3 and window.gamma() == 0
+    assert wasted <= 12 and window.gamma() == 0
 
 
 def test_a_closed_window_opens_when_unverified_drafts_come_true():
@@ -131,7 +131,9 @@ def test_costs_are_measured_once_and_grow_with_the_window():
     costs = pass_costs(decoder)
     assert pass_costs(decoder) is costs
     seconds = [costs(size) for size in range(1, SIZES[-1] + 1)]
-    assert seconds[0] > 0 and seconds == sorted(seconds)
+    assert seconds[0] > 0
+    assert all(b - a >= 0.019 * seconds[0] for a, b in pairwise(seconds[:2]))  # no row is free: windows can close
+    assert seconds == sorted(seconds)
 
 
 def test_an_empty_draft_says_nothing():
