@@ -275,3 +275,30 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
     with pytest.raises(RuntimeError, match="no such luck"):
         toolchain.build()
     assert list((tmp_path / "build").iterdir()) == []
+
+
+def test_operators_that_arrive_whole_in_inference_mode_are_taken_apart():
+    x = torch.randn(3, 4)
+    device = x.npu()
+    with torch.inference_mode(), counting() as counts:
+        assert device.contiguous() is device
+        assert torch.equal(device.t().contiguous().cpu(), x.t())
+        assert torch.equal(device.to(torch.float16).cpu(), x.half())
+        assert torch.equal(device.t().reshape(-1).cpu(), x.t().reshape(-1))
+    assert counts.launches == {"aten.clone": 2, "aten._to_copy": 1}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_row_of_a_product_does_not_depend_on_its_neighbours(dtype):
+    x, w = torch.randn(37, 300).to(dtype), torch.randn(300, 50).to(dtype)
+    whole = (x.npu() @ w.npu()).cpu()
+    assert torch.equal(whole, (x.double() @ w.double()).to(dtype))
+    assert torch.equal((x[5:6].npu() @ w.npu()).cpu(), whole[5:6])
+
+
+def test_what_follows_a_queued_copy_finds_it_done():
+    target = torch.zeros(1000, dtype=torch.int64, device="npu")
+    for round_ in range(200):
+        host = torch.full((1000,), round_).pin_memory()
+        target.copy_(host, non_blocking=True)
+        assert (target + 0).cpu()[-1] == round_

@@ -64,7 +64,7 @@ def test_statically_quantised_checkpoints_say_the_same_ids():
     assert result.token_ids == ids_of(oracle("openpangu", "w8a8-static"), draft="none").token_ids
 
 
-CHECKPOINTS = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))
+CHECKPOINTS = sorted(path.parent.name for path in GOLDEN.glob("*-*/config.json") if path.parent.name != "small-qwen3")
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
