@@ -7,8 +7,7 @@ prompt=${1:-'class Stack:
     def __init__(self):
         self.items = []
 
-    def push(self, item):
-'}
+    def push(self, item):'}
 echo "== quasar generate: W8A8 with n-gram drafts, streamed ==" >&2
 "$VENV/bin/quasar" generate "$prompt" --max-new-tokens 96
 echo >&2

@@ -221,9 +221,7 @@ def prepare(args: argparse.Namespace) -> None:
     shutil.copyfile(STDLIB / "LICENSE.txt", ASSETS / "PYTHON-LICENSE.md")
 
 
-def held_out_rows(
-    sources: dict[str, str], limit: int = 90_000, chunk: int = 1700
-) -> Iterator[dict[str, str]]:
+def held_out_rows(sources: dict[str, str], limit: int = 90_000, chunk: int = 1700) -> Iterator[dict[str, str]]:
     """Chunks of whole lines, taken from all held-out files in turn until there is enough text."""
     per_file = {name: list(whole_line_chunks(text, chunk)) for name, text in sources.items()}
     total = 0
@@ -536,9 +534,7 @@ def evaluate(args: argparse.Namespace) -> None:
         print(name, json.dumps(evaluate_folder(args.assets / name, args.assets)))
 
 
-def model_card(
-    name: str, step: int, parameters: int, scores: dict[str, float], log: list[dict], origin: int
-) -> str:
+def model_card(name: str, step: int, parameters: int, scores: dict[str, float], log: list[dict], origin: int) -> str:
     last = log[-1]
     start = f" The first {origin} are those of tiny-qwen3, whose weights it took over." if origin else ""
     lengths = ", ".join(dict.fromkeys(str(row["length"]) for row in log))
@@ -575,9 +571,7 @@ The weights are under Quasar's own licence, Apache-2.0.
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run, text: str) -> argparse.ArgumentParser:

@@ -50,7 +50,7 @@ def test_activations_round_half_to_even_per_token():
 
 def test_a_static_scale_saturates():
     quantized = BACKEND.quantize(torch.tensor([[1.0, -300.0, 64.0]]), ActivationQuant(torch.tensor([0.5])))
-    assert quantized.values.tolist() == [[2, -127, 127]]
+    assert quantized.values.tolist() == [[2, -128, 127]]
     assert quantized.scale.tolist() == [0.5]
 
 
