@@ -15,6 +15,7 @@ from torch import Tensor
 
 from common.backends.base import KVCache
 from common.drafting.base import Draft, Drafter
+from common.drafting.costs import pass_costs
 from common.drafting.decoder import PREFILL_FROM, FollowedText
 from common.drafting.window import Window
 from common.models.decoder import PREFILL_CHUNK, Decoder
@@ -66,6 +67,10 @@ class CascadeDrafter(Drafter):
                 probs.append(target_distribution(self._speculator.verifier.logits[: len(step)], self._sampling))
             tokens += step
         return Draft(tokens, torch.cat(probs) if probs else None)
+
+    def seconds_per_token(self) -> float:
+        drafted = 0 if self._speculator.drafter is None else 1
+        return pass_costs(self._decoder)(drafted + 1) / (drafted + 1)  # a modest guess: every draft of one is right
 
     @property
     def passes(self) -> int:

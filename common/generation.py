@@ -22,6 +22,7 @@ from common.verification.sampling import Sampling
 from common.verification.verifier import Verifier
 
 MAX_FIXED_GAMMA = 32
+LEAST_BLOCK = 7  # tokens: a pass in full precision for fewer would cost more than it confirms
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ class Result:
     text: str = ""
     prompt_tokens: int = 0
     finish_reason: str = "length"
+    accept_lengths: list[int] = field(default_factory=list)  # tokens committed by each verification pass
     stats: GenerationStats = field(default_factory=GenerationStats)
 
 
@@ -154,7 +156,7 @@ class Generation:
         verifier = Verifier(decoder, cache, acceptance)
         if settings.lossless:
             drafter: Drafter | None = cascade(model, settings, cache.capacity)
-            window: Window = AdaptiveWindow(pass_costs(decoder), drafts_are_free=False, acceptance=0.9)
+            window: Window = adaptive_window(decoder, drafter, acceptance=0.9, least=LEAST_BLOCK)
         else:
             drafter = new_drafter(settings.draft, DraftTarget(model, cache, sampling))
             window = new_window(settings, decoder, drafter)
@@ -178,6 +180,7 @@ class Generation:
                     stats.draft_weight_bytes = drafter.weight_bytes - before[1]
                 last = tokens[-1]
                 done += len(tokens)
+                self._result.accept_lengths.append(len(tokens))
                 stats.passes, stats.drafted, stats.accepted = verifier.passes, speculator.drafted, speculator.accepted
                 stats.seconds_draft = speculator.seconds_draft
                 stats.seconds_decode += time.perf_counter() - clock
@@ -211,7 +214,15 @@ def new_window(settings: GenerationSettings, decoder: Decoder, drafter: Drafter 
     """Of the settings' gamma; None adapts."""
     if drafter is None or settings.gamma is not None:
         return FixedWindow(settings.gamma or 0)
-    return AdaptiveWindow(pass_costs(decoder), drafts_are_free=not drafter.takes_passes)
+    return adaptive_window(decoder, drafter)
+
+
+def adaptive_window(decoder: Decoder, drafter: Drafter, **options: Any) -> AdaptiveWindow:
+    """With the costs of both on this device; options as AdaptiveWindow takes them."""
+    seconds = drafter.seconds_per_token()
+    return AdaptiveWindow(
+        pass_costs(decoder), drafts_are_free=not drafter.takes_passes, draft_seconds=seconds, **options
+    )
 
 
 def generate(

@@ -91,6 +91,12 @@ def quantize_with_msmodelslim(
     return fidelity
 
 
+def tool_config(calib_cfg: dict[str, bool]) -> str:
+    """The tool's configuration file, with more fields for its calib_cfg: is_dynamic, pdmix."""
+    spec = _CONFIG["spec"]
+    return json.dumps(_CONFIG | {"spec": spec | {"calib_cfg": spec["calib_cfg"] | calib_cfg}})  # JSON is YAML
+
+
 def _stage(folder: Path, staged: Path) -> Path:
     """A copy of the checkpoint as the tool wants it: real files that others may not write, older names in its JSON."""
     staged.mkdir()
@@ -122,10 +128,8 @@ def _known_class(name: str | None) -> str | None:
 
 
 def _run(tool: str, model_type: str, model: Path, made: Path, scheme: str, options: LoadOptions) -> None:
-    spec = _CONFIG["spec"]
-    config = _CONFIG | {"spec": spec | {"calib_cfg": spec["calib_cfg"] | {"is_dynamic": scheme == "w8a8"}}}
     path = made.parent / "config.yaml"
-    path.write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
+    path.write_text(tool_config({"is_dynamic": True} if scheme == "w8a8" else {}), encoding="utf-8")
     path.chmod(0o644)
     device = "npu" if options.device.startswith("npu") else "cpu"
     command = [tool, "quant", "--model_type", model_type, "--model_path", str(model.resolve())]

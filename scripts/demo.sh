@@ -12,5 +12,5 @@ prompt=${1:-'class Stack:
 echo "== quasar generate: W8A8 with n-gram drafts, streamed ==" >&2
 "$VENV/bin/quasar" generate "$prompt" --max-new-tokens 96
 echo >&2
-echo "== quasar compare: the same prompt, four ways ==" >&2
-"$VENV/bin/quasar" compare "$prompt" --max-new-tokens 256 --ignore-eos >/dev/null
+echo "== quasar compare: the same prompt by every scheme ==" >&2
+"$VENV/bin/quasar" compare "$prompt" --max-new-tokens 256 --ignore-eos

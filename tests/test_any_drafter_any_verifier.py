@@ -55,11 +55,20 @@ def test_greedy_ids_are_the_verifiers_own(family, draft, precision):
             assert stats.draft_weight_bytes > 0 and stats.seconds_draft > 0
 
 
+@pytest.mark.parametrize("draft", ["ngram", "suffix", "self:w4a4", "self:skip=1", "model:tiny-openpangu"])
+def test_shipped_models_on_the_fast_backend(shipped, draft):
+    model = shipped("qwen3", "w4a16")
+    for prompt in ("def main():\n    ", "import os\nimport sys\nimport "):
+        plain = generate(model, prompt, draft="none", max_new_tokens=40, ignore_eos=True).result()
+        drafted = generate(model, prompt, draft=draft, gamma=3, max_new_tokens=40, ignore_eos=True).result()
+        assert drafted.token_ids == plain.token_ids and drafted.stats.drafted > 0
+
+
 @pytest.fixture(params=[None, 1, 7])
 def block(request, monkeypatch):
     """The cascade's block size: adaptive, or always the same, so that blocks are used whatever passes cost here."""
     if request.param is not None:
-        monkeypatch.setattr(generation, "AdaptiveWindow", lambda *_, **__: FixedWindow(request.param))
+        monkeypatch.setattr(generation, "adaptive_window", lambda *_, **__: FixedWindow(request.param))
     return request.param
 
 
@@ -75,8 +84,8 @@ def test_lossless_ids_are_full_precisions(family, draft, precision, block):
 
 
 def test_lossless_streams_full_precisions_text(shipped, block):
-    model = load("tiny-qwen3", device="reference", precision="w8a8", lossless=True)
-    full = shipped("qwen3", device="reference")
+    model = load("tiny-qwen3", device="cpu", precision="w8a8", lossless=True)
+    full = shipped("qwen3")
     prompt = "def main():\n    "
     confirmed = generate(model, prompt, lossless=True, max_new_tokens=96, ignore_eos=True)
     pieces = "".join(confirmed)
@@ -116,7 +125,7 @@ def _exact(decoder, length: int) -> dict[tuple[int, ...], float]:
 
 @pytest.mark.parametrize(("draft", "precision", "lossless"), CASES)
 def test_sampled_tokens_have_the_targets_distribution(draft, precision, lossless, monkeypatch):
-    monkeypatch.setattr(generation, "AdaptiveWindow", lambda *_, **__: FixedWindow(2))  # of the cascade's block
+    monkeypatch.setattr(generation, "adaptive_window", lambda *_, **__: FixedWindow(2))  # of the cascade's block
     model = _model("qwen3", precision)
     exact = _exact(model.full if lossless else model.decoder, SAMPLED["max_new_tokens"])
     samples = 400

@@ -16,7 +16,8 @@ DEVICES = ("auto", "cpu", "cuda", "npu", "reference")
 def get_backend(device: str = "auto", dtype: torch.dtype | None = None) -> Backend:
     """The backend for "auto" | "cpu" | "cuda[:i]" | "npu[:i]" | "reference".
 
-    dtype is that of activations and KV cache; None takes the device's own: float32 on CPU, bfloat16 elsewhere.
+    dtype is that of activations and KV cache; None takes the device's own: float32 on CPU, bfloat16 elsewhere
+    (float16 on Ascend inference cards).
     Raises QuasarError where the device is unknown or absent.
     """
     kind = device.partition(":")[0]
@@ -31,9 +32,9 @@ def get_backend(device: str = "auto", dtype: torch.dtype | None = None) -> Backe
 
         return CudaBackend(device, dtype or torch.bfloat16)
     if kind == "npu":
-        from quasar_npu.backend import NpuBackend
+        from quasar_npu.backend import npu_backend
 
-        return NpuBackend(device, dtype or torch.bfloat16)
+        return npu_backend(device, dtype)
     raise QuasarError(f"--device {device} is unknown; use one of {', '.join(DEVICES)}")
 
 

@@ -11,6 +11,7 @@ the contract is cut where devices fuse, not where textbooks cut. Shapes use thes
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,6 +90,12 @@ class KVCache:
         return self.capacity - self.length
 
 
+# The decoder's call: ids [tokens], cache, keep -> logits [keep, vocab] of the last `keep` positions.
+Forward = Callable[[Tensor, KVCache, int], Tensor]
+# A verification window: ids on the host, keep -> logits [keep, vocab] on the device, valid until the next window.
+WindowPass = Callable[[Sequence[int], int], Tensor]
+
+
 class Backend(ABC):
     """One device. `dtype` is the floating-point type that activations and the KV cache have on it."""
 
@@ -97,6 +104,10 @@ class Backend(ABC):
     dtype: torch.dtype
 
     # Weights: given in checkpoint layout once, kept in whatever form the device reads fastest.
+
+    def place(self, tensor: Tensor) -> Tensor:
+        """A checkpoint's tensor on this device, in its own type where the device has it."""
+        return tensor.to(self.device)
 
     @abstractmethod
     def full_weight(self, weight: Tensor) -> Any:
@@ -162,7 +173,7 @@ class Backend(ABC):
         """Splits [tokens, (heads + 2 * kv_heads) * head_dim], norms q and k per head if the model does, rotates
         them by cos, sin [tokens, head_dim / 2] ("half" layout), writes k and v behind the committed positions.
 
-        Returns q [tokens, heads, head_dim].
+        cos and sin may also come as this backend's `rope_rows` made them. Returns q [tokens, heads, head_dim].
         """
 
     @abstractmethod
@@ -171,6 +182,30 @@ class Backend(ABC):
 
         Returns [tokens, heads * head_dim].
         """
+
+    # Once per pass.
+
+    def rope_rows(
+        self, cos: Tensor, sin: Tensor, specs: Sequence[AttentionSpec], cache: KVCache, tokens: int
+    ) -> Iterable[tuple[Tensor, Tensor]]:
+        """What `append_rotated` takes as cos and sin for the next `tokens` positions, a pair for each layer.
+
+        cos, sin [positions, head_dim / 2] are the decoder's whole tables and `specs` its layers. A device may lay the
+        rows out for its rotation, fold a layer's q and k norms into them, or look positions up on the device.
+        """
+        rows = slice(cache.length, cache.length + tokens)
+        return [(cos[rows], sin[rows])] * len(specs)
+
+    def window_pass(self, forward: Forward, cache: KVCache) -> WindowPass:
+        """How verification windows of one sequence run: here, as any pass does.
+
+        A device that pays for each kernel launch captures a graph for each window size instead. The caller commits.
+        """
+
+        def run(ids: Sequence[int], keep: int) -> Tensor:
+            return forward(torch.tensor(ids, device=self.device), cache, keep)
+
+        return run
 
     # The device itself.
 

@@ -28,7 +28,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    from common.cli import bench, compare, generate, inspect, quantize, serve
+    from common.cli import bench, compare, eval, generate, inspect, quantize, serve
 
     parser = OneLineParser(
         prog="quasar",
@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (generate, compare, quantize, inspect, serve, bench):
+    for command in (generate, compare, quantize, inspect, eval, bench, serve):
         command.add_parser(subparsers)
     return parser
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -14,13 +13,15 @@ from common.evaluation.decode import SCHEMES
 from common.generation import GenerationSettings, Result, generate
 from common.models.model import Model
 
+LOSSLESS = "Quasar --lossless"
+
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "compare",
         help="one prompt by plain decoding, n-gram drafts, W8A8 and Quasar",
-        description="Generate from one prompt by all four schemes in one run, and show what each costs and whether "
-        "the text stays that of plain full precision.",
+        description="Generate from one prompt by all four schemes and the lossless cascade in one run, and show what "
+        "each costs and whether the text stays that of plain full precision.",
     )
     flags.add_generation_flags(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
@@ -32,7 +33,9 @@ def run(args: argparse.Namespace) -> None:
     settings = flags.settings_of(args, "none")
     models = {precision: flags.load_model(args, precision) for precision in ("full", "w8a8")}
     ids = flags.prompt_ids(args, models["full"])
+    models["w8a8"].full = models["full"].decoder
     rows = [(title, models[precision], replace(settings, draft=draft)) for title, precision, draft in SCHEMES]
+    rows.append((LOSSLESS, models["w8a8"], replace(settings, draft="ngram", lossless=True)))
     for _, model, row_settings in rows:  # each scheme's first pass pays for allocations that are not its own
         generate(model, ids, replace(row_settings, max_new_tokens=min(8, settings.max_new_tokens))).result()
     results = [
@@ -50,17 +53,15 @@ def run(args: argparse.Namespace) -> None:
             )
         )
         return
-    print(results[-1][3].text)
-    print(table(results), file=sys.stderr)
+    print(table(results))
     if models["w8a8"].fidelity is not None:
-        print(f"\nW8A8 against full precision: {models['w8a8'].fidelity}", file=sys.stderr)
+        print(f"W8A8 against full precision: {models['w8a8'].fidelity}")
 
 
 def table(results: list[tuple[str, Model, GenerationSettings, Result]]) -> str:
     """A line per scheme."""
     baseline = results[0][3]
     lines = [
-        "",
         f"{'scheme':<24}{'tokens':>7}{'passes':>8}{'acceptance':>12}{'MB/token':>10}{'tokens/s':>10}"
         f"{'speed':>8}{'same text':>11}",
     ]

@@ -35,6 +35,10 @@ class Drafter(ABC):
         pending: tokens that stand behind the committed ones but may yet be taken back.
         """
 
+    def seconds_per_token(self) -> float:
+        """What drafting a token will take, for as long as nothing was drafted; next to nothing unless it says more."""
+        return 0.0
+
     def finish(self) -> None:
         """The sequence is over."""
         return

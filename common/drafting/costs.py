@@ -12,7 +12,9 @@ from common.models.decoder import Decoder
 
 SIZES = (1, 2, 4, 8, 16)  # windows that are timed; between them costs are interpolated
 _CONTEXT = 16  # positions before the window
-_SECONDS = 0.03  # spent on each size at least, unless one pass takes longer
+_SECONDS, _ROUNDS = 0.06, 50  # spent on each size, whichever comes first, unless one pass takes longer
+_LEAST_ROW = 0.02  # of a pass, by which each further row counts at least: a flat measurement is noise, and would keep
+# a window open for drafts that are never right
 _measured: WeakKeyDictionary[Decoder, PassCosts] = WeakKeyDictionary()
 
 
@@ -59,11 +61,14 @@ def _measure(decoder: Decoder) -> PassCosts:
     rounds: list[list[float]] = []
     spent = 0.0
     # Round by round, so that a disturbance does not fall on one size only.
-    while not rounds or (spent < _SECONDS * len(SIZES) and len(rounds) < 20):
+    while not rounds or (spent < _SECONDS * len(SIZES) and len(rounds) < _ROUNDS):
         rounds.append([timed(size) for size in SIZES])
         spent += sum(rounds[-1])
-    seconds, least = {}, 0.0
-    for size, times in zip(SIZES, zip(*rounds, strict=True), strict=True):
-        least = max(least, min(times))  # more rows never cost less
-        seconds[size] = least
-    return PassCosts(seconds)
+    fastest = [min(times) for times in zip(*rounds, strict=True)]
+    one = min(fastest)  # more rows never cost less
+    return PassCosts(
+        {
+            size: max(*fastest[: i + 1], one * (1 + _LEAST_ROW * (size - 1))) if i else one
+            for i, size in enumerate(SIZES)
+        }
+    )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from common.backends.base import KVCache
 from common.drafting.base import Draft, Drafter
+from common.drafting.costs import pass_costs
 from common.models.decoder import PREFILL_CHUNK, Decoder
 from common.verification.sampling import Sampling, sample_inverse_cdf, target_distribution
 
@@ -48,10 +49,13 @@ class DecoderDrafter(Drafter):
             else:
                 probs.append(target_distribution(logits, self._sampling))
                 uniform = torch.rand(1, dtype=torch.float64, generator=self._generator)
-                token = int(sample_inverse_cdf(probs[-1], uniform.to(logits.device)))
+                token = int(sample_inverse_cdf(probs[-1], uniform.to(probs[-1].dtype).to(logits.device)))
             tokens.append(token)
             behind = [token]
         return Draft(tokens, torch.cat(probs) if probs else None)
+
+    def seconds_per_token(self) -> float:
+        return pass_costs(self._decoder)(1)
 
     def _run(self, ids: Sequence[int], keep: int) -> Tensor:
         passes = -(-len(ids) // PREFILL_CHUNK)
@@ -74,7 +78,8 @@ class SelfDrafter(DecoderDrafter):
         return draft
 
     def _behind(self, pending: Sequence[int]) -> list[int]:
-        return [*self._tokens, *pending][self._cache.length :]
+        known, held = len(self._tokens), self._cache.length
+        return [*self._tokens[held:], *pending[max(held - known, 0) :]]
 
 
 class ModelDrafter(DecoderDrafter):

@@ -42,7 +42,7 @@ def _in_w4a4(model: Model) -> Decoder:
 
 
 def _skipping(model: Model, skipped: int) -> Decoder:
-    layers = model.config.num_layers
+    layers = len(model.decoder.layers)
     if not 1 <= skipped <= layers - 2:
         raise QuasarError(
             f"--draft self:skip={skipped}: {model.name} has {layers} layers, the first and last of which stay; "

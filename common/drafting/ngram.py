@@ -29,20 +29,26 @@ class NGramDrafter(Drafter):
         known = self._tokens
         for token in tokens:
             # Index the n-grams that end here only now that something follows: a suffix never finds itself.
-            end = len(known)
-            for n in range(1, min(MAX_NGRAM, end) + 1):
-                self._latest[tuple(known[end - n :])] = end
+            for ngram in _ends(known):
+                self._latest[ngram] = len(known)
             known.append(token)
 
     def propose(self, gamma: int, pending: Sequence[int] = ()) -> Draft:
-        known = self._tokens
-        tail = [*known[-MAX_NGRAM:], *pending]
-        for n in range(min(MAX_NGRAM, len(tail)), 0, -1):
-            start = self._latest.get(tuple(tail[-n:]))
+        known, text = self._tokens, len(self._tokens) + len(pending)
+        tail, recent = known[-MAX_NGRAM:], {}
+        for end, token in enumerate(pending, len(known)):
+            recent |= dict.fromkeys(_ends(tail), end)
+            tail.append(token)
+        for ngram in reversed(_ends(tail)):
+            start = recent.get(ngram, self._latest.get(ngram))
             if start is not None:
-                period = len(known) + len(pending) - start
-                draft = [*known[start : start + gamma], *pending][:gamma]
+                draft = [*known[start : start + gamma], *pending[max(start - len(known), 0) :]][:gamma]
                 while len(draft) < gamma:
-                    draft.append(draft[-period])
+                    draft.append(draft[start - text])
                 return Draft(draft)
         return Draft()
+
+
+def _ends(tokens: list[int]) -> list[tuple[int, ...]]:
+    """The n-grams that the tokens end with, shortest first."""
+    return [tuple(tokens[len(tokens) - n :]) for n in range(1, min(MAX_NGRAM, len(tokens)) + 1)]

@@ -4,7 +4,9 @@ for long."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable
+from statistics import median
 
 MAX_GAMMA = 5  # the published setting
 MAX_AUTO_GAMMA = 15  # a window of 16, the most that every backend verifies row by row
@@ -45,25 +47,30 @@ class AdaptiveWindow(Window):
     With acceptance rate a, a window of g commits (1 - a^(g+1)) / (1 - a) tokens on average (Leviathan et al. 2023,
     eq. 1) and costs one pass over g + 1 tokens and the drafting of g. Where no g beats a plain step the window closes.
     A drafter that costs nothing goes on guessing unverified; one that takes passes is left alone for a cooldown, then
-    tried with one token, and the cooldown doubles each time that does not pay.
+    tried with its least window, and the cooldown doubles each time that does not pay.
     """
 
-    RATE = 0.12  # weight of the newest outcome in the running acceptance rate
-    COOLDOWN = (8, 64)  # plain steps, at first and at most
+    RATE = 0.12  # weight of the newest outcome in the running acceptance rate, after the first few
+    COOLDOWN = (8, 64)  # plain steps per token of the least window, at first and at most
+    TIMES = 5  # drafting times of which the median counts: one interruption should not close a window
 
     def __init__(
         self,
         pass_seconds: Callable[[int], float],
         *,
         drafts_are_free: bool = True,
+        draft_seconds: float = 0.0,
         acceptance: float = 0.5,
+        least: int = 1,
         max_gamma: int = MAX_AUTO_GAMMA,
     ) -> None:
-        """pass_seconds: of a pass over so many tokens; acceptance: the rate to begin with."""
+        """pass_seconds: of a pass over so many tokens; draft_seconds (per token) and acceptance: to begin with;
+        least: the smallest window but 0, for drafters that are slow to start.
+        """
         self._seconds = [pass_seconds(g + 1) for g in range(max_gamma + 1)]
-        self._free, self._acceptance = drafts_are_free, acceptance
-        self._draft_seconds = 0.0  # per token
-        self._cooldown, self._waited = self.COOLDOWN[0], 0
+        self._free, self._acceptance, self._tested = drafts_are_free, acceptance, 1
+        self._draft_seconds = deque([draft_seconds] * 2, maxlen=self.TIMES)  # per token
+        self._least, self._cooldown, self._waited = least, least * self.COOLDOWN[0], 0
 
     def gamma(self) -> int:
         best = self._best()
@@ -73,27 +80,27 @@ class AdaptiveWindow(Window):
         if self._waited <= self._cooldown:
             return 0
         self._waited = 0
-        self._cooldown = min(2 * self._cooldown, self.COOLDOWN[1])
-        return 1
+        self._cooldown = min(2 * self._cooldown, self._least * self.COOLDOWN[1])
+        return self._least
 
     def _best(self) -> int:
         a, most, best, tokens, power = self._acceptance, 0.0, 0, 0.0, 1.0
+        drafting = median(self._draft_seconds)
         for g, seconds in enumerate(self._seconds):
             tokens += power
             power *= a
-            rate = tokens / (seconds + g * self._draft_seconds)
-            if rate > most:
+            rate = tokens / (seconds + g * drafting)
+            if rate > most and (g == 0 or g >= self._least):
                 most, best = rate, g
         return best
 
     def observe(self, drafted: int, accepted: int, seconds: float) -> None:
         if not drafted:
             return
-        per_token = seconds / drafted
-        known = self._draft_seconds
-        self._draft_seconds = per_token if not known else known + self.RATE * (per_token - known)
+        self._draft_seconds.append(seconds / drafted)
         # What was tested: the accepted tokens and, unless all were, the one that was not. The rest is unknown.
         for hit in [1.0] * accepted + [0.0] * (accepted < drafted):
-            self._acceptance += self.RATE * (hit - self._acceptance)
+            self._tested += 1
+            self._acceptance += max(self.RATE, 1 / self._tested) * (hit - self._acceptance)  # at first a plain average
         if self._best():
-            self._cooldown = self.COOLDOWN[0]
+            self._cooldown = self._least * self.COOLDOWN[0]

@@ -65,6 +65,7 @@ class Decoder(nn.Module):
         self.config, self.backend = config, backend
         self.embedding = embedding  # [vocab, hidden]
         self.layers = nn.ModuleList(layers)
+        self.attention_specs = [layer.attention for layer in layers]
         self.norm = norm  # [hidden]
         self.lm_head = lm_head
         self.cos, self.sin = rope_tables(config, backend)
@@ -80,12 +81,12 @@ class Decoder(nn.Module):
 
         Returns logits float32 [keep, vocab] of the last `keep` positions. The caller commits what it keeps.
         """
-        tokens, start = ids.shape[0], cache.length
+        tokens = ids.shape[0]
         if tokens > cache.free:
             raise ValueError(f"{tokens} tokens do not fit the KV cache: {cache.free} positions are free")
-        cos, sin = self.cos[start : start + tokens], self.sin[start : start + tokens]
+        rope = self.backend.rope_rows(self.cos, self.sin, self.attention_specs, cache, tokens)
         x, residual = self.embedding[ids].to(self.backend.dtype), None
-        for layer in self.layers:
+        for layer, (cos, sin) in zip(self.layers, rope, strict=True):
             x, residual = layer(x, residual, cos, sin, cache)
         if not keep:
             return x.new_empty(0, self.config.vocab_size)

@@ -73,7 +73,7 @@ class DecoderParts:
     def embedding(self) -> Tensor:
         """[vocab, hidden], in the checkpoint's own type."""
         c = self.config
-        return self.source.get("model.embed_tokens.weight", (c.vocab_size, c.hidden_size)).to(self.backend.device)
+        return self.backend.place(self.source.get("model.embed_tokens.weight", (c.vocab_size, c.hidden_size)))
 
     def layer(self, index: int) -> DecoderLayer:
         """The decoder layer `index`."""
@@ -126,7 +126,7 @@ class DecoderParts:
         bias = self.source.norm_bias(name, size)
         if bias is not None and not may_shift:
             raise QuasarError(f"{name}.bias is not zero; Quasar runs shifted inputs of linear layers only")
-        return self.source.get(f"{name}.weight", (size,)).to(self.backend.device, self.backend.dtype), bias
+        return self.backend.place(self.source.get(f"{name}.weight", (size,))).to(self.backend.dtype), bias
 
     def _linear(
         self, names: list[str], sizes: list[int], inputs: int, bias: bool, input_bias: Tensor | None = None

@@ -46,9 +46,11 @@ def layer_influence(decoder: Decoder, sequences: Sequence[Sequence[int]]) -> lis
 
 
 def layers_to_keep(decoder: Decoder, skipped: int, sequences: Sequence[Sequence[int]]) -> list[int]:
-    """The layers that are left when those `skipped` of least influence go. The first and the last always stay: the
-    one makes the residual stream, the other what lm_head reads."""
+    """The indices of the layers that are left when those `skipped` of least influence go.
+
+    The first and the last always stay: the one makes the residual stream, the other what lm_head reads.
+    """
     influence = layer_influence(decoder, sequences)
     middle = range(1, len(influence) - 1)
     gone = set(sorted(middle, key=lambda i: influence[i])[:skipped])
-    return [i for i in range(len(influence)) if i not in gone]
+    return [layer.index for i, layer in enumerate(decoder.layers) if i not in gone]

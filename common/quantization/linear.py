@@ -149,7 +149,7 @@ def fused_linear(
 
     def on_device(tensors: Sequence[Tensor]) -> Tensor:
         """Fused where they end up: the checkpoint's pages are read once and not copied on the host."""
-        moved = [tensor.to(backend.device) for tensor in tensors]
+        moved = [backend.place(tensor) for tensor in tensors]
         return moved[0] if len(moved) == 1 else torch.cat(moved)
 
     bias = None

@@ -45,7 +45,7 @@ class SamplingAcceptance(Acceptance):
 
     def __call__(self, logits: Tensor, draft: Draft, position: int) -> list[int]:
         probs = target_distribution(logits, self._sampling)
-        uniforms = self._uniforms_at(position, len(probs)).to(probs.device)
+        uniforms = self._uniforms_at(position, len(probs)).to(probs.dtype).to(probs.device)
         if draft.probs is None:
             return _until_mismatch(sample_inverse_cdf(probs, uniforms[:, 0]).tolist(), draft.tokens)
         return rejection_sample(probs, draft.tokens, draft.probs, uniforms)

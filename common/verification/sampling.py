@@ -33,8 +33,12 @@ class Sampling:
 
 
 def target_distribution(logits: Tensor, sampling: Sampling) -> Tensor:
-    """float32 [rows, vocab] -> float64 probabilities: temperature, then top-k, then top-p, in transformers' order."""
-    logits = logits.double() / sampling.temperature
+    """float32 [rows, vocab] -> probabilities: temperature, then top-k, then top-p, in transformers' order.
+
+    In float64, which an Ascend NPU does not have: there in float32, where a rounded cdf moves the boundary between two
+    tokens by less than 1e-5.
+    """
+    logits = (logits if logits.device.type == "npu" else logits.double()) / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
         floor = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < floor, -torch.inf)
@@ -51,5 +55,8 @@ def target_distribution(logits: Tensor, sampling: Sampling) -> Tensor:
 def sample_inverse_cdf(probs: Tensor, uniform: Tensor) -> Tensor:
     """One token per row of [rows, vocab] (need not be normalised) by uniform numbers [rows] in [0, 1)."""
     cdf = probs.cumsum(dim=-1)
-    # The first index whose cdf exceeds u * total: a token of probability 0 never is.
-    return torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0].clamp(max=probs.shape[-1] - 1)
+    total = cdf[:, -1:].contiguous()
+    # The first index whose cdf exceeds u * total: a token of probability 0 never is. Where u * total rounds up to the
+    # total, the last token that is possible.
+    chosen = torch.searchsorted(cdf, uniform[:, None] * total, right=True)
+    return torch.minimum(chosen, torch.searchsorted(cdf, total))[:, 0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from common.backends.base import KVCache
@@ -18,6 +17,7 @@ class Verifier:
 
     def __init__(self, decoder: Decoder, cache: KVCache, acceptance: Acceptance) -> None:
         self._decoder, self._cache, self._acceptance = decoder, cache, acceptance
+        self._window_pass = decoder.backend.window_pass(decoder, cache)
         self.passes = 0
         self.logits: Tensor | None = None  # [drafted + 1, vocab] of the latest step
 
@@ -32,8 +32,7 @@ class Verifier:
 
         `position` is the output index of the first of them.
         """
-        window = torch.tensor([*behind, *draft.tokens], device=self._decoder.backend.device)
-        self.logits = self._decoder(window, self._cache, keep=len(draft.tokens) + 1)
+        self.logits = self._window_pass([*behind, *draft.tokens], len(draft.tokens) + 1)
         tokens = self._acceptance(self.logits, draft, position)
         # `behind` and the accepted draft; the target's own last token is not in yet.
         self._cache.commit(len(behind) + len(tokens) - 1)

@@ -11,6 +11,8 @@ import statistics
 import sys
 from pathlib import Path
 
+import torch
+
 from common import generate, load
 from common.models.model import ASSETS
 from common.quantization.calibration import read_texts
@@ -27,6 +29,7 @@ def write_prompts(model: str, path: str) -> None:
 
 
 def check(folder: str, prompts: str, theirs: str) -> None:
+    torch.set_num_threads(1)  # the models are too small to share
     model = load(folder, device="cpu", dtype="float32")
     same, tokens, differences = 0, 0, []
     rows = json.loads(Path(theirs).read_text())

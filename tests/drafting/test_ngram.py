@@ -30,6 +30,15 @@ def test_equals_the_definition_however_the_tokens_arrive(pieces, gamma):
         assert draft.tokens == by_definition(text, gamma)
 
 
+@settings(max_examples=400, deadline=None)
+@given(st.lists(st.integers(0, 4), max_size=30), st.lists(st.integers(0, 4), max_size=12), st.integers(1, 8))
+def test_pending_tokens_count_as_text_and_are_not_learnt(text, pending, gamma):
+    drafter = NGramDrafter()
+    drafter.extend(text)
+    assert drafter.propose(gamma, pending).tokens == by_definition(text + pending, gamma)
+    assert drafter.propose(gamma).tokens == by_definition(text, gamma)
+
+
 def draft_after(tokens, gamma=5):
     drafter = NGramDrafter()
     drafter.extend(tokens)

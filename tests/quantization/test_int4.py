@@ -58,6 +58,11 @@ def test_kernel_against_the_integers():
     torch.testing.assert_close(y, expected, rtol=2**-8, atol=0.03)  # outputs near 40, rounded to bfloat16
 
 
+def test_other_devices_say_what_they_have():
+    with pytest.raises(QuasarError, match="--device meta has --precision full and w8a8"):
+        ReferenceBackend("meta").int4_weight(torch.zeros(16, 128, dtype=torch.int8), torch.ones(16, 1).bfloat16())
+
+
 def test_int4_activations_take_fifteen_values():
     x = torch.tensor([[7.0, -3.4, 0.2, 0.0], [0.0, 0.0, 0.0, 0.0]])
     q = ReferenceBackend().quantize_int4(x)

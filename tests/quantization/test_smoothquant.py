@@ -44,7 +44,7 @@ def test_folding_is_exact_in_full_precision(family, alpha, tmp_path):
     norms = [layer.input_norm.clone() for layer in decoder.layers]
     stats = collect(decoder, PROMPTS, sample=64)
     for layer in decoder.layers:
-        smooth_layer(layer, stats[layer.index], alpha)
+        smooth_layer(layer, stats[layer.index], alpha, torch.float32)
         assert (layer.input_norm - norms[layer.index]).abs().max() > 0.01  # it did something
     # Folded weights are float32, so exact means to float32's rounding.
     torch.testing.assert_close(logits(decoder), before, rtol=0, atol=2e-5)
@@ -58,7 +58,7 @@ def test_folding_is_exact_although_norms_are_bfloat16(family, tmp_path):
     for layer in decoder.layers:
         before = layer.input_norm.float() * layer.qkv.weight.float()
         rows = layer.attention.heads * layer.attention.head_dim  # q: its rows are not divided
-        smooth_layer(layer, stats[layer.index], 0.5)
+        smooth_layer(layer, stats[layer.index], 0.5, torch.bfloat16)
         after = layer.input_norm.float() * layer.qkv.weight
         torch.testing.assert_close(after[:rows], before[:rows], rtol=1e-6, atol=0)
 
@@ -121,7 +121,7 @@ def test_shipped_models_survive_quantisation(shipped, family):
 
 
 def test_garbage_is_refused_unless_forced(monkeypatch):
-    def ruin(decoder, *_):
+    def ruin(decoder, *_, **__):
         for layer in decoder.layers:
             layer.input_norm = layer.input_norm.flip(0) * 9
 
@@ -132,7 +132,7 @@ def test_garbage_is_refused_unless_forced(monkeypatch):
 
 
 def test_not_a_number_is_garbage_too(monkeypatch):
-    def break_it(decoder, *_):
+    def break_it(decoder, *_, **__):
         decoder.norm = decoder.norm * torch.nan
 
     monkeypatch.setattr("common.loading.quantize_w8a8", break_it)

@@ -1,0 +1,106 @@
+"""The reference backend with Ascend's rounding: the oracle for ids, in plain PyTorch, without torch_npu.
+
+The NPU computes in bfloat16 or float16, and its fused operators round in fewer places than the reference backend's
+single steps do. Two correct implementations that round differently need not say the same tokens: where two logits are
+nearly equal, the last bit decides. So ids are compared with this: the reference backend, each step rounded where the
+operator's documentation says it is, and everything between two roundings exact (float64). How far this is from the
+reference backend itself, op by op and in ids, is tested beside it (test_npu_backend.py, test_npu_ids.py).
+
+The differences, all of them:
+
+    add_rms_norm    the norm is not rounded to the activations' type before it is quantised
+    swiglu          silu(gate) is not rounded before the product, nor the product before it is quantised
+    append_rotated  cos and sin (and, with q and k norms, their products with the norms' weights) are rounded to the
+                    activations' type; the norm is rounded before its weight is applied, not after
+    attention       scores and probabilities are not rounded, the output is, once
+    linear          the sum is exact, with the bias, and rounded once (the reference sums in float32)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.backends.base import ActivationQuant, AttentionSpec, KVCache, Quantized
+from common.backends.reference import ReferenceBackend
+
+
+class FusedRounding(ReferenceBackend):
+    name = "reference with Ascend's rounding"
+
+    def linear(self, x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
+        y = x.double() @ weight.double().t()
+        return (y if bias is None else y + bias.double()).to(self.dtype)
+
+    def int8_linear(self, x: Quantized, weight: Any, bias: Tensor | None) -> Tensor:
+        values, scale = weight
+        y = self.int8_matmul(x.values, values).float() * scale * x.scale[:, None]
+        return (y if bias is None else y + bias).to(self.dtype)
+
+    def quantize(self, x: Tensor, quant: ActivationQuant) -> Quantized:
+        if quant.static_scale is None:
+            # A row of zeros has scale 0 on the NPU and 1 in the reference; its product is 0 either way.
+            quantised = super().quantize(x, quant)
+            return Quantized(quantised.values, torch.where(quantised.values.any(-1), quantised.scale, 0.0))
+        values = (x.float() / quant.static_scale).round().clamp(-128, 127)  # npu_quantize clips at -128
+        return Quantized(values.to(torch.int8), quant.static_scale)
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, quant: ActivationQuant | None
+    ) -> tuple[Tensor | Quantized, Tensor]:
+        residual = x if residual is None else x + residual
+        y = _normed(residual, eps) * weight.float()
+        if quant is not None and quant.static_scale is None:
+            return self.quantize(y, quant), residual
+        y = y.to(self.dtype)
+        return (y if quant is None else self.quantize(y, quant)), residual
+
+    def swiglu(self, gate_up: Tensor, quant: ActivationQuant | None) -> Tensor | Quantized:
+        gate, up = gate_up.float().chunk(2, dim=-1)
+        y = torch.nn.functional.silu(gate) * up
+        if quant is not None and quant.static_scale is None:
+            return self.quantize(y, quant)
+        y = y.to(self.dtype)
+        return y if quant is None else self.quantize(y, quant)
+
+    def append_rotated(
+        self, qkv: Tensor, spec: AttentionSpec, cos: Tensor, sin: Tensor, cache: KVCache, layer: int
+    ) -> Tensor:
+        tokens, start = len(qkv), cache.length
+        q, k, v = qkv.view(tokens, -1, spec.head_dim).split([spec.heads, spec.kv_heads, spec.kv_heads], dim=1)
+        cache.k[layer, :, start : start + tokens] = self._turned(k, spec.k_norm, spec, cos, sin).transpose(0, 1)
+        cache.v[layer, :, start : start + tokens] = v.transpose(0, 1)
+        return self._turned(q, spec.q_norm, spec, cos, sin)
+
+    def _turned(self, x: Tensor, norm: Tensor | None, spec: AttentionSpec, cos: Tensor, sin: Tensor) -> Tensor:
+        """x [tokens, heads, head_dim]"""
+        cos, sin = (torch.cat([table, table], dim=-1)[:, None] for table in (cos, sin))
+        if norm is not None:
+            peak = max(spec.q_norm.abs().max().item(), spec.k_norm.abs().max().item())
+            power = 2.0 ** math.ceil(math.log2(peak))
+            x = (_normed(x, spec.eps) * power).to(self.dtype)
+            weight = norm.float() / power
+            cos, sin = cos * weight, sin * weight.roll(spec.head_dim // 2)
+        cos, sin = cos.to(self.dtype).float(), sin.to(self.dtype).float()
+        first, second = x.float().chunk(2, dim=-1)
+        return (x.float() * cos + torch.cat([-second, first], dim=-1) * sin).to(self.dtype)
+
+    def attention(self, q: Tensor, spec: AttentionSpec, cache: KVCache, layer: int) -> Tensor:
+        tokens, start = len(q), cache.length
+        k, v = (
+            half[layer, :, : start + tokens].double().repeat_interleave(spec.heads // spec.kv_heads, 0)
+            for half in (cache.k, cache.v)
+        )
+        scores = q.transpose(0, 1).double() @ k.transpose(1, 2) * spec.head_dim**-0.5
+        hidden = torch.ones(tokens, start + tokens, dtype=torch.bool).triu(start + 1)
+        y = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v  # [heads, tokens, head_dim]
+        return y.transpose(0, 1).reshape(tokens, -1).to(self.dtype)
+
+
+def _normed(x: Tensor, eps: float) -> Tensor:
+    """float32, without the weight."""
+    x = x.float()
+    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)
