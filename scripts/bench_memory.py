@@ -1,7 +1,7 @@
 """Peak memory of loading, quantising and generating on CPU, each precision in a process of its own.
 
-    python scripts/bench_memory.py                        # random weights of Qwen3-0.6B's shape
-    python scripts/bench_memory.py --model FOLDER --precisions auto
+python scripts/bench_memory.py                        # random weights of Qwen3-0.6B's shape
+python scripts/bench_memory.py --model FOLDER --precisions auto
 """
 
 from __future__ import annotations

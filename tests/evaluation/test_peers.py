@@ -24,10 +24,7 @@ def missing(peer: str) -> bool:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     "peer",
-    [
-        pytest.param(p, marks=pytest.mark.skipif(missing(p), reason=f"{p} is not installed here"))
-        for p in peers.PEERS
-    ],
+    [pytest.param(p, marks=pytest.mark.skipif(missing(p), reason=f"{p} is not installed here")) for p in peers.PEERS],
 )
 def test_a_peer_computes_the_same_logits(shipped, family, peer):
     model = shipped(family)
@@ -44,7 +41,7 @@ def test_a_peer_computes_the_same_logits(shipped, family, peer):
 
 def test_a_peer_that_is_not_installed_is_one_clear_line(monkeypatch):
     monkeypatch.setattr(peers, "find_spec", lambda name: None)
-    with pytest.raises(QuasarError, match="--peer llama.cpp is not installed; pip install llama-cpp-python gguf"):
+    with pytest.raises(QuasarError, match=r"--peer llama\.cpp is not installed; pip install llama-cpp-python gguf"):
         peers.require("llama.cpp", CPU)
     with pytest.raises(QuasarError, match="pip install openvino nncf"):
         peers.require("openvino", CPU)
