@@ -8,8 +8,10 @@ prompt=${1:-'class Stack:
         self.items = []
 
     def push(self, item):'}
+# Sampled: a model this small loops when decoded greedily, which flatters every drafter.
+sampling=(--temperature 0.7 --top-p 0.95 --seed 1)
 echo "== quasar generate: W8A8 with n-gram drafts, streamed ==" >&2
-"$VENV/bin/quasar" generate "$prompt" --max-new-tokens 96
+"$VENV/bin/quasar" generate "$prompt" --max-new-tokens 96 "${sampling[@]}"
 echo >&2
 echo "== quasar compare: the same prompt by every scheme ==" >&2
-"$VENV/bin/quasar" compare "$prompt" --max-new-tokens 256 --ignore-eos
+"$VENV/bin/quasar" compare "$prompt" --max-new-tokens 256 --ignore-eos "${sampling[@]}"
