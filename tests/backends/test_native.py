@@ -15,7 +15,8 @@ from torch import Tensor
 from common.backends import native
 
 pytestmark = pytest.mark.skipif(
-    not native.available(), reason="the C kernels are not built (python setup.py build_ext --inplace)"
+    not native.available(),
+    reason="the C kernels are not built (pip install -e . builds them where there is a C compiler)",
 )
 
 SHAPES = st.tuples(st.integers(1, 17), st.integers(1, 100), st.integers(1, 150))  # m, n, k
