@@ -1,13 +1,7 @@
 #!/usr/bin/env bash
 # Sets up and runs the main job on the shipped model: real text, W8A8, n-gram drafts, and what it saved.
 source "$(dirname "$0")/setup_cpu.sh" ""
-prompt=${1:-'class Stack:
-    """A last-in, first-out stack."""
-
-    def __init__(self):
-        self.items = []
-
-    def push(self, item):'}
+prompt=${1:-class Stack:}
 # Sampled: a model this small loops when decoded greedily, which flatters every drafter.
 sampling=(--temperature 0.7 --top-p 0.95 --seed 1)
 echo "== quasar generate: W8A8 with n-gram drafts, streamed ==" >&2
