@@ -171,7 +171,7 @@ def quasar(*argv: str, **options) -> subprocess.Popen:
 
 
 def test_a_reader_that_leaves_early_is_no_error():
-    process = quasar("generate", "def f():\n", "--max-new-tokens", "400", "--precision", "full", "--ignore-eos")
+    process = quasar("generate", "def f(", "--max-new-tokens", "400", "--precision", "full", "--ignore-eos")
     process.stdout.read(5)
     process.stdout.close()
     err = process.stderr.read().decode()
@@ -184,7 +184,7 @@ def test_interrupting_exits_130_without_a_traceback():
     import signal
 
     process = quasar(
-        "generate", "def f():\n", "--max-new-tokens", "2000", "--precision", "full", "--ignore-eos", "--draft", "none"
+        "generate", "def f(", "--max-new-tokens", "2000", "--precision", "full", "--ignore-eos", "--draft", "none"
     )
     process.stdout.read(1)
     process.send_signal(signal.SIGINT)

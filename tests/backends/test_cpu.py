@@ -13,10 +13,9 @@ pytestmark = pytest.mark.skipif(not native.available(), reason="the C kernels we
 PROMPTS = read_texts(ASSETS / "heldout.jsonl")[:4]
 
 
-@pytest.mark.parametrize("precision", ["full", "w8a8"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_ids_are_those_of_the_reference_backend(shipped, family, precision):
-    fast, reference = shipped(family, precision, "cpu"), shipped(family, precision, "reference")
+def test_greedy_ids_are_those_of_the_reference_backend(shipped, family):
+    fast, reference = shipped(family, "full", "cpu"), shipped(family, "full", "reference")
     assert (fast.decoder.backend.name, reference.decoder.backend.name) == ("cpu", "reference")
     for prompt in PROMPTS:
         ids = fast.encode(prompt)[:100]
@@ -27,16 +26,29 @@ def test_greedy_ids_are_those_of_the_reference_backend(shipped, family, precisio
             assert generate(fast, ids, **settings).result().token_ids == expected
 
 
-@pytest.mark.parametrize("precision", ["full", "w8a8"])
+def prompt_logits(model):
+    """float32 [512, vocab] of a prompt of 512 tokens: the kernels' other panels and threads too."""
+    model.decoder.pack()
+    ids = [i for text in PROMPTS for i in model.encode(text)][:512]
+    assert len(ids) == 512
+    return model.decoder.prefill(torch.tensor(ids), model.decoder.new_cache(512), keep=512)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_prompt_has_the_logits_of_the_reference_backend(shipped, family, precision):
-    """512 tokens: the kernels' other panels and threads. int8 inputs may round the other way here and there."""
-    logits = []
-    for device in ("cpu", "reference"):
-        model = shipped(family, precision, device)
-        model.decoder.pack()
-        ids = [i for text in PROMPTS for i in model.encode(text)][:512]
-        assert len(ids) == 512
-        logits.append(model.decoder.prefill(torch.tensor(ids), model.decoder.new_cache(512), keep=512))
-    fast, reference = logits
-    assert (fast - reference).norm() <= (1e-5 if precision == "full" else 5e-3) * reference.norm()
+def test_a_prompt_has_the_logits_of_the_reference_backend(shipped, family):
+    fast, reference = (prompt_logits(shipped(family, "full", device)) for device in ("cpu", "reference"))
+    assert (fast - reference).norm() <= 1e-5 * reference.norm()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_w8a8_says_what_the_reference_backend_says_wherever_that_is_sure(shipped, family):
+    """The int8 products are equal bit for bit (test_native.py), but sums of float32 in another order move an input by a
+    rounding error now and then, and int8 makes a whole step of it. So ids may differ where two tokens are nearly
+    equally likely, and only there; and the difference stays below what quantising itself costs."""
+    fast, reference = (prompt_logits(shipped(family, "w8a8", device)) for device in ("cpu", "reference"))
+    full = prompt_logits(shipped(family, "full", "reference"))
+    best = reference.topk(2).values  # [512, 2]
+    sure = best[:, 0] - best[:, 1] > 0.25
+    assert sure.float().mean() > 0.7
+    assert torch.equal(fast.argmax(-1)[sure], reference.argmax(-1)[sure])
+    assert (fast - reference).norm() < 0.8 * (reference - full).norm()

@@ -44,6 +44,8 @@ class SafetensorsFolder:
             if not isinstance(where, dict) or not all(isinstance(f, str) and Path(f).name == f for f in where.values()):
                 raise QuasarError(f"{index}: weight_map should map tensor names to names of files beside it")
             files = {name: folder / file for name, file in where.items()}
+            for file in dict.fromkeys(files.values()):
+                _require(file)
         else:
             single = folder / self.single
             if not single.exists():
@@ -154,9 +156,13 @@ class SafetensorsFolder:
             raise QuasarError(f"{self.files[name]}: tensor {name} is not zero; asymmetric weights are not supported")
 
 
-def _open(file: Path) -> safe_open:
+def _require(file: Path) -> None:
     if not file.is_file():
         raise QuasarError(f"{file}: no such file; the checkpoint's index names it")
+
+
+def _open(file: Path) -> safe_open:
+    _require(file)
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
