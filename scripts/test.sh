@@ -4,5 +4,5 @@
 source "$(dirname "$0")/setup_cpu.sh" "[test]"
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check --quiet .
-"$VENV/bin/python" -m pytest tests "$@"
+"$VENV/bin/python" -m pytest "$@"
 [ $# -gt 0 ] || bash scripts/test_ascend.sh
