@@ -134,7 +134,11 @@ def find_checkpoint(name: str, trust_remote_code: bool = False) -> Path:
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer in a checkpoint folder; QuasarError where there is none that can be used."""
     from transformers import AutoTokenizer  # takes seconds to import
+    from transformers.utils import logging as transformers_logging
 
+    verbosity = transformers_logging.get_verbosity()
+    # It warns that it has no such model as PanguEmbedded: only the tokenizer is asked for.
+    transformers_logging.set_verbosity_error()
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exceptions on files that it cannot parse
@@ -144,6 +148,8 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
                 f"{folder}: the tokenizer is Python code in the checkpoint; read it, then give --trust-remote-code"
             ) from None
         raise QuasarError(f"{folder}: no usable tokenizer ({reason})") from None
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 def _stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
