@@ -17,7 +17,8 @@ from common.models.model import ASSETS
 from common.models.sharing import unpacked_copy
 from common.quantization.calibration import SMOOTHED, collect, read_texts
 from common.quantization.fidelity import FidelityProbe
-from common.quantization.linear import FullLinear, quantize_weight, quantize_weight_int4
+from common.quantization.int4 import quantize_weight_int4
+from common.quantization.linear import FullLinear, quantize_weight
 from common.quantization.rotation import hadamard, rotate_decoder, rotate_last
 
 
