@@ -181,9 +181,10 @@ def _plotter(path: str) -> Any:
                     colors="black",
                     label="its weights, read once" if i == 0 else None,
                 )
-            axes.bar_label(bars, fmt="%.0f", fontsize=7)
+            axes.bar_label(bars, fmt="%.3g", fontsize=7)
         axes.set_xticks([at + width * (len(names) - 1) / 2 for at in range(len(rows))], [f"M = {m}" for m in rows])
         axes.set_ylabel("ms per pass")
+        axes.margins(y=0.3)  # room for the legend
         axes.legend()
         figure.savefig(path, dpi=150, bbox_inches="tight")
 
