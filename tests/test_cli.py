@@ -2,6 +2,7 @@
 
 import io
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -181,10 +182,10 @@ def test_a_reader_that_leaves_early_is_no_error():
 
 
 def test_interrupting_exits_130_without_a_traceback():
-    import signal
-
     process = quasar(
-        "generate", "def f(", "--max-new-tokens", "2000", "--precision", "full", "--ignore-eos", "--draft", "none"
+        *("generate", "def f(", "--max-new-tokens", "2000", "--precision", "full", "--ignore-eos", "--draft", "none"),
+        # A suite that runs in the background ignores interrupts, and its children would too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     process.stdout.read(1)
     process.send_signal(signal.SIGINT)
