@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from common.cli import flags
+from common.errors import QuasarError
 from common.generation import Generation, GenerationSettings, Result, generate
 from common.models.model import Model
 
@@ -36,6 +37,8 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     settings = flags.settings_of(args, args.draft, args.lossless)
+    if args.lm_head != "full" and args.precision != "w8a8":
+        raise QuasarError(f"--lm-head {args.lm_head} goes with --precision w8a8, not {args.precision}")
     model = flags.load_model(args, args.precision, args.lossless)
     ids = flags.prompt_ids(args, model)
     generation = generate(model, ids, settings)
