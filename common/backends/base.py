@@ -146,6 +146,10 @@ class Backend(ABC):
 
     # Everything between the matmuls.
 
+    def embed(self, table: Tensor, ids: Tensor) -> Tensor:
+        """Rows `ids` [tokens] of `table` [vocab, hidden] -> [tokens, hidden] of `dtype`."""
+        return table[ids].to(self.dtype)
+
     @abstractmethod
     def quantize(self, x: Tensor, quant: ActivationQuant) -> Quantized:
         """[tokens, in] -> int8. Per token: scale = max|row| / 127 (1 for a row of zeros), round half to even.

@@ -85,7 +85,7 @@ class Decoder(nn.Module):
         if tokens > cache.free:
             raise ValueError(f"{tokens} tokens do not fit the KV cache: {cache.free} positions are free")
         rope = self.backend.rope_rows(self.cos, self.sin, self.attention_specs, cache, tokens)
-        x, residual = self.embedding[ids].to(self.backend.dtype), None
+        x, residual = self.backend.embed(self.embedding, ids), None
         for layer, (cos, sin) in zip(self.layers, rope, strict=True):
             x, residual = layer(x, residual, cos, sin, cache)
         if not keep:

@@ -25,7 +25,7 @@ def transformers_step(
 
     @torch.inference_mode()
     def run(ids: torch.Tensor) -> torch.Tensor:
-        return model(ids[None], past_key_values=cache).logits[0]
+        return model(ids[None].to(device), past_key_values=cache).logits[0]
 
     return Step(run, lambda rows: cache.crop(-rows))
 
