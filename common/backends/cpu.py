@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from common.backends import native
-from common.backends.base import ActivationQuant, AttentionSpec, KVCache, Quantized
+from common.backends.base import ActivationQuant, AttentionSpec, Forward, KVCache, Quantized, WindowPass
+from common.backends.recorded import RecordedWindows
 from common.backends.reference import ReferenceBackend
 
 _HEAD_STEP = 16  # the attention kernels take head sizes that are multiples of it
@@ -47,6 +48,11 @@ class CpuBackend(ReferenceBackend):
             return super().quantize(x, quant)
         return Quantized(*native.quantize_per_token(x))
 
+    def embed(self, table: Tensor, ids: Tensor) -> Tensor:
+        if table.dtype not in (torch.bfloat16, torch.float32):
+            return super().embed(table, ids)
+        return native.embed(table, ids)
+
     def add_rms_norm(
         self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, quant: ActivationQuant | None
     ) -> tuple[Tensor | Quantized, Tensor]:
@@ -76,3 +82,6 @@ class CpuBackend(ReferenceBackend):
         if spec.head_dim % _HEAD_STEP:
             return super().attention(q, spec, cache, layer)
         return native.attention(q, cache.layer_k[layer], cache.layer_v[layer], cache.length, spec.head_dim**-0.5)
+
+    def window_pass(self, forward: Forward, cache: KVCache) -> WindowPass:
+        return RecordedWindows(forward, cache, super().window_pass(forward, cache))

@@ -17,12 +17,15 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from common.backends.buffers import Buffers
 
 try:
     from . import _kernels
@@ -73,6 +76,45 @@ def use_instruction_set(name: str) -> Iterator[None]:
         _isa = previous
 
 
+class Recording:
+    """The kernel calls of one pass, in order, made again by one call: no Python and one team of threads.
+
+    A replay reads and writes the addresses of the recorded pass, whose tensors the caller keeps: weights, caches, what
+    went in, what came out. Only the position of the window may differ.
+    """
+
+    def __init__(self) -> None:
+        self._buffers, self._calls, self._threads = Buffers(), None, _threads()
+
+    def replay(self, start: int) -> None:
+        """Makes the calls for a window whose first token stands at `start`."""
+        _kernels.replay(self._calls, start, self._threads)
+
+
+class _Recorder(threading.local):
+    buffers: Buffers | None = None
+
+
+_recorder = _Recorder()
+
+
+@contextmanager
+def recording() -> Iterator[Recording]:
+    """Records the kernel calls that this thread makes inside, while it makes them.
+
+    Their outputs lie in memory that the recording reuses as soon as they are dropped. Raises NotImplementedError from
+    the call that cannot be repeated: `int8_linear` whose inputs are no multiple of 4.
+    """
+    made = Recording()
+    _kernels.record()
+    _recorder.buffers = made._buffers
+    try:
+        yield made
+    finally:
+        _recorder.buffers = None
+        made._calls = _kernels.recorded()
+
+
 Quantized = tuple[Tensor, Tensor]  # int8 [m, k], float32 scale per row [m]
 
 _BLOCK = 32  # outputs per block of a packed weight
@@ -91,10 +133,15 @@ def _pointer(tensor: Tensor, dtype: torch.dtype, elements: int) -> int:
     return tensor.data_ptr()
 
 
+def _new(shape: tuple[int, ...], dtype: torch.dtype = _float32) -> Tensor:
+    buffers = _recorder.buffers
+    return torch.empty(shape, dtype=dtype) if buffers is None else buffers.take(shape, dtype)
+
+
 def _output(out: Tensor | None, *shape: int) -> tuple[Tensor, int]:
     """`out`, or a new float32 tensor, and its address."""
     if out is None:
-        out = torch.empty(shape)
+        out = _new(shape)
         return out, out.data_ptr()
     return out, _pointer(out, _float32, math.prod(shape))
 
@@ -191,9 +238,24 @@ def float_linear(
     return out
 
 
+def embed(table: Tensor, ids: Tensor) -> Tensor:
+    """Rows `ids` (int64 [m]) of `table`, bfloat16 or float32 [vocab, k], as float32 [m, k].
+
+    A replay looks up what the ids' tensor holds by then. Raises IndexError where that is no row.
+    """
+    vocab, k = table.shape
+    m, bf16 = ids.shape[0], table.dtype == torch.bfloat16
+    out, out_pointer = _output(None, m, k)
+    _kernels.embed(
+        bf16, _pointer(table, torch.bfloat16 if bf16 else _float32, vocab * k), _pointer(ids, torch.int64, m),
+        out_pointer, vocab, m, k, _threads(),
+    )  # fmt: skip
+    return out
+
+
 def _quantized(m: int, k: int, out: Quantized | None) -> tuple[Tensor, Tensor, int, int]:
     if out is None:
-        q, scale = torch.empty(m, k, dtype=_int8), torch.empty(m)
+        q, scale = _new((m, k), _int8), _new((m,))
         return q, scale, q.data_ptr(), scale.data_ptr()
     q, scale = out
     return q, scale, _pointer(q, _int8, m * k), _pointer(scale, _float32, m)
@@ -324,7 +386,7 @@ def argmax(x: Tensor) -> Tensor:
     m, n = x.shape
     if not 0 < n < 2**31:
         raise ValueError(f"argmax over {n} values")
-    out = torch.empty(m, dtype=torch.int64)
+    out = _new((m,), torch.int64)
     _kernels.argmax(_pointer(x, _float32, m * n), out.data_ptr(), m, n, _threads())
     return out
 

@@ -12,7 +12,6 @@
 struct int8_linear_args {
     const int8_t *x;         /* [m, k4 * 4], zero beyond k */
     const float *x_scale;    /* [m] */
-    const int32_t *x_sum;    /* [m]: sum of each row of x */
     const uint8_t *weight;   /* [ceil(n / 32), k4, 32, 4]: int8 value + 128, 128 where padded */
     const float *w_scale;    /* [n] */
     const float *bias;       /* [n] or NULL */
@@ -27,6 +26,13 @@ struct float_linear_args {
     const float *bias;       /* [n] or NULL */
     float *out;              /* [m, n] */
     int64_t m, n, k;
+};
+
+struct embed_args {
+    const void *table;       /* float or bf16 [vocab, k] */
+    const int64_t *ids;      /* [m] */
+    float *out;              /* [m, k] */
+    int64_t vocab, m, k;
 };
 
 struct quantize_args {
@@ -95,7 +101,8 @@ typedef void (*task_fn)(void *args, int thread, int threads);
 
 struct kernels {
     const char *name;
-    task_fn int8_linear, bf16_linear, f32_linear, quantize, norm, swiglu, rope, attention, argmax, read;
+    task_fn int8_linear, bf16_linear, f32_linear, embed_bf16, embed_f32, quantize, norm, swiglu, rope, attention;
+    task_fn argmax, read;
     void (*exp)(const float *x, float *y, int64_t n); /* for the accuracy test */
 };
 
@@ -104,6 +111,34 @@ extern const struct kernels kernels_avx512, kernels_avxvnni, kernels_avx2, kerne
 /* parallel.c */
 int parallel_use(const char *library);
 void parallel_run(task_fn task, void *args, int threads);
+
+/* recording.c: a pass of kernel calls, made again at the same addresses */
+enum moving { STAYS, EMBED, ROPE, ATTENTION }; /* what differs from window to window: ids or positions */
+struct call {
+    task_fn task;
+    enum moving moving;
+    int64_t items;           /* independent pieces of work: no more threads than that */
+    void *scratch;           /* from malloc, or NULL: belongs to the call */
+    const void *weight;      /* what the call reads from memory and nothing else does, or NULL; in whole blocks, */
+    int64_t block_bytes, blocks; /* of which every thread has its share */
+    union {
+        struct int8_linear_args int8_linear;
+        struct float_linear_args float_linear;
+        struct embed_args embed;
+        struct quantize_args quantize;
+        struct norm_args norm;
+        struct swiglu_args swiglu;
+        struct rope_args rope;
+        struct attention_args attention;
+        struct argmax_args argmax;
+    };
+};
+struct recording;
+struct recording *recording_new(void);
+int recording_add(struct recording *, const struct call *); /* takes the scratch; 0 when out of memory */
+int ids_in_range(const struct embed_args *);
+int recording_replay(struct recording *, int64_t start, int threads); /* 0, and nothing done, for ids out of range */
+void recording_free(struct recording *);
 
 /* pack.c: weights from row-major [n, k] to the layouts above */
 void pack_int8(const int8_t *weight, uint8_t *packed, int64_t n, int64_t k);

@@ -110,6 +110,22 @@ INLINE void int8_rows(const uint8_t *w, const int8_t *x, int64_t stride, int64_t
     }
 }
 
+/* What the shift of the weights adds to every sum of this row is 128 times this. */
+INLINE int32_t sum_int8(const int8_t *x, int64_t n)
+{
+    int32_t sum = 0;
+    int64_t i = 0;
+#if ISA_AVX512
+    __m512i acc = _mm512_setzero_si512(), ones = _mm512_set1_epi8(1);
+    for (; i + 64 <= n; i += 64)
+        acc = _mm512_dpbusd_epi32(acc, ones, _mm512_loadu_si512(x + i));
+    sum = _mm512_reduce_add_epi32(acc);
+#endif
+    for (; i < n; i++)
+        sum += x[i];
+    return sum;
+}
+
 static void int8_linear(void *data, int thread, int threads)
 {
     const struct int8_linear_args *a = data;
@@ -117,6 +133,9 @@ static void int8_linear(void *data, int thread, int threads)
     share((a->n + BLOCK - 1) / BLOCK, thread, threads, &from, &to);
     for (int64_t panel = 0; panel < a->m; panel += INT8_PANEL) {
         int64_t panel_end = panel + INT8_PANEL < a->m ? panel + INT8_PANEL : a->m;
+        int32_t x_sum[INT8_PANEL];
+        for (int64_t row = panel; row < panel_end; row++)
+            x_sum[row - panel] = sum_int8(a->x + row * stride, stride);
         for (int64_t block = from; block < to; block++) {
             const uint8_t *w = a->weight + block * a->k4 * BLOCK * 4;
             int64_t column = block * BLOCK, columns = a->n - column < BLOCK ? a->n - column : BLOCK;
@@ -130,7 +149,7 @@ static void int8_linear(void *data, int thread, int threads)
                 for (int64_t r = 0; r < rows; r++) {
                     int64_t at = (row + r) * a->n + column;
                     /* Unsigned, because the shifted sum may pass 2^31 and come back. */
-                    uint32_t shift = 128u * (uint32_t)a->x_sum[row + r];
+                    uint32_t shift = 128u * (uint32_t)x_sum[row + r - panel];
                     for (int j = 0; j < BLOCK; j++)
                         sums[r][j] = (int32_t)((uint32_t)sums[r][j] - shift);
                     if (a->accumulators) {

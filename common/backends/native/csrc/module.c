@@ -1,5 +1,6 @@
 /* The Python module `_kernels`: tensors come as addresses (`data_ptr()`), sizes as integers; nothing is checked here,
- * the Python side does. Chooses the instruction set, brings scratch memory, and releases the GIL. */
+ * the Python side does. Chooses the instruction set, brings scratch memory, releases the GIL, and keeps the
+ * recording if there is one. */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
@@ -69,12 +70,13 @@ static int parse(PyObject *const *objects, Py_ssize_t n, Py_ssize_t expected, un
 #define INT(at) (w[at].i)
 #define FLOAT(at) ((float)w[at].f)
 
-/* Threads for `items` independent pieces of `cost` elements each: starting the team costs a microsecond, in which
- * one core does some 16 thousand elements of the row-wise kernels. */
-static int team(int64_t items, int64_t cost, int64_t threads)
+/* Starting a team costs a microsecond, in which one core does some 16 thousand elements of the row-wise kernels; within
+ * a replayed recording the team is there already, and only what it shares has to travel. */
+#define ALONE 16384
+#define ALONE_IN_REPLAY 2048
+
+static int team(int64_t items, int64_t threads)
 {
-    if (items * cost < 16384)
-        return 1;
     threads = threads < items ? threads : items;
     return (int)(threads < MAX_THREADS ? threads : MAX_THREADS);
 }
@@ -84,135 +86,154 @@ static void *scratch(int64_t bytes)
     return aligned_alloc(64, (size_t)(bytes + 63) / 64 * 64);
 }
 
+static _Thread_local struct recording *recorder; /* NULL unless this thread is recording */
+
+/* Runs the call, whose items cost so many elements each, and records it if that is asked for. */
+static PyObject *run(struct call *call, int64_t cost, int64_t threads)
+{
+    int64_t items = call->items;
+    Py_BEGIN_ALLOW_THREADS
+    parallel_run(call->task, &call->int8_linear, items * cost < ALONE ? 1 : team(items, threads));
+    Py_END_ALLOW_THREADS
+    call->items = items * cost < ALONE_IN_REPLAY ? 1 : items;
+    if (recorder && recording_add(recorder, call))
+        Py_RETURN_NONE;
+    free(call->scratch);
+    if (recorder)
+        return PyErr_NoMemory();
+    Py_RETURN_NONE;
+}
+
 /* x, x_scale, weight, w_scale, bias, out, accumulators, m, n, k, threads */
 FUNCTION(py_int8_linear, 11)
     int64_t m = INT(7), n = INT(8), k = INT(9), k4 = (k + 3) / 4;
     const int8_t *x = ADDRESS(0);
-    int32_t *sums = scratch(m * (int64_t)sizeof *sums);
-    int8_t *padded = k % 4 ? scratch(m * k4 * 4) : NULL;
-    if (!sums || (k % 4 && !padded)) {
-        free(sums);
-        return PyErr_NoMemory();
-    }
-    Py_BEGIN_ALLOW_THREADS
-    for (int64_t row = 0; row < m; row++) {
-        int32_t sum = 0;
-        for (int64_t i = 0; i < k; i++)
-            sum += x[row * k + i];
-        sums[row] = sum;
-        if (padded) {
+    int8_t *padded = NULL;
+    if (k % 4) {
+        if (recorder)
+            return PyErr_Format(PyExc_NotImplementedError, "inputs of %lld are padded anew in each pass", (long long)k);
+        if (!(padded = scratch(m * k4 * 4)))
+            return PyErr_NoMemory();
+        for (int64_t row = 0; row < m; row++) {
             memset(padded + (row + 1) * k4 * 4 - 4, 0, 4);
             memcpy(padded + row * k4 * 4, x + row * k, (size_t)k);
         }
     }
-    struct int8_linear_args a = {
-        .x = padded ? padded : x, .x_scale = ADDRESS(1), .x_sum = sums, .weight = ADDRESS(2), .w_scale = ADDRESS(3),
-        .bias = ADDRESS(4), .out = ADDRESS(5), .accumulators = ADDRESS(6), .m = m, .n = n, .k4 = k4,
+    struct call call = {
+        .task = isa->int8_linear, .items = (n + BLOCK - 1) / BLOCK, .scratch = padded,
+        .weight = ADDRESS(2), .block_bytes = k4 * BLOCK * 4, .blocks = (n + BLOCK - 1) / BLOCK,
+        .int8_linear = {
+            .x = padded ? padded : x, .x_scale = ADDRESS(1), .weight = ADDRESS(2), .w_scale = ADDRESS(3),
+            .bias = ADDRESS(4), .out = ADDRESS(5), .accumulators = ADDRESS(6), .m = m, .n = n, .k4 = k4,
+        },
     };
-    parallel_run(isa->int8_linear, &a, team((n + BLOCK - 1) / BLOCK, k * BLOCK, INT(10)));
-    Py_END_ALLOW_THREADS
-    free(sums);
-    free(padded);
-    Py_RETURN_NONE;
+    return run(&call, k * BLOCK, INT(10));
 }
 
 /* bf16?, x, weight, bias, out, m, n, k, threads */
 FUNCTION(py_float_linear, 9)
-    struct float_linear_args a = {
-        .x = ADDRESS(1), .weight = ADDRESS(2), .bias = ADDRESS(3), .out = ADDRESS(4),
-        .m = INT(5), .n = INT(6), .k = INT(7),
+    int64_t n = INT(6), k = INT(7), blocks = (n + BLOCK - 1) / BLOCK;
+    struct call call = {
+        .task = INT(0) ? isa->bf16_linear : isa->f32_linear, .items = blocks,
+        .weight = ADDRESS(2), .block_bytes = k * BLOCK * (INT(0) ? 2 : 4), .blocks = blocks,
+        .float_linear = {
+            .x = ADDRESS(1), .weight = ADDRESS(2), .bias = ADDRESS(3), .out = ADDRESS(4), .m = INT(5), .n = n, .k = k,
+        },
     };
-    Py_BEGIN_ALLOW_THREADS
-    parallel_run(INT(0) ? isa->bf16_linear : isa->f32_linear, &a,
-                 team((a.n + BLOCK - 1) / BLOCK, a.k * BLOCK, INT(8)));
-    Py_END_ALLOW_THREADS
-    Py_RETURN_NONE;
+    return run(&call, k * BLOCK, INT(8));
+}
+
+/* bf16?, table, ids, out, vocab, m, k, threads */
+FUNCTION(py_embed, 8)
+    struct call call = {
+        .task = INT(0) ? isa->embed_bf16 : isa->embed_f32, .moving = EMBED, .items = INT(5),
+        .embed = {
+            .table = ADDRESS(1), .ids = ADDRESS(2), .out = ADDRESS(3), .vocab = INT(4), .m = INT(5), .k = INT(6),
+        },
+    };
+    if (!ids_in_range(&call.embed))
+        return PyErr_Format(PyExc_IndexError, "token ids outside of 0 to %lld", (long long)INT(4) - 1);
+    return run(&call, INT(6), INT(7));
 }
 
 /* x, q, scale, m, k, threads */
 FUNCTION(py_quantize, 6)
-    struct quantize_args a = {.x = ADDRESS(0), .q = ADDRESS(1), .scale = ADDRESS(2), .m = INT(3), .k = INT(4)};
-    Py_BEGIN_ALLOW_THREADS
-    parallel_run(isa->quantize, &a, team(a.m, a.k, INT(5)));
-    Py_END_ALLOW_THREADS
-    Py_RETURN_NONE;
+    struct call call = {
+        .task = isa->quantize, .items = INT(3),
+        .quantize = {.x = ADDRESS(0), .q = ADDRESS(1), .scale = ADDRESS(2), .m = INT(3), .k = INT(4)},
+    };
+    return run(&call, INT(4), INT(5));
 }
 
 /* x, residual, weight, eps, y, q, scale, m, k, threads */
 FUNCTION(py_add_rms_norm, 10)
-    struct norm_args a = {
-        .x = ADDRESS(0), .residual = ADDRESS(1), .weight = ADDRESS(2), .eps = FLOAT(3), .y = ADDRESS(4),
-        .q = ADDRESS(5), .scale = ADDRESS(6), .m = INT(7), .k = INT(8),
+    int64_t m = INT(7), k = INT(8);
+    struct call call = {
+        .task = isa->norm, .items = m,
+        .norm = {
+            .x = ADDRESS(0), .residual = ADDRESS(1), .weight = ADDRESS(2), .eps = FLOAT(3), .y = ADDRESS(4),
+            .q = ADDRESS(5), .scale = ADDRESS(6), .m = m, .k = k,
+        },
     };
-    int threads = team(a.m, a.k, INT(9));
-    if (a.q && !(a.scratch = scratch(threads * a.k * 4)))
+    if (call.norm.q && !(call.scratch = call.norm.scratch = scratch(team(m, INT(9)) * k * (int64_t)sizeof(float))))
         return PyErr_NoMemory();
-    Py_BEGIN_ALLOW_THREADS
-    parallel_run(isa->norm, &a, threads);
-    Py_END_ALLOW_THREADS
-    free(a.scratch);
-    Py_RETURN_NONE;
+    return run(&call, k, INT(9));
 }
 
 /* x, y, q, scale, m, k, threads */
 FUNCTION(py_swiglu, 7)
-    struct swiglu_args a = {
-        .x = ADDRESS(0), .y = ADDRESS(1), .q = ADDRESS(2), .scale = ADDRESS(3), .m = INT(4), .k = INT(5),
+    int64_t m = INT(4), k = INT(5);
+    struct call call = {
+        .task = isa->swiglu, .items = m,
+        .swiglu = {.x = ADDRESS(0), .y = ADDRESS(1), .q = ADDRESS(2), .scale = ADDRESS(3), .m = m, .k = k},
     };
-    int threads = team(a.m, 4 * a.k, INT(6)); /* exp and a division: dearer than the others */
-    if (a.q && !(a.scratch = scratch(threads * a.k * 4)))
+    if (call.swiglu.q && !(call.scratch = call.swiglu.scratch = scratch(team(m, INT(6)) * k * (int64_t)sizeof(float))))
         return PyErr_NoMemory();
-    Py_BEGIN_ALLOW_THREADS
-    parallel_run(isa->swiglu, &a, threads);
-    Py_END_ALLOW_THREADS
-    free(a.scratch);
-    Py_RETURN_NONE;
+    return run(&call, 4 * k, INT(6)); /* exp and a division: dearer than the others */
 }
 
 /* qkv, q_weight, k_weight, eps, cos, sin, q, k_cache, v_cache,
  * m, heads, kv_heads, dim, table_stride, start, capacity, threads */
 FUNCTION(py_rope_qk_append, 17)
-    struct rope_args a = {
-        .qkv = ADDRESS(0), .q_weight = ADDRESS(1), .k_weight = ADDRESS(2), .eps = FLOAT(3), .cos = ADDRESS(4),
-        .sin = ADDRESS(5), .q = ADDRESS(6), .k_cache = ADDRESS(7), .v_cache = ADDRESS(8), .m = INT(9),
-        .heads = INT(10), .kv_heads = INT(11), .dim = INT(12), .table_stride = INT(13), .start = INT(14),
-        .capacity = INT(15),
+    int64_t m = INT(9), heads = INT(10), kv_heads = INT(11), dim = INT(12);
+    struct call call = {
+        .task = isa->rope, .moving = ROPE, .items = m,
+        .rope = {
+            .qkv = ADDRESS(0), .q_weight = ADDRESS(1), .k_weight = ADDRESS(2), .eps = FLOAT(3), .cos = ADDRESS(4),
+            .sin = ADDRESS(5), .q = ADDRESS(6), .k_cache = ADDRESS(7), .v_cache = ADDRESS(8), .m = m,
+            .heads = heads, .kv_heads = kv_heads, .dim = dim, .table_stride = INT(13), .start = INT(14),
+            .capacity = INT(15),
+        },
     };
-    Py_BEGIN_ALLOW_THREADS
-    parallel_run(isa->rope, &a, team(a.m, (a.heads + 2 * a.kv_heads) * a.dim, INT(16)));
-    Py_END_ALLOW_THREADS
-    Py_RETURN_NONE;
+    return run(&call, (heads + 2 * kv_heads) * dim, INT(16));
 }
 
 /* q, k_cache, v_cache, out, scale, m, heads, kv_heads, dim, start, capacity, threads */
 FUNCTION(py_attention, 12)
-    struct attention_args a = {
-        .q = ADDRESS(0), .k_cache = ADDRESS(1), .v_cache = ADDRESS(2), .out = ADDRESS(3), .scale = FLOAT(4),
-        .m = INT(5), .heads = INT(6), .kv_heads = INT(7), .dim = INT(8), .start = INT(9), .capacity = INT(10),
+    int64_t m = INT(5), heads = INT(6), kv_heads = INT(7), dim = INT(8), group = heads / kv_heads;
+    int64_t tokens = group < ATTENTION_ROWS ? ATTENTION_ROWS / group : 1;
+    tokens = tokens < m ? tokens : m;
+    struct call call = {
+        .task = isa->attention, .moving = ATTENTION, .items = (m + tokens - 1) / tokens * kv_heads,
+        .attention = {
+            .q = ADDRESS(0), .k_cache = ADDRESS(1), .v_cache = ADDRESS(2), .out = ADDRESS(3), .scale = FLOAT(4),
+            .m = m, .heads = heads, .kv_heads = kv_heads, .dim = dim, .start = INT(9), .capacity = INT(10),
+            .tokens_per_item = tokens, .scratch_bytes = attention_scratch_bytes(tokens * group, dim),
+        },
     };
-    int64_t group = a.heads / a.kv_heads;
-    a.tokens_per_item = group < ATTENTION_ROWS ? ATTENTION_ROWS / group : 1;
-    if (a.tokens_per_item > a.m)
-        a.tokens_per_item = a.m;
-    a.scratch_bytes = attention_scratch_bytes(a.tokens_per_item * group, a.dim);
-    int64_t items = (a.m + a.tokens_per_item - 1) / a.tokens_per_item * a.kv_heads;
-    int threads = team(items, (a.start + a.m) * a.dim, INT(11));
-    if (!(a.scratch = scratch(threads * a.scratch_bytes)))
+    call.scratch = call.attention.scratch = scratch(team(call.items, INT(11)) * call.attention.scratch_bytes);
+    if (!call.scratch)
         return PyErr_NoMemory();
-    Py_BEGIN_ALLOW_THREADS
-    parallel_run(isa->attention, &a, threads);
-    Py_END_ALLOW_THREADS
-    free(a.scratch);
-    Py_RETURN_NONE;
+    return run(&call, (INT(9) + m) * dim, INT(11));
 }
 
 /* x, out, m, n, threads */
 FUNCTION(py_argmax, 5)
-    struct argmax_args a = {.x = ADDRESS(0), .out = ADDRESS(1), .m = INT(2), .n = INT(3)};
-    Py_BEGIN_ALLOW_THREADS
-    parallel_run(isa->argmax, &a, team(a.m, a.n, INT(4)));
-    Py_END_ALLOW_THREADS
-    Py_RETURN_NONE;
+    struct call call = {
+        .task = isa->argmax, .items = INT(2),
+        .argmax = {.x = ADDRESS(0), .out = ADDRESS(1), .m = INT(2), .n = INT(3)},
+    };
+    return run(&call, INT(3), INT(4));
 }
 
 /* address, lines of 64 bytes, threads; returns all 32-bit words, xor */
@@ -247,6 +268,52 @@ static void nothing(void *args, int thread, int threads) { (void)args, (void)thr
 /* threads: an empty parallel region, to measure what starting the team costs */
 FUNCTION(py_fork_join, 1)
     parallel_run(nothing, NULL, (int)INT(0));
+    Py_RETURN_NONE;
+}
+
+static const char *const CAPSULE = "quasar.recording";
+
+static void free_recording(PyObject *capsule)
+{
+    recording_free(PyCapsule_GetPointer(capsule, CAPSULE));
+}
+
+/* From here on this thread's kernel calls are recorded as they run. */
+static PyObject *py_record(PyObject *Py_UNUSED(self), PyObject *Py_UNUSED(unused))
+{
+    if (recorder)
+        return PyErr_Format(PyExc_RuntimeError, "this thread is recording already");
+    if (!(recorder = recording_new()))
+        return PyErr_NoMemory();
+    Py_RETURN_NONE;
+}
+
+/* Ends the recording and returns it. */
+static PyObject *py_recorded(PyObject *Py_UNUSED(self), PyObject *Py_UNUSED(unused))
+{
+    struct recording *recording = recorder;
+    if (!recording)
+        return PyErr_Format(PyExc_RuntimeError, "nothing is being recorded");
+    recorder = NULL;
+    PyObject *capsule = PyCapsule_New(recording, CAPSULE, free_recording);
+    if (!capsule)
+        recording_free(recording);
+    return capsule;
+}
+
+/* recording, start, threads (no more than it was recorded with) */
+static PyObject *py_replay(PyObject *Py_UNUSED(self), PyObject *const *objects, Py_ssize_t n_objects)
+{
+    union word w[2];
+    struct recording *recording = n_objects ? PyCapsule_GetPointer(objects[0], CAPSULE) : NULL;
+    if (!parse(objects + 1, n_objects - 1, 2, w) || !recording)
+        return NULL;
+    int done;
+    Py_BEGIN_ALLOW_THREADS
+    done = recording_replay(recording, INT(0), (int)INT(1));
+    Py_END_ALLOW_THREADS
+    if (!done)
+        return PyErr_Format(PyExc_IndexError, "token ids outside of the vocabulary");
     Py_RETURN_NONE;
 }
 
@@ -295,6 +362,7 @@ static PyObject *py_select(PyObject *Py_UNUSED(self), PyObject *name)
 static PyMethodDef methods[] = {
     FAST("int8_linear", py_int8_linear),
     FAST("float_linear", py_float_linear),
+    FAST("embed", py_embed),
     FAST("quantize", py_quantize),
     FAST("add_rms_norm", py_add_rms_norm),
     FAST("swiglu", py_swiglu),
@@ -305,6 +373,9 @@ static PyMethodDef methods[] = {
     FAST("pack", py_pack),
     FAST("exp", py_exp),
     FAST("fork_join", py_fork_join),
+    FAST("replay", py_replay),
+    {"record", py_record, METH_NOARGS, NULL},
+    {"recorded", py_recorded, METH_NOARGS, NULL},
     {"use_openmp", py_use_openmp, METH_O, NULL},
     {"supported", py_supported, METH_NOARGS, NULL},
     {"select", py_select, METH_O, NULL},

@@ -1,4 +1,4 @@
-/* What is done to each token row by itself: quantise, RMSNorm, SwiGLU, rotary embedding. */
+/* What is done to each token row by itself: look it up, quantise, RMSNorm, SwiGLU, rotary embedding. */
 #pragma once
 #include "simd.h"
 
@@ -43,6 +43,28 @@ INLINE float quantize_row(const float *x, int8_t *q, int64_t n)
         memcpy(q + i, &tail, (size_t)(n - i));
     }
     return scale;
+}
+
+static void embed_bf16(void *data, int thread, int threads)
+{
+    const struct embed_args *a = data;
+    int64_t from, to;
+    share(a->m, thread, threads, &from, &to);
+    for (int64_t row = from; row < to; row++) {
+        const uint16_t *x = (const uint16_t *)a->table + a->ids[row] * a->k;
+        int32_t *y = (int32_t *)a->out + row * a->k;
+        for (int64_t i = 0; i < a->k; i++)
+            y[i] = (int32_t)((uint32_t)x[i] << 16);
+    }
+}
+
+static void embed_f32(void *data, int thread, int threads)
+{
+    const struct embed_args *a = data;
+    int64_t from, to;
+    share(a->m, thread, threads, &from, &to);
+    for (int64_t row = from; row < to; row++)
+        memcpy(a->out + row * a->k, (const float *)a->table + a->ids[row] * a->k, (size_t)a->k * sizeof(float));
 }
 
 static void quantize(void *data, int thread, int threads)

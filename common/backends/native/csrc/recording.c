@@ -1,0 +1,141 @@
+/* A pass recorded once: its kernel calls in order, made again in one parallel region with a barrier after each.
+ *
+ * What a decode pass loses between kernels is Python, and the start of a team of threads for each of them. Here the
+ * team starts once. A thread that waits for the others fetches its share of the weight that comes next, so that
+ * memory is not idle while rows are normalised or attended to. */
+#define _GNU_SOURCE
+#include "kernels.h"
+
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+
+#define SPINS 2000               /* some ten microseconds; then the core is offered to whoever else wants it */
+#define AHEAD_BYTES (256 << 10)  /* fetched early per thread: a part of the L2 cache */
+
+struct recording {
+    struct call *calls;
+    int64_t count, room;
+};
+
+struct recording *recording_new(void)
+{
+    return calloc(1, sizeof(struct recording));
+}
+
+int recording_add(struct recording *r, const struct call *call)
+{
+    if (r->count == r->room) {
+        int64_t room = r->room ? 2 * r->room : 64;
+        struct call *calls = realloc(r->calls, (size_t)room * sizeof *calls);
+        if (!calls)
+            return 0;
+        r->calls = calls;
+        r->room = room;
+    }
+    r->calls[r->count++] = *call;
+    return 1;
+}
+
+void recording_free(struct recording *r)
+{
+    for (int64_t i = 0; i < r->count; i++)
+        free(r->calls[i].scratch);
+    free(r->calls);
+    free(r);
+}
+
+int ids_in_range(const struct embed_args *a)
+{
+    for (int64_t i = 0; i < a->m; i++)
+        if (a->ids[i] < 0 || a->ids[i] >= a->vocab)
+            return 0;
+    return 1;
+}
+
+/* The window stands at `start` now. */
+static void move(struct call *call, int64_t start)
+{
+    if (call->moving == ROPE) {
+        int64_t by = (start - call->rope.start) * call->rope.table_stride;
+        call->rope.cos += by;
+        call->rope.sin += by;
+        call->rope.start = start;
+    } else if (call->moving == ATTENTION) {
+        call->attention.start = start;
+        call->attention.next = 0;
+    }
+}
+
+struct replay {
+    struct recording *recording;
+    _Atomic int arrived, phase;
+};
+
+static inline void pause_core(void)
+{
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+/* Waits until all threads have come here, and fetches from *ahead up to `end` meanwhile. */
+static void meet(struct replay *replay, int threads, const char **ahead, const char *end)
+{
+    int phase = atomic_load_explicit(&replay->phase, memory_order_relaxed);
+    if (atomic_fetch_add_explicit(&replay->arrived, 1, memory_order_acq_rel) + 1 == threads) {
+        atomic_store_explicit(&replay->arrived, 0, memory_order_relaxed);
+        atomic_store_explicit(&replay->phase, phase + 1, memory_order_release);
+        return;
+    }
+    for (int spins = 0; atomic_load_explicit(&replay->phase, memory_order_acquire) == phase;)
+        if (*ahead < end) {
+            for (int line = 0; line < 4; line++, *ahead += 64)
+                __builtin_prefetch(*ahead, 0, 2);
+        } else if (++spins < SPINS) {
+            pause_core();
+        } else {
+            sched_yield();
+        }
+}
+
+static void replay_calls(void *data, int thread, int threads)
+{
+    struct replay *replay = data;
+    struct recording *r = replay->recording;
+    int64_t next = -1; /* the next call that reads a weight */
+    const char *ahead = NULL, *end = NULL;
+    for (int64_t i = 0; i < r->count; i++) {
+        struct call *call = r->calls + i;
+        int team = call->items < threads ? (int)call->items : threads;
+        if (thread < team)
+            call->task(&call->int8_linear, thread, team);
+        if (next <= i) {
+            for (next = i + 1; next < r->count && !r->calls[next].weight; next++)
+                ;
+            if (next < r->count) {
+                const struct call *w = r->calls + next;
+                ahead = (const char *)w->weight + w->blocks * thread / threads * w->block_bytes;
+                end = (const char *)w->weight + w->blocks * (thread + 1) / threads * w->block_bytes;
+                end = end - ahead < AHEAD_BYTES ? end : ahead + AHEAD_BYTES;
+            } else {
+                ahead = end = NULL;
+            }
+        }
+        meet(replay, threads, &ahead, end);
+    }
+}
+
+int recording_replay(struct recording *r, int64_t start, int threads)
+{
+    for (int64_t i = 0; i < r->count; i++)
+        if (r->calls[i].moving == EMBED && !ids_in_range(&r->calls[i].embed))
+            return 0;
+    for (int64_t i = 0; i < r->count; i++)
+        move(r->calls + i, start);
+    struct replay replay = {.recording = r};
+    parallel_run(replay_calls, &replay, threads);
+    return 1;
+}
