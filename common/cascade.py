@@ -37,7 +37,11 @@ class CascadeDrafter(Drafter):
         self._decoder, self._followed, self._sampling = decoder, FollowedText(cache), sampling
         self._tokens: list[int] = []
         # Numbers of its own: whether full precision accepts must not depend on how the proposal was drawn.
-        acceptance = GreedyAcceptance() if sampling is None else SamplingAcceptance(sampling.independent(2))
+        acceptance = (
+            GreedyAcceptance(decoder.backend.argmax)
+            if sampling is None
+            else SamplingAcceptance(sampling.independent(2))
+        )
         self._speculator = Speculator(Verifier(decoder, cache, acceptance), drafter, window)
         self._prefills = self._drawn = 0
 

@@ -151,7 +151,7 @@ class Generation:
         stats.weight_bytes_per_pass = decoder.weight_bytes_per_pass
         limit = min(settings.max_new_tokens, decoder.config.max_position_embeddings - len(self.prompt_ids))
         sampling = settings.sampling()
-        acceptance = GreedyAcceptance() if sampling is None else SamplingAcceptance(sampling)
+        acceptance = GreedyAcceptance(decoder.backend.argmax) if sampling is None else SamplingAcceptance(sampling)
         cache = decoder.new_cache(len(self.prompt_ids) + limit)
         verifier = Verifier(decoder, cache, acceptance)
         if settings.lossless:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from os import PathLike, fspath
 from pathlib import Path
 
 from common.errors import QuasarError
@@ -27,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 def load(
-    model: str = DEFAULT_MODEL,
+    model: str | PathLike[str] = DEFAULT_MODEL,
     *,
     device: str = "auto",
     precision: str = "auto",
@@ -44,7 +45,7 @@ def load(
     """
     if precision not in ("auto", *PRECISIONS):
         raise QuasarError(f"--precision {precision} is unknown; use one of {', '.join(PRECISIONS)}")
-    loaded = load_checkpoint(model, LoadOptions(device, dtype, trust_remote_code, progress))
+    loaded = load_checkpoint(fspath(model), LoadOptions(device, dtype, trust_remote_code, progress))
     if precision == "auto" or precision == loaded.precision:
         return loaded
     if loaded.precision != "full":

@@ -183,7 +183,7 @@ def test_the_verifier_overwrites_what_a_self_drafter_wrote(family, draft, precis
     decoder.pack()
     cache, alone = decoder.new_cache(64), decoder.new_cache(64)
     drafter = new_drafter(draft, DraftTarget(model, cache, None))
-    verifier = Verifier(decoder, cache, GreedyAcceptance())
+    verifier = Verifier(decoder, cache, GreedyAcceptance(decoder.backend.argmax))
     text = [*PROMPT, verifier.start(PROMPT)]
     decoder.prefill(PROMPT, alone, keep=0)
     drafter.extend(text)
@@ -222,12 +222,12 @@ def test_any_pattern_of_acceptance_gives_the_same_ids_and_cache(script, gamma):
     decoder = _model("qwen3", "w4a16").decoder
     decoder.pack()
     plain, cache = decoder.new_cache(64), decoder.new_cache(64)
-    verifier = Verifier(decoder, plain, GreedyAcceptance())
+    verifier = Verifier(decoder, plain, GreedyAcceptance(decoder.backend.argmax))
     truth = [*PROMPT, verifier.start(PROMPT)]
     for position in range(1, 24):
         truth += verifier.step(truth[-1:], Draft(), position)
     drafter = _Script(truth, script)
-    verifier = Verifier(decoder, cache, GreedyAcceptance())
+    verifier = Verifier(decoder, cache, GreedyAcceptance(decoder.backend.argmax))
     text = [*PROMPT, verifier.start(PROMPT)]
     drafter.extend(text)
     speculator = Speculator(verifier, drafter, FixedWindow(gamma))
@@ -253,7 +253,7 @@ def test_the_cascades_cache_follows_the_confirmed_text(rounds, agree_with_bonus)
         proposed = drafter.propose(block).tokens
         assert len(proposed) == block
         cache = decoder.new_cache(120)
-        verifier = Verifier(decoder, cache, GreedyAcceptance())
+        verifier = Verifier(decoder, cache, GreedyAcceptance(decoder.backend.argmax))
         expected = [verifier.start(text)]
         while len(expected) < block:
             expected += verifier.step(expected[-1:], Draft(), len(expected))

@@ -187,6 +187,10 @@ class Backend(ABC):
         Returns [tokens, heads * head_dim].
         """
 
+    def argmax(self, logits: Tensor) -> Tensor:
+        """[tokens, vocab] -> int64 [tokens], the first of equals."""
+        return logits.argmax(dim=-1)
+
     # Once per pass.
 
     def rope_rows(

@@ -83,5 +83,8 @@ class CpuBackend(ReferenceBackend):
             return super().attention(q, spec, cache, layer)
         return native.attention(q, cache.layer_k[layer], cache.layer_v[layer], cache.length, spec.head_dim**-0.5)
 
+    def argmax(self, logits: Tensor) -> Tensor:
+        return native.argmax(logits)
+
     def window_pass(self, forward: Forward, cache: KVCache) -> WindowPass:
         return RecordedWindows(forward, cache, super().window_pass(forward, cache))

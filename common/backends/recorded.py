@@ -29,7 +29,7 @@ class RecordedWindows:
         self._possible = True
 
     def __call__(self, ids: Sequence[int], keep: int) -> Tensor:
-        if not self._possible or len(ids) > _LONGEST:
+        if not self._possible or not keep or len(ids) > _LONGEST:
             return self._plain(ids, keep)
         key = (len(ids), keep, torch.get_num_threads())
         if key in self._passes:

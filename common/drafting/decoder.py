@@ -25,6 +25,7 @@ class DecoderDrafter(Drafter):
     def __init__(self, decoder: Decoder, cache: KVCache, sampling: Sampling | None) -> None:
         """sampling: the target's, None for greedy."""
         self._decoder, self._cache, self._sampling = decoder, cache, sampling
+        self._window_pass = decoder.backend.window_pass(decoder, cache)
         self._tokens: list[int] = []
         # Of its own: acceptance must not depend on the numbers that the draft was drawn with.
         self._generator = torch.Generator()
@@ -45,7 +46,7 @@ class DecoderDrafter(Drafter):
         for _ in range(min(gamma, self._cache.free - len(behind) + 1)):
             logits = self._run(behind, keep=1)
             if self._sampling is None:
-                token = int(logits.argmax(dim=-1))
+                token = int(self._decoder.backend.argmax(logits))
             else:
                 probs.append(target_distribution(logits, self._sampling))
                 uniform = torch.rand(1, dtype=torch.float64, generator=self._generator)
@@ -61,7 +62,11 @@ class DecoderDrafter(Drafter):
         passes = -(-len(ids) // PREFILL_CHUNK)
         self.passes += passes
         self.weight_bytes += passes * self._decoder.weight_bytes_per_pass
-        return self._decoder.prefill(ids, self._cache, keep)
+        if len(ids) >= PREFILL_FROM:
+            return self._decoder.prefill(ids, self._cache, keep)
+        logits = self._window_pass(ids, keep)
+        self._cache.commit(len(ids))
+        return logits
 
 
 class SelfDrafter(DecoderDrafter):

@@ -66,11 +66,11 @@ class ReplayedAcceptance(Acceptance):
     """Accepts as many drafted tokens as make up a stated acceptance length on average; for random weights, whose own
     opinion of a draft means nothing. It does the greedy rule's work all the same, so that its cost is counted."""
 
-    def __init__(self, acceptance_length: float) -> None:
-        self._extra, self._due = acceptance_length - 1, 0.0
+    def __init__(self, acceptance_length: float, argmax: Callable[[Tensor], Tensor]) -> None:
+        self._extra, self._due, self._argmax = acceptance_length - 1, 0.0, argmax
 
     def __call__(self, logits: Tensor, draft: Draft, position: int) -> list[int]:
-        own = logits.argmax(dim=-1).tolist()
+        own = self._argmax(logits).tolist()
         self._due += self._extra if draft.tokens else 0.0
         accepted = min(int(self._due), len(draft.tokens))
         self._due -= accepted
@@ -85,7 +85,7 @@ def replayed(models: dict[str, Model], acceptance_length: float, context: int, t
             decoder = models[precision].decoder
             decoder.pack()
             cache = decoder.new_cache(context + tokens + MAX_GAMMA + 1)
-            verifier = Verifier(decoder, cache, ReplayedAcceptance(acceptance_length))
+            verifier = Verifier(decoder, cache, ReplayedAcceptance(acceptance_length, decoder.backend.argmax))
             ids = torch.randint(0, decoder.config.vocab_size, (context,)).tolist()
             last, done = verifier.start(ids), 0
             start = time.perf_counter()

@@ -8,6 +8,7 @@ draft and one token of the target's own. Each rule copies once from device to ho
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -25,8 +26,12 @@ class Acceptance(ABC):
 class GreedyAcceptance(Acceptance):
     """Keeps the longest prefix of the draft that equals the target's argmax, then the target's next token."""
 
+    def __init__(self, argmax: Callable[[Tensor], Tensor]) -> None:
+        """argmax: of each row of logits, the backend's own."""
+        self._argmax = argmax
+
     def __call__(self, logits: Tensor, draft: Draft, position: int) -> list[int]:
-        return _until_mismatch(logits.argmax(dim=-1).tolist(), draft.tokens)
+        return _until_mismatch(self._argmax(logits).tolist(), draft.tokens)
 
 
 class SamplingAcceptance(Acceptance):

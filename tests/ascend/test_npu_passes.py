@@ -39,7 +39,7 @@ def decoder_on_npu(family="openpangu", precision="w8a8"):
 
 
 def verifier_of(decoder, acceptance=None):
-    verifier = Verifier(decoder, decoder.new_cache(64), acceptance or GreedyAcceptance())
+    verifier = Verifier(decoder, decoder.new_cache(64), acceptance or GreedyAcceptance(decoder.backend.argmax))
     verifier.start([1, 2, 3])
     return verifier
 

@@ -84,11 +84,18 @@ class Recording:
     """
 
     def __init__(self) -> None:
-        self._buffers, self._calls, self._threads = Buffers(), None, _threads()
+        self.buffers, self._calls, self._threads = Buffers(), None, _threads()
 
     def replay(self, start: int) -> None:
         """Makes the calls for a window whose first token stands at `start`."""
-        _kernels.replay(self._calls, start, self._threads)
+        _kernels.replay(self._calls, start, self._threads, 0)
+
+    def timed_replay(self, start: int) -> list[tuple[str, float]]:
+        """The same, and each call's name with the seconds until all threads had done it."""
+        names = _kernels.calls(self._calls)
+        nanoseconds = torch.zeros(len(names), dtype=torch.int64)
+        _kernels.replay(self._calls, start, self._threads, nanoseconds.data_ptr())
+        return [(name, 1e-9 * n) for name, n in zip(names, nanoseconds.tolist(), strict=True)]
 
 
 class _Recorder(threading.local):
@@ -107,7 +114,7 @@ def recording() -> Iterator[Recording]:
     """
     made = Recording()
     _kernels.record()
-    _recorder.buffers = made._buffers
+    _recorder.buffers = made.buffers
     try:
         yield made
     finally:

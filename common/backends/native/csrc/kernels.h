@@ -115,6 +115,7 @@ void parallel_run(task_fn task, void *args, int threads);
 /* recording.c: a pass of kernel calls, made again at the same addresses */
 enum moving { STAYS, EMBED, ROPE, ATTENTION }; /* what differs from window to window: ids or positions */
 struct call {
+    const char *name;
     task_fn task;
     enum moving moving;
     int64_t items;           /* independent pieces of work: no more threads than that */
@@ -137,7 +138,9 @@ struct recording;
 struct recording *recording_new(void);
 int recording_add(struct recording *, const struct call *); /* takes the scratch; 0 when out of memory */
 int ids_in_range(const struct embed_args *);
-int recording_replay(struct recording *, int64_t start, int threads); /* 0, and nothing done, for ids out of range */
+int64_t recording_calls(const struct recording *, const struct call **); /* how many, and where */
+/* 0, and nothing done, where ids are out of range. nanoseconds of each call: [calls], or NULL */
+int recording_replay(struct recording *, int64_t start, int threads, int64_t *nanoseconds);
 void recording_free(struct recording *);
 
 /* pack.c: weights from row-major [n, k] to the layouts above */

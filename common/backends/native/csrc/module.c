@@ -120,7 +120,7 @@ FUNCTION(py_int8_linear, 11)
         }
     }
     struct call call = {
-        .task = isa->int8_linear, .items = (n + BLOCK - 1) / BLOCK, .scratch = padded,
+        .name = "int8_linear", .task = isa->int8_linear, .items = (n + BLOCK - 1) / BLOCK, .scratch = padded,
         .weight = ADDRESS(2), .block_bytes = k4 * BLOCK * 4, .blocks = (n + BLOCK - 1) / BLOCK,
         .int8_linear = {
             .x = padded ? padded : x, .x_scale = ADDRESS(1), .weight = ADDRESS(2), .w_scale = ADDRESS(3),
@@ -134,7 +134,7 @@ FUNCTION(py_int8_linear, 11)
 FUNCTION(py_float_linear, 9)
     int64_t n = INT(6), k = INT(7), blocks = (n + BLOCK - 1) / BLOCK;
     struct call call = {
-        .task = INT(0) ? isa->bf16_linear : isa->f32_linear, .items = blocks,
+        .name = "float_linear", .task = INT(0) ? isa->bf16_linear : isa->f32_linear, .items = blocks,
         .weight = ADDRESS(2), .block_bytes = k * BLOCK * (INT(0) ? 2 : 4), .blocks = blocks,
         .float_linear = {
             .x = ADDRESS(1), .weight = ADDRESS(2), .bias = ADDRESS(3), .out = ADDRESS(4), .m = INT(5), .n = n, .k = k,
@@ -146,7 +146,7 @@ FUNCTION(py_float_linear, 9)
 /* bf16?, table, ids, out, vocab, m, k, threads */
 FUNCTION(py_embed, 8)
     struct call call = {
-        .task = INT(0) ? isa->embed_bf16 : isa->embed_f32, .moving = EMBED, .items = INT(5),
+        .name = "embed", .task = INT(0) ? isa->embed_bf16 : isa->embed_f32, .moving = EMBED, .items = INT(5),
         .embed = {
             .table = ADDRESS(1), .ids = ADDRESS(2), .out = ADDRESS(3), .vocab = INT(4), .m = INT(5), .k = INT(6),
         },
@@ -159,7 +159,7 @@ FUNCTION(py_embed, 8)
 /* x, q, scale, m, k, threads */
 FUNCTION(py_quantize, 6)
     struct call call = {
-        .task = isa->quantize, .items = INT(3),
+        .name = "quantize", .task = isa->quantize, .items = INT(3),
         .quantize = {.x = ADDRESS(0), .q = ADDRESS(1), .scale = ADDRESS(2), .m = INT(3), .k = INT(4)},
     };
     return run(&call, INT(4), INT(5));
@@ -169,7 +169,7 @@ FUNCTION(py_quantize, 6)
 FUNCTION(py_add_rms_norm, 10)
     int64_t m = INT(7), k = INT(8);
     struct call call = {
-        .task = isa->norm, .items = m,
+        .name = "add_rms_norm", .task = isa->norm, .items = m,
         .norm = {
             .x = ADDRESS(0), .residual = ADDRESS(1), .weight = ADDRESS(2), .eps = FLOAT(3), .y = ADDRESS(4),
             .q = ADDRESS(5), .scale = ADDRESS(6), .m = m, .k = k,
@@ -184,7 +184,7 @@ FUNCTION(py_add_rms_norm, 10)
 FUNCTION(py_swiglu, 7)
     int64_t m = INT(4), k = INT(5);
     struct call call = {
-        .task = isa->swiglu, .items = m,
+        .name = "swiglu", .task = isa->swiglu, .items = m,
         .swiglu = {.x = ADDRESS(0), .y = ADDRESS(1), .q = ADDRESS(2), .scale = ADDRESS(3), .m = m, .k = k},
     };
     if (call.swiglu.q && !(call.scratch = call.swiglu.scratch = scratch(team(m, INT(6)) * k * (int64_t)sizeof(float))))
@@ -197,7 +197,7 @@ FUNCTION(py_swiglu, 7)
 FUNCTION(py_rope_qk_append, 17)
     int64_t m = INT(9), heads = INT(10), kv_heads = INT(11), dim = INT(12);
     struct call call = {
-        .task = isa->rope, .moving = ROPE, .items = m,
+        .name = "rope_qk_append", .task = isa->rope, .moving = ROPE, .items = m,
         .rope = {
             .qkv = ADDRESS(0), .q_weight = ADDRESS(1), .k_weight = ADDRESS(2), .eps = FLOAT(3), .cos = ADDRESS(4),
             .sin = ADDRESS(5), .q = ADDRESS(6), .k_cache = ADDRESS(7), .v_cache = ADDRESS(8), .m = m,
@@ -214,7 +214,7 @@ FUNCTION(py_attention, 12)
     int64_t tokens = group < ATTENTION_ROWS ? ATTENTION_ROWS / group : 1;
     tokens = tokens < m ? tokens : m;
     struct call call = {
-        .task = isa->attention, .moving = ATTENTION, .items = (m + tokens - 1) / tokens * kv_heads,
+        .name = "attention", .task = isa->attention, .moving = ATTENTION, .items = (m + tokens - 1) / tokens * kv_heads,
         .attention = {
             .q = ADDRESS(0), .k_cache = ADDRESS(1), .v_cache = ADDRESS(2), .out = ADDRESS(3), .scale = FLOAT(4),
             .m = m, .heads = heads, .kv_heads = kv_heads, .dim = dim, .start = INT(9), .capacity = INT(10),
@@ -230,7 +230,7 @@ FUNCTION(py_attention, 12)
 /* x, out, m, n, threads */
 FUNCTION(py_argmax, 5)
     struct call call = {
-        .task = isa->argmax, .items = INT(2),
+        .name = "argmax", .task = isa->argmax, .items = INT(2),
         .argmax = {.x = ADDRESS(0), .out = ADDRESS(1), .m = INT(2), .n = INT(3)},
     };
     return run(&call, INT(3), INT(4));
@@ -301,16 +301,32 @@ static PyObject *py_recorded(PyObject *Py_UNUSED(self), PyObject *Py_UNUSED(unus
     return capsule;
 }
 
-/* recording, start, threads (no more than it was recorded with) */
+/* Names of the calls of a recording, in order. */
+static PyObject *py_calls(PyObject *Py_UNUSED(self), PyObject *capsule)
+{
+    const struct call *calls;
+    struct recording *recording = PyCapsule_GetPointer(capsule, CAPSULE);
+    int64_t count = recording ? recording_calls(recording, &calls) : 0;
+    PyObject *names = recording ? PyList_New(0) : NULL;
+    for (int64_t i = 0; names && i < count; i++) {
+        PyObject *name = PyUnicode_FromString(calls[i].name);
+        if (!name || PyList_Append(names, name) < 0)
+            Py_CLEAR(names);
+        Py_XDECREF(name);
+    }
+    return names;
+}
+
+/* recording, start, threads (no more than it was recorded with), nanoseconds */
 static PyObject *py_replay(PyObject *Py_UNUSED(self), PyObject *const *objects, Py_ssize_t n_objects)
 {
-    union word w[2];
+    union word w[3];
     struct recording *recording = n_objects ? PyCapsule_GetPointer(objects[0], CAPSULE) : NULL;
-    if (!parse(objects + 1, n_objects - 1, 2, w) || !recording)
+    if (!parse(objects + 1, n_objects - 1, 3, w) || !recording)
         return NULL;
     int done;
     Py_BEGIN_ALLOW_THREADS
-    done = recording_replay(recording, INT(0), (int)INT(1));
+    done = recording_replay(recording, INT(0), (int)INT(1), ADDRESS(2));
     Py_END_ALLOW_THREADS
     if (!done)
         return PyErr_Format(PyExc_IndexError, "token ids outside of the vocabulary");
@@ -374,6 +390,7 @@ static PyMethodDef methods[] = {
     FAST("exp", py_exp),
     FAST("fork_join", py_fork_join),
     FAST("replay", py_replay),
+    {"calls", py_calls, METH_O, NULL},
     {"record", py_record, METH_NOARGS, NULL},
     {"recorded", py_recorded, METH_NOARGS, NULL},
     {"use_openmp", py_use_openmp, METH_O, NULL},

@@ -9,6 +9,7 @@
 #include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <time.h>
 
 #define SPINS 2000               /* some ten microseconds; then the core is offered to whoever else wants it */
 #define AHEAD_BYTES (256 << 10)  /* fetched early per thread: a part of the L2 cache */
@@ -69,6 +70,7 @@ static void move(struct call *call, int64_t start)
 
 struct replay {
     struct recording *recording;
+    int64_t *nanoseconds; /* of each call, or NULL */
     _Atomic int arrived, phase;
 };
 
@@ -101,12 +103,20 @@ static void meet(struct replay *replay, int threads, const char **ahead, const c
         }
 }
 
+static int64_t clock_now(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+}
+
 static void replay_calls(void *data, int thread, int threads)
 {
     struct replay *replay = data;
     struct recording *r = replay->recording;
     int64_t next = -1; /* the next call that reads a weight */
     const char *ahead = NULL, *end = NULL;
+    int64_t *nanoseconds = thread ? NULL : replay->nanoseconds, since = nanoseconds ? clock_now() : 0;
     for (int64_t i = 0; i < r->count; i++) {
         struct call *call = r->calls + i;
         int team = call->items < threads ? (int)call->items : threads;
@@ -125,17 +135,28 @@ static void replay_calls(void *data, int thread, int threads)
             }
         }
         meet(replay, threads, &ahead, end);
+        if (nanoseconds) {
+            int64_t now = clock_now();
+            nanoseconds[i] = now - since;
+            since = now;
+        }
     }
 }
 
-int recording_replay(struct recording *r, int64_t start, int threads)
+int64_t recording_calls(const struct recording *r, const struct call **calls)
+{
+    *calls = r->calls;
+    return r->count;
+}
+
+int recording_replay(struct recording *r, int64_t start, int threads, int64_t *nanoseconds)
 {
     for (int64_t i = 0; i < r->count; i++)
         if (r->calls[i].moving == EMBED && !ids_in_range(&r->calls[i].embed))
             return 0;
     for (int64_t i = 0; i < r->count; i++)
         move(r->calls + i, start);
-    struct replay replay = {.recording = r};
+    struct replay replay = {.recording = r, .nanoseconds = nanoseconds};
     parallel_run(replay_calls, &replay, threads);
     return 1;
 }

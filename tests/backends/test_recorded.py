@@ -1,0 +1,159 @@
+"""A replayed window is the pass that was recorded, bit for bit, wherever it stands and whatever the drafts did."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common import load
+from common.backends import native
+from common.backends.base import KVCache
+from common.backends.recorded import RecordedWindows
+from common.models.decoder import Decoder
+from tests.conftest import FAMILIES
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="the C kernels were not built")
+PROMPT = list(range(100, 150))
+GOLDEN = Path(__file__).parent.parent / "golden"
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def filled_cache(decoder: Decoder, capacity: int = 120) -> KVCache:
+    decoder.pack()
+    cache = decoder.new_cache(capacity)
+    decoder.prefill(PROMPT, cache, keep=0)
+    return cache
+
+
+def windows(decoder: Decoder, cache: KVCache) -> RecordedWindows:
+    run = decoder.backend.window_pass(decoder, cache)
+    assert isinstance(run, RecordedWindows)
+    return run
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("precision", ["full", "w8a8"])
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=8),
+    st.integers(0, 2**31),
+    st.sampled_from([1, 2, 3]),
+)
+@settings(max_examples=10, deadline=None)
+def test_replayed_windows_have_the_bits_of_plain_passes(shipped, family, precision, steps, seed, threads):
+    """Windows of several sizes, of which any part is kept: the second time a size comes, it is replayed."""
+    torch.set_num_threads(threads)
+    decoder = shipped(family, precision).decoder
+    replayed, plain = filled_cache(decoder), filled_cache(decoder)
+    run, g = windows(decoder, replayed), torch.Generator().manual_seed(seed)
+    for (size, kept), _ in itertools.product(steps, range(2)):
+        ids = torch.randint(0, decoder.config.vocab_size, (size,), generator=g)
+        if size > plain.free:
+            return
+        assert torch.equal(run(ids.tolist(), size), decoder(ids, plain, size))
+        for cache in (replayed, plain):
+            cache.commit(min(size, kept))
+        assert torch.equal(replayed.k, plain.k)
+        assert torch.equal(replayed.v, plain.v)
+
+
+@pytest.mark.parametrize("isa", native.instruction_sets())
+def test_every_instruction_set_replays(shipped, isa):
+    decoder = shipped("qwen3", "w8a8").decoder
+    run, plain = windows(decoder, filled_cache(decoder)), filled_cache(decoder)
+    with native.use_instruction_set(isa):
+        run([1, 2, 3], 3)
+        assert torch.equal(run([7, 8, 9], 3), decoder(torch.tensor([7, 8, 9]), plain, 3))
+
+
+def test_a_replay_needs_no_python_and_no_new_memory(shipped, monkeypatch):
+    decoder = shipped("qwen3", "w8a8").decoder
+    run = windows(decoder, filled_cache(decoder))
+    first = run([1, 2, 3], 3)
+    expected = first.clone()
+    monkeypatch.setattr(Decoder, "forward", lambda *_: pytest.fail("the decoder ran again"))
+    run([4, 5, 6], 3)
+    again = run([1, 2, 3], 3)
+    assert again.data_ptr() == first.data_ptr()
+    assert torch.equal(again, expected)
+
+
+def test_a_recording_holds_the_results_of_few_operations(shipped):
+    decoder = shipped("qwen3", "w8a8").decoder
+    ids, cache = torch.arange(6), filled_cache(decoder)
+    with native.recording() as recording:
+        decoder(ids, cache, keep=6)
+    c = decoder.config
+    one_layer = 6 * 4 * (8 * c.hidden_size + 4 * c.intermediate_size + 4 * c.num_heads * c.head_dim)
+    assert recording.buffers.nbytes < 6 * 4 * c.vocab_size + one_layer
+
+
+@pytest.mark.parametrize(("name", "precision"), [("tiny-qwen3", "w4a16"), (GOLDEN / "msmodelslim-static", "auto")])
+def test_what_computes_with_pytorch_runs_plainly(name, precision):
+    """int4 does, and static scales: their windows are not recorded, and right all the same."""
+    model = load(name, device="cpu", precision=precision)
+    decoder = model.decoder
+    run, plain = windows(decoder, filled_cache(decoder)), filled_cache(decoder)
+    for ids in ([1, 2], [3, 4]):
+        assert torch.equal(run(ids, 2), decoder(torch.tensor(ids), plain, 2))
+
+
+def test_ids_beyond_the_vocabulary_are_refused(shipped):
+    decoder = shipped("qwen3").decoder
+    cache = filled_cache(decoder)
+    run = windows(decoder, cache)
+    with pytest.raises(IndexError, match="token ids outside of 0 to"):
+        run([decoder.config.vocab_size], 1)
+    run([1], 1)
+    before = cache.k.clone()
+    for wrong in (-1, decoder.config.vocab_size):
+        with pytest.raises(IndexError, match="token ids outside of the vocabulary"):
+            run([wrong], 1)
+    assert torch.equal(cache.k, before)
+
+
+def test_a_window_beyond_the_cache_is_refused(shipped):
+    decoder = shipped("qwen3").decoder
+    cache = filled_cache(decoder, capacity=53)
+    run = windows(decoder, cache)
+    run([1, 2, 3], 3)
+    cache.commit(1)
+    with pytest.raises(ValueError, match="3 tokens do not fit the KV cache: 2 positions are free"):
+        run([1, 2, 3], 3)
+
+
+def test_one_recording_at_a_time():
+    with native.recording(), pytest.raises(RuntimeError, match="recording already"), native.recording():
+        pass
+
+
+def test_inputs_that_are_padded_anew_are_not_recorded():
+    weight = native.PackedInt8(torch.ones(4, 6, dtype=torch.int8), torch.ones(4))
+    x, scale = torch.ones(2, 6, dtype=torch.int8), torch.ones(2)
+    with pytest.raises(NotImplementedError, match="inputs of 6 are padded"), native.recording():
+        native.int8_linear(x, scale, weight)
+    assert native.int8_linear(x, scale, weight).tolist() == [[6.0] * 4] * 2
+
+
+def test_replays_report_the_time_of_each_call(shipped):
+    decoder = shipped("openpangu", "w8a8").decoder
+    ids, cache = torch.arange(2), filled_cache(decoder)
+    with native.recording() as recording:
+        decoder(ids, cache, keep=2)
+    calls = recording.timed_replay(50)
+    assert all(seconds > 0 for _, seconds in calls)
+    layer = ["add_rms_norm", "int8_linear", "rope_qk_append", "attention", "quantize", "int8_linear"]
+    layer += ["add_rms_norm", "int8_linear", "swiglu", "int8_linear"]
+    assert [name for name, _ in calls] == ["embed", *layer * decoder.config.num_layers, "add_rms_norm", "float_linear"]
