@@ -28,12 +28,17 @@ class Speculator:
         gamma = min(self._window.gamma(), most - 1) if self.drafter is not None else 0
         clock = time.perf_counter()
         proposal = self._propose(gamma, pending)
-        seconds = time.perf_counter() - clock
+        drafted = time.perf_counter()
         draft = proposal if gamma else Draft()
         tokens = self.verifier.step(behind, draft, position)
-        accepted = len(tokens) - 1
+        verified = time.perf_counter()
+        accepted, seconds = len(tokens) - 1, drafted - clock
         self._window.observe(
-            len(proposal.tokens), accepted if gamma else int(proposal.tokens[:1] == tokens[:1]), seconds
+            len(proposal.tokens),
+            accepted if gamma else int(proposal.tokens[:1] == tokens[:1]),
+            seconds,
+            len(behind) + len(draft.tokens),
+            verified - drafted,
         )
         self.drafted += len(draft.tokens)
         self.accepted += accepted

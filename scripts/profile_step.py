@@ -28,12 +28,12 @@ def profile(decoder: Decoder, context: int, rows: int, repeats: int) -> dict[str
     cache = decoder.new_cache(context + rows)
     decoder.prefill(context_ids(decoder.config.vocab_size, context), cache, keep=0)
     ids = torch.arange(rows)
-    with native.recording() as recording:
+    with native.recording(cache.k, cache.v) as recording:
         decoder(ids, cache, keep=rows)
     samples: dict[str, list[float]] = defaultdict(list)
     for repeat in range(WARM_UP + repeats):
         start = time.perf_counter()
-        calls = recording.timed_replay(context)
+        calls = recording.timed_replay(context, cache.k, cache.v)
         whole = time.perf_counter() - start
         if repeat < WARM_UP:
             continue

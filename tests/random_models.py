@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from common import Model
+from common.backends.base import Backend
 from common.backends.reference import ReferenceBackend
 from common.loading import quantize
 from common.models.config import read_config
@@ -15,7 +16,14 @@ from common.quantization.checkpoints import open_checkpoint
 from tests.conftest import random_transformer, save_checkpoint
 
 
-def random_model(family: str, precision: str = "full", keep_full: bool = False, seed: int = 0, **sizes: int) -> Model:
+def random_model(
+    family: str,
+    precision: str = "full",
+    keep_full: bool = False,
+    seed: int = 0,
+    backend: Backend | None = None,
+    **sizes: int,
+) -> Model:
     """A fresh random model without a tokenizer. Its weights are six times their usual size: with those, logits are
     nearly flat, and no precision or layer makes a difference that a test could see."""
     sizes = {"vocab_size": 160, "num_hidden_layers": 4, "max_position_embeddings": 400} | sizes
@@ -25,7 +33,7 @@ def random_model(family: str, precision: str = "full", keep_full: bool = False, 
             parameter.data *= 6
     with tempfile.TemporaryDirectory() as folder:
         save_checkpoint(transformer, Path(folder))
-        decoder = build_decoder(read_config(Path(folder)), open_checkpoint(Path(folder)), ReferenceBackend())
+        decoder = build_decoder(read_config(Path(folder)), open_checkpoint(Path(folder)), backend or ReferenceBackend())
     model = Model(f"random-{family}", decoder, None, frozenset())
     if precision != "full":
         quantize(model, precision=precision, keep_full=keep_full)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from common.backends import native
 from common.backends.base import ActivationQuant, AttentionSpec, Forward, KVCache, Quantized, WindowPass
-from common.backends.recorded import RecordedWindows
+from common.backends.recorded import recorded_passes
 from common.backends.reference import ReferenceBackend
 
 _HEAD_STEP = 16  # the attention kernels take head sizes that are multiples of it
@@ -87,4 +87,5 @@ class CpuBackend(ReferenceBackend):
         return native.argmax(logits)
 
     def window_pass(self, forward: Forward, cache: KVCache) -> WindowPass:
-        return RecordedWindows(forward, cache, super().window_pass(forward, cache))
+        passes = recorded_passes(forward)
+        return lambda ids, keep: passes.run(forward, cache, ids, keep)

@@ -49,11 +49,23 @@ class SamplingAcceptance(Acceptance):
         self._uniforms = torch.empty(0, 2, dtype=torch.float64)
 
     def __call__(self, logits: Tensor, draft: Draft, position: int) -> list[int]:
-        probs = target_distribution(logits, self._sampling)
-        uniforms = self._uniforms_at(position, len(probs)).to(probs.dtype).to(probs.device)
+        uniforms = self._uniforms_at(position, len(logits))
         if draft.probs is None:
-            return _until_mismatch(sample_inverse_cdf(probs, uniforms[:, 0]).tolist(), draft.tokens)
-        return rejection_sample(probs, draft.tokens, draft.probs, uniforms)
+            return self._sample_until_mismatch(logits, draft.tokens, uniforms[:, 0])
+        probs = target_distribution(logits, self._sampling)
+        return rejection_sample(probs, draft.tokens, draft.probs, uniforms.to(probs.dtype).to(probs.device))
+
+    def _sample_until_mismatch(self, logits: Tensor, tokens: list[int], uniforms: Tensor) -> list[int]:
+        # A distribution over a vocabulary costs the host much, and what follows a mismatch is not needed; a device
+        # computes all of them before the host could look at the first.
+        at_once = 1 if logits.device.type == "cpu" else len(logits)
+        own: list[int] = []
+        for rows, numbers in zip(logits.split(at_once), uniforms.split(at_once), strict=True):
+            probs = target_distribution(rows, self._sampling)
+            own += sample_inverse_cdf(probs, numbers.to(probs.dtype).to(probs.device)).tolist()
+            if own != tokens[: len(own)]:
+                break
+        return _until_mismatch(own, tokens)
 
     def _uniforms_at(self, position: int, count: int) -> Tensor:
         missing = position + count - len(self._uniforms)

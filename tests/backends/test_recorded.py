@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common import load
-from common.backends import native
-from common.backends.base import KVCache
-from common.backends.recorded import RecordedWindows
+from common.backends import get_backend, native
+from common.backends.base import KVCache, WindowPass
 from common.models.decoder import Decoder
 from tests.conftest import FAMILIES
+from tests.random_models import random_model
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the C kernels were not built")
 PROMPT = list(range(100, 150))
@@ -37,10 +40,8 @@ def filled_cache(decoder: Decoder, capacity: int = 120) -> KVCache:
     return cache
 
 
-def windows(decoder: Decoder, cache: KVCache) -> RecordedWindows:
-    run = decoder.backend.window_pass(decoder, cache)
-    assert isinstance(run, RecordedWindows)
-    return run
+def windows(decoder: Decoder, cache: KVCache) -> WindowPass:
+    return decoder.backend.window_pass(decoder, cache)
 
 
 @pytest.mark.usefixtures("threads")
@@ -93,7 +94,7 @@ def test_a_replay_needs_no_python_and_no_new_memory(shipped, monkeypatch):
 def test_a_recording_holds_the_results_of_few_operations(shipped):
     decoder = shipped("qwen3", "w8a8").decoder
     ids, cache = torch.arange(6), filled_cache(decoder)
-    with native.recording() as recording:
+    with native.recording(cache.k, cache.v) as recording:
         decoder(ids, cache, keep=6)
     c = decoder.config
     one_layer = 6 * 4 * (8 * c.hidden_size + 4 * c.intermediate_size + 4 * c.num_heads * c.head_dim)
@@ -114,8 +115,8 @@ def test_ids_beyond_the_vocabulary_are_refused(shipped):
     decoder = shipped("qwen3").decoder
     cache = filled_cache(decoder)
     run = windows(decoder, cache)
-    with pytest.raises(IndexError, match="token ids outside of 0 to"):
-        run([decoder.config.vocab_size], 1)
+    with pytest.raises(IndexError, match="token ids outside of the vocabulary"):
+        run([decoder.config.vocab_size, 1], 2)
     run([1], 1)
     before = cache.k.clone()
     for wrong in (-1, decoder.config.vocab_size):
@@ -135,14 +136,44 @@ def test_a_window_beyond_the_cache_is_refused(shipped):
 
 
 def test_one_recording_at_a_time():
-    with native.recording(), pytest.raises(RuntimeError, match="recording already"), native.recording():
+    cache = torch.zeros(1, 1, 1, 16)
+    first, second = native.recording(cache, cache), native.recording(cache, cache)
+    with first, pytest.raises(RuntimeError, match="recording already"), second:
         pass
+
+
+def test_a_recording_serves_other_caches_of_any_capacity(shipped):
+    decoder = shipped("qwen3", "w8a8").decoder
+    caches = [filled_cache(decoder, capacity) for capacity in (60, 200, 75)]
+    expected = decoder(torch.tensor([5, 6, 7]), filled_cache(decoder), 3)
+    for cache in caches * 2:
+        assert torch.equal(windows(decoder, cache)([5, 6, 7], 3), expected)
+        assert torch.equal(cache.k[:, :, 50:53], caches[0].k[:, :, 50:53])
+
+
+def test_recordings_go_with_their_decoder():
+    model = random_model("qwen3", backend=get_backend("cpu"))
+    windows(model.decoder, filled_cache(model.decoder))([1, 2], 2)
+    alive = weakref.ref(model.decoder.layers[0].qkv.packed.tensor)
+    assert alive() is not None
+    del model
+    gc.collect()
+    assert alive() is None
+
+
+def test_threads_have_recordings_of_their_own(shipped):
+    decoder = shipped("qwen3", "w8a8").decoder
+    run = windows(decoder, filled_cache(decoder))
+    here = [run([5, 6], 2).data_ptr() for _ in range(2)]
+    with ThreadPoolExecutor(1) as pool:
+        there = pool.submit(run, [5, 6], 2).result()
+        assert there.data_ptr() not in here
 
 
 def test_inputs_that_are_padded_anew_are_not_recorded():
     weight = native.PackedInt8(torch.ones(4, 6, dtype=torch.int8), torch.ones(4))
-    x, scale = torch.ones(2, 6, dtype=torch.int8), torch.ones(2)
-    with pytest.raises(NotImplementedError, match="inputs of 6 are padded"), native.recording():
+    x, scale, cache = torch.ones(2, 6, dtype=torch.int8), torch.ones(2), torch.zeros(1, 1, 1, 16)
+    with pytest.raises(NotImplementedError, match="inputs of 6 are padded"), native.recording(cache, cache):
         native.int8_linear(x, scale, weight)
     assert native.int8_linear(x, scale, weight).tolist() == [[6.0] * 4] * 2
 
@@ -150,9 +181,9 @@ def test_inputs_that_are_padded_anew_are_not_recorded():
 def test_replays_report_the_time_of_each_call(shipped):
     decoder = shipped("openpangu", "w8a8").decoder
     ids, cache = torch.arange(2), filled_cache(decoder)
-    with native.recording() as recording:
+    with native.recording(cache.k, cache.v) as recording:
         decoder(ids, cache, keep=2)
-    calls = recording.timed_replay(50)
+    calls = recording.timed_replay(50, cache.k, cache.v)
     assert all(seconds > 0 for _, seconds in calls)
     layer = ["add_rms_norm", "int8_linear", "rope_qk_append", "attention", "quantize", "int8_linear"]
     layer += ["add_rms_norm", "int8_linear", "swiglu", "int8_linear"]

@@ -24,14 +24,21 @@ def memory_bound(tokens: int) -> float:
     return 1.0 + 0.05 * (tokens - 1)
 
 
-def settle(window: AdaptiveWindow, acceptance: float, seconds: float = 0.0, steps: int = 400) -> list[int]:
-    """Gammas of the last 200 steps under independent acceptance."""
+def observe(window: AdaptiveWindow, drafted: int, accepted: int, seconds: float, around: float = 0.0) -> None:
+    """A step of which the pass took what it was said to take, and all that surrounds it `around`."""
+    window.observe(drafted, accepted, seconds, 1, flat(1) + around)
+
+
+def settle(
+    window: AdaptiveWindow, acceptance: float, seconds: float = 0.0, steps: int = 400, around: float = 0.0
+) -> list[int]:
+    """Gammas of the last 200 steps under independent acceptance. Every cost function here is 1 at 1 token."""
     generator, chosen = random.Random(0), []
     for _ in range(steps):
         gamma = window.gamma()
         drafted = max(gamma, 1)
         accepted = next((i for i in range(drafted) if generator.random() >= acceptance), drafted)
-        window.observe(drafted, accepted, seconds * drafted)
+        observe(window, drafted, accepted, seconds * drafted, around)
         chosen.append(gamma)
     return chosen[-200:]
 
@@ -44,23 +51,36 @@ def test_passes_that_cost_by_the_row_stay_plain():
     assert set(settle(AdaptiveWindow(linear), 0.9)) == {0}
 
 
+def test_what_surrounds_every_pass_pays_for_longer_windows():
+    """Where a step costs ten passes before its pass begins, a second row costs next to nothing."""
+    assert set(settle(AdaptiveWindow(linear), 0.8)) == {0}
+    assert min(settle(AdaptiveWindow(linear), 0.8, around=10.0)) >= 2
+
+
+def test_one_interruption_does_not_open_a_window():
+    window = AdaptiveWindow(linear)
+    settle(window, 0.8)
+    observe(window, 1, 1, 0.0, around=1000.0)
+    assert window.gamma() == 0
+
+
 def test_drafts_that_are_never_right_close_the_window_within_a_few_steps():
     window = AdaptiveWindow(memory_bound)
     wasted = 0
     for _ in range(100):
         gamma = window.gamma()
         wasted += gamma > 0
-        window.observe(max(gamma, 1), 0, 0.0)
+        observe(window, max(gamma, 1), 0, 0.0)
     assert wasted <= 12 and window.gamma() == 0
 
 
 def test_a_closed_window_opens_when_unverified_drafts_come_true():
     window = AdaptiveWindow(memory_bound)
     for _ in range(100):
-        window.observe(1, 0, 0.0)
+        observe(window, 1, 0, 0.0)
     assert window.gamma() == 0
     for _ in range(10):
-        window.observe(1, 1, 0.0)
+        observe(window, 1, 1, 0.0)
     assert window.gamma() > 0
 
 
@@ -86,23 +106,23 @@ def test_the_cooldown_doubles_and_ends_when_drafts_pay():
         gamma = window.gamma()
         if gamma:
             probes.append(step)
-            window.observe(gamma, 0, 0.01)
+            observe(window, gamma, 0, 0.01)
     gaps = [b - a for a, b in pairwise(probes)]
     assert probes[0] == 8 and gaps[:3] == [17, 33, 65] and set(gaps[3:]) <= {65}
     while not window.gamma():
         pass
     for _ in range(30):
-        window.observe(1, 1, 0.01)
+        observe(window, 1, 1, 0.01)
     assert window.gamma() > 1
 
 
 def test_one_interruption_does_not_close_the_window():
     window = AdaptiveWindow(memory_bound, drafts_are_free=False, draft_seconds=0.01, acceptance=0.9)
     before = window.gamma()
-    window.observe(before, before, 50.0 * before)
+    observe(window, before, before, 50.0 * before)
     assert window.gamma() >= before
     for _ in range(4):
-        window.observe(before, before, 50.0 * before)
+        observe(window, before, before, 50.0 * before)
     assert window.gamma() == 0
 
 
@@ -116,7 +136,7 @@ def test_there_may_be_a_least_window():
 
 def test_a_fixed_window_stays():
     window = FixedWindow(4)
-    window.observe(4, 0, 1.0)
+    observe(window, 4, 0, 1.0)
     assert window.gamma() == 4
 
 
@@ -139,5 +159,5 @@ def test_costs_are_measured_once_and_grow_with_the_window():
 def test_an_empty_draft_says_nothing():
     window = AdaptiveWindow(memory_bound)
     before = vars(window).copy()
-    window.observe(0, 0, 0.0)
+    observe(window, 0, 0, 0.0)
     assert vars(window) == before

@@ -79,46 +79,57 @@ def use_instruction_set(name: str) -> Iterator[None]:
 class Recording:
     """The kernel calls of one pass, in order, made again by one call: no Python and one team of threads.
 
-    A replay reads and writes the addresses of the recorded pass, whose tensors the caller keeps: weights, caches, what
-    went in, what came out. Only the position of the window may differ.
+    A replay reads and writes the memory of the recorded pass, which the recording keeps. What may differ: the KV
+    caches, of as many layers, heads and dimensions, and the position of the window in them.
     """
 
     def __init__(self) -> None:
         self.buffers, self._calls, self._threads = Buffers(), None, _threads()
+        self.kept: list[object] = []  # weights, and what went in
 
-    def replay(self, start: int) -> None:
-        """Makes the calls for a window whose first token stands at `start`."""
-        _kernels.replay(self._calls, start, self._threads, 0)
+    def replay(self, start: int, k: Tensor, v: Tensor) -> None:
+        """Makes the calls for a window whose first token stands at `start` of the caches, float32 [layers, kv_heads,
+        capacity, dim]. Raises IndexError for ids that `embed` has no rows for."""
+        self._replay(start, k, v, 0)
 
-    def timed_replay(self, start: int) -> list[tuple[str, float]]:
+    def timed_replay(self, start: int, k: Tensor, v: Tensor) -> list[tuple[str, float]]:
         """The same, and each call's name with the seconds until all threads had done it."""
         names = _kernels.calls(self._calls)
         nanoseconds = torch.zeros(len(names), dtype=torch.int64)
-        _kernels.replay(self._calls, start, self._threads, nanoseconds.data_ptr())
+        self._replay(start, k, v, nanoseconds.data_ptr())
         return [(name, 1e-9 * n) for name, n in zip(names, nanoseconds.tolist(), strict=True)]
+
+    def _replay(self, start: int, k: Tensor, v: Tensor, nanoseconds: int) -> None:
+        _kernels.replay(self._calls, start, *_caches(k, v), self._threads, nanoseconds)
+
+
+def _caches(k: Tensor, v: Tensor) -> tuple[int, int, int]:
+    return _pointer(k, _float32, v.numel()), _pointer(v, _float32, k.numel()), k.shape[2]
 
 
 class _Recorder(threading.local):
-    buffers: Buffers | None = None
+    """The recording that this thread is making, if any."""
+
+    recording: Recording | None = None
 
 
 _recorder = _Recorder()
 
 
 @contextmanager
-def recording() -> Iterator[Recording]:
-    """Records the kernel calls that this thread makes inside, while it makes them.
+def recording(k: Tensor, v: Tensor) -> Iterator[Recording]:
+    """Records the kernel calls that this thread makes inside, over the KV caches k and v, while it makes them.
 
     Their outputs lie in memory that the recording reuses as soon as they are dropped. Raises NotImplementedError from
     the call that cannot be repeated: `int8_linear` whose inputs are no multiple of 4.
     """
     made = Recording()
-    _kernels.record()
-    _recorder.buffers = made.buffers
+    _kernels.record(*_caches(k, v))
+    _recorder.recording = made
     try:
         yield made
     finally:
-        _recorder.buffers = None
+        _recorder.recording = None
         made._calls = _kernels.recorded()
 
 
@@ -140,9 +151,24 @@ def _pointer(tensor: Tensor, dtype: torch.dtype, elements: int) -> int:
     return tensor.data_ptr()
 
 
+def _constant(tensor: Tensor | None, dtype: torch.dtype, elements: int) -> int:
+    """The address, 0 for None, of what is the same in every replay, and is kept for them."""
+    if tensor is None:
+        return 0
+    if _recorder.recording is not None:
+        _recorder.recording.kept.append(tensor)
+    return _pointer(tensor, dtype, elements)
+
+
+def _weight(packed: _Packed) -> int:
+    if _recorder.recording is not None:
+        _recorder.recording.kept.append(packed)
+    return packed.pointer
+
+
 def _new(shape: tuple[int, ...], dtype: torch.dtype = _float32) -> Tensor:
-    buffers = _recorder.buffers
-    return torch.empty(shape, dtype=dtype) if buffers is None else buffers.take(shape, dtype)
+    made = _recorder.recording
+    return torch.empty(shape, dtype=dtype) if made is None else made.buffers.take(shape, dtype)
 
 
 def _output(out: Tensor | None, *shape: int) -> tuple[Tensor, int]:
@@ -156,7 +182,7 @@ def _output(out: Tensor | None, *shape: int) -> tuple[Tensor, int]:
 class _Packed:
     """A weight in the kernels' layout: `n` outputs, `k` inputs, `tensor` keeps the bytes alive."""
 
-    __slots__ = ("_pointer", "k", "n", "tensor")
+    __slots__ = ("k", "n", "pointer", "tensor")
     bits: int
 
     def __init__(self, weight: Tensor, dtype: torch.dtype, k_step: int):
@@ -167,8 +193,8 @@ class _Packed:
         blocks, steps = -(-self.n // _BLOCK), -(-self.k // k_step)
         # [blocks, steps, 32, k_step] in the layouts of csrc/pack.c; the address must not change from here on
         self.tensor = torch.empty(blocks * steps * _BLOCK * k_step, dtype=torch.uint8 if dtype is _int8 else dtype)
-        self._pointer = self.tensor.data_ptr()
-        _kernels.pack(self.bits, source, self._pointer, self.n, self.k)
+        self.pointer = self.tensor.data_ptr()
+        _kernels.pack(self.bits, source, self.pointer, self.n, self.k)
 
     @property
     def nbytes(self) -> int:
@@ -218,8 +244,8 @@ def int8_linear(
     m, n, k = x.shape[0], weight.n, weight.k
     out, out_pointer = _output(out, m, n)
     _kernels.int8_linear(
-        _pointer(x, _int8, m * k), _pointer(x_scale, _float32, m), weight._pointer, weight._scale_pointer,
-        0 if bias is None else _pointer(bias, _float32, n), out_pointer, 0, m, n, k, _threads(),
+        _pointer(x, _int8, m * k), _pointer(x_scale, _float32, m), _weight(weight), weight._scale_pointer,
+        _constant(bias, _float32, n), out_pointer, 0, m, n, k, _threads(),
     )  # fmt: skip
     return out
 
@@ -228,7 +254,7 @@ def int8_accumulate(x: Tensor, weight: PackedInt8) -> Tensor:
     """The exact sums `x @ weight.T` alone: int8 [m, k] -> int32 [m, n]."""
     m, n, k = x.shape[0], weight.n, weight.k
     out = torch.empty(m, n, dtype=torch.int32)
-    _kernels.int8_linear(_pointer(x, _int8, m * k), 0, weight._pointer, 0, 0, 0, out.data_ptr(), m, n, k, _threads())
+    _kernels.int8_linear(_pointer(x, _int8, m * k), 0, _weight(weight), 0, 0, 0, out.data_ptr(), m, n, k, _threads())
     return out
 
 
@@ -239,8 +265,8 @@ def float_linear(
     m, n, k = x.shape[0], weight.n, weight.k
     out, out_pointer = _output(out, m, n)
     _kernels.float_linear(
-        weight.bits == 16, _pointer(x, _float32, m * k), weight._pointer,
-        0 if bias is None else _pointer(bias, _float32, n), out_pointer, m, n, k, _threads(),
+        weight.bits == 16, _pointer(x, _float32, m * k), _weight(weight),
+        _constant(bias, _float32, n), out_pointer, m, n, k, _threads(),
     )  # fmt: skip
     return out
 
@@ -254,7 +280,7 @@ def embed(table: Tensor, ids: Tensor) -> Tensor:
     m, bf16 = ids.shape[0], table.dtype == torch.bfloat16
     out, out_pointer = _output(None, m, k)
     _kernels.embed(
-        bf16, _pointer(table, torch.bfloat16 if bf16 else _float32, vocab * k), _pointer(ids, torch.int64, m),
+        bf16, _constant(table, torch.bfloat16 if bf16 else _float32, vocab * k), _constant(ids, torch.int64, m),
         out_pointer, vocab, m, k, _threads(),
     )  # fmt: skip
     return out
@@ -290,7 +316,7 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float,
     out, out_pointer = _output(out, m, k)
     _kernels.add_rms_norm(
         _pointer(x, _float32, m * k), 0 if residual is None else _pointer(residual, _float32, m * k),
-        _pointer(weight, _float32, k), eps, out_pointer, 0, 0, m, k, _threads(),
+        _constant(weight, _float32, k), eps, out_pointer, 0, 0, m, k, _threads(),
     )  # fmt: skip
     return out
 
@@ -303,7 +329,7 @@ def add_rms_norm_quantize(
     q, scale, q_pointer, scale_pointer = _quantized(m, k, out)
     _kernels.add_rms_norm(
         _pointer(x, _float32, m * k), 0 if residual is None else _pointer(residual, _float32, m * k),
-        _pointer(weight, _float32, k), eps, 0, q_pointer, scale_pointer, m, k, _threads(),
+        _constant(weight, _float32, k), eps, 0, q_pointer, scale_pointer, m, k, _threads(),
     )  # fmt: skip
     return q, scale
 
@@ -356,9 +382,9 @@ def rope_qk_append(
     cached, table = kv_heads * capacity * dim, cos.shape[0] * stride
     _kernels.rope_qk_append(
         _pointer(qkv, _float32, m * (heads + 2 * kv_heads) * dim),
-        0 if q_weight is None else _pointer(q_weight, _float32, dim),
-        0 if k_weight is None else _pointer(k_weight, _float32, dim),
-        eps, _pointer(cos, _float32, table), _pointer(sin, _float32, table),
+        _constant(q_weight, _float32, dim),
+        _constant(k_weight, _float32, dim),
+        eps, _constant(cos, _float32, table), _constant(sin, _float32, table),
         q_pointer,
         _pointer(k_cache, _float32, cached), _pointer(v_cache, _float32, cached),
         m, heads, kv_heads, dim, stride, start, capacity, _threads(),

@@ -113,7 +113,7 @@ int parallel_use(const char *library);
 void parallel_run(task_fn task, void *args, int threads);
 
 /* recording.c: a pass of kernel calls, made again at the same addresses */
-enum moving { STAYS, EMBED, ROPE, ATTENTION }; /* what differs from window to window: ids or positions */
+enum moving { STAYS, EMBED, ROPE, ATTENTION }; /* what differs from window to window: ids, or position and caches */
 struct call {
     const char *name;
     task_fn task;
@@ -134,13 +134,17 @@ struct call {
         struct argmax_args argmax;
     };
 };
+struct caches {
+    float *k, *v;            /* [layers, kv_heads, capacity, dim] */
+    int64_t capacity;
+};
 struct recording;
-struct recording *recording_new(void);
+struct recording *recording_new(struct caches);
 int recording_add(struct recording *, const struct call *); /* takes the scratch; 0 when out of memory */
 int ids_in_range(const struct embed_args *);
 int64_t recording_calls(const struct recording *, const struct call **); /* how many, and where */
 /* 0, and nothing done, where ids are out of range. nanoseconds of each call: [calls], or NULL */
-int recording_replay(struct recording *, int64_t start, int threads, int64_t *nanoseconds);
+int recording_replay(struct recording *, int64_t start, struct caches, int threads, int64_t *nanoseconds);
 void recording_free(struct recording *);
 
 /* pack.c: weights from row-major [n, k] to the layouts above */

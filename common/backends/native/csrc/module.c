@@ -152,7 +152,7 @@ FUNCTION(py_embed, 8)
         },
     };
     if (!ids_in_range(&call.embed))
-        return PyErr_Format(PyExc_IndexError, "token ids outside of 0 to %lld", (long long)INT(4) - 1);
+        return PyErr_Format(PyExc_IndexError, "token ids outside of the vocabulary");
     return run(&call, INT(6), INT(7));
 }
 
@@ -278,12 +278,11 @@ static void free_recording(PyObject *capsule)
     recording_free(PyCapsule_GetPointer(capsule, CAPSULE));
 }
 
-/* From here on this thread's kernel calls are recorded as they run. */
-static PyObject *py_record(PyObject *Py_UNUSED(self), PyObject *Py_UNUSED(unused))
-{
+/* k, v, capacity: from here on this thread's kernel calls, over these caches, are recorded as they run */
+FUNCTION(py_record, 3)
     if (recorder)
         return PyErr_Format(PyExc_RuntimeError, "this thread is recording already");
-    if (!(recorder = recording_new()))
+    if (!(recorder = recording_new((struct caches){ADDRESS(0), ADDRESS(1), INT(2)})))
         return PyErr_NoMemory();
     Py_RETURN_NONE;
 }
@@ -317,16 +316,17 @@ static PyObject *py_calls(PyObject *Py_UNUSED(self), PyObject *capsule)
     return names;
 }
 
-/* recording, start, threads (no more than it was recorded with), nanoseconds */
+/* recording, start, k, v, capacity, threads (no more than it was recorded with), nanoseconds */
 static PyObject *py_replay(PyObject *Py_UNUSED(self), PyObject *const *objects, Py_ssize_t n_objects)
 {
-    union word w[3];
+    union word w[6];
     struct recording *recording = n_objects ? PyCapsule_GetPointer(objects[0], CAPSULE) : NULL;
-    if (!parse(objects + 1, n_objects - 1, 3, w) || !recording)
+    if (!parse(objects + 1, n_objects - 1, 6, w) || !recording)
         return NULL;
     int done;
+    struct caches caches = {ADDRESS(1), ADDRESS(2), INT(3)};
     Py_BEGIN_ALLOW_THREADS
-    done = recording_replay(recording, INT(0), (int)INT(1), ADDRESS(2));
+    done = recording_replay(recording, INT(0), caches, (int)INT(4), ADDRESS(5));
     Py_END_ALLOW_THREADS
     if (!done)
         return PyErr_Format(PyExc_IndexError, "token ids outside of the vocabulary");
@@ -391,7 +391,7 @@ static PyMethodDef methods[] = {
     FAST("fork_join", py_fork_join),
     FAST("replay", py_replay),
     {"calls", py_calls, METH_O, NULL},
-    {"record", py_record, METH_NOARGS, NULL},
+    FAST("record", py_record),
     {"recorded", py_recorded, METH_NOARGS, NULL},
     {"use_openmp", py_use_openmp, METH_O, NULL},
     {"supported", py_supported, METH_NOARGS, NULL},

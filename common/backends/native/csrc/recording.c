@@ -17,11 +17,15 @@
 struct recording {
     struct call *calls;
     int64_t count, room;
+    struct caches caches; /* that the calls point into */
 };
 
-struct recording *recording_new(void)
+struct recording *recording_new(struct caches caches)
 {
-    return calloc(1, sizeof(struct recording));
+    struct recording *r = calloc(1, sizeof(struct recording));
+    if (r)
+        r->caches = caches;
+    return r;
 }
 
 int recording_add(struct recording *r, const struct call *call)
@@ -54,17 +58,32 @@ int ids_in_range(const struct embed_args *a)
     return 1;
 }
 
-/* The window stands at `start` now. */
-static void move(struct call *call, int64_t start)
+/* The same layer's place in other caches. */
+static float *moved(const float *at, const float *from, float *to, int64_t floats, int64_t capacity, int64_t new_capacity)
+{
+    return to + (at - from) / (floats * capacity) * (floats * new_capacity);
+}
+
+/* The window stands at `start` of the caches `to` now. */
+static void move(struct call *call, int64_t start, struct caches from, struct caches to)
 {
     if (call->moving == ROPE) {
-        int64_t by = (start - call->rope.start) * call->rope.table_stride;
-        call->rope.cos += by;
-        call->rope.sin += by;
-        call->rope.start = start;
+        struct rope_args *a = &call->rope;
+        int64_t by = (start - a->start) * a->table_stride, floats = a->kv_heads * a->dim;
+        a->cos += by;
+        a->sin += by;
+        a->start = start;
+        a->k_cache = moved(a->k_cache, from.k, to.k, floats, from.capacity, to.capacity);
+        a->v_cache = moved(a->v_cache, from.v, to.v, floats, from.capacity, to.capacity);
+        a->capacity = to.capacity;
     } else if (call->moving == ATTENTION) {
-        call->attention.start = start;
-        call->attention.next = 0;
+        struct attention_args *a = &call->attention;
+        int64_t floats = a->kv_heads * a->dim;
+        a->start = start;
+        a->next = 0;
+        a->k_cache = moved(a->k_cache, from.k, to.k, floats, from.capacity, to.capacity);
+        a->v_cache = moved(a->v_cache, from.v, to.v, floats, from.capacity, to.capacity);
+        a->capacity = to.capacity;
     }
 }
 
@@ -149,13 +168,14 @@ int64_t recording_calls(const struct recording *r, const struct call **calls)
     return r->count;
 }
 
-int recording_replay(struct recording *r, int64_t start, int threads, int64_t *nanoseconds)
+int recording_replay(struct recording *r, int64_t start, struct caches caches, int threads, int64_t *nanoseconds)
 {
     for (int64_t i = 0; i < r->count; i++)
         if (r->calls[i].moving == EMBED && !ids_in_range(&r->calls[i].embed))
             return 0;
     for (int64_t i = 0; i < r->count; i++)
-        move(r->calls + i, start);
+        move(r->calls + i, start, r->caches, caches);
+    r->caches = caches;
     struct replay replay = {.recording = r, .nanoseconds = nanoseconds};
     parallel_run(replay_calls, &replay, threads);
     return 1;
