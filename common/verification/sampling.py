@@ -42,26 +42,47 @@ def target_distribution(logits: Tensor, sampling: Sampling) -> Tensor:
     """
     logits = (logits if logits.device.type == "npu" else logits.double()) / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
-        floor = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
+        few = _largest(logits, sampling.top_k + 1)
+        floor = few.values[:, sampling.top_k - 1 : sampling.top_k]
+        if _on_host(logits) and bool((few.values[:, sampling.top_k] < floor[:, 0]).all()):  # as many as asked for
+            ordered, order = few.values[:, : sampling.top_k].softmax(dim=-1), few.indices[:, : sampling.top_k]
+            return _spread(ordered if sampling.top_p == 1 else _nucleus(ordered, sampling.top_p), order, logits)
         logits = logits.masked_fill(logits < floor, -torch.inf)
     probs = logits.softmax(dim=-1)
     if sampling.top_p < 1:
-        ordered, order = _largest(probs, sampling.top_p)
-        # A token goes when those before it already hold top_p; the first always stays.
-        ordered = ordered.masked_fill(ordered.cumsum(dim=-1) - ordered >= sampling.top_p, 0.0)
-        probs = torch.zeros_like(probs).scatter_(-1, order, ordered)
-        probs = probs / probs.sum(dim=-1, keepdim=True)
+        ordered, order = _holding(probs, sampling.top_p)
+        probs = _spread(_nucleus(ordered, sampling.top_p), order, probs)
     return probs
 
 
-def _largest(probs: Tensor, mass: float) -> tuple[Tensor, Tensor]:
-    """The largest of each row and their indices, in descending order: at least those that together hold `mass`."""
-    # Mostly a few do. Sorting a vocabulary takes the host as long as a pass; a device would have to be waited for.
-    if probs.device.type == "cpu" and probs.shape[-1] > _FEW:
-        few = probs.topk(_FEW, dim=-1)
+def _on_host(x: Tensor) -> bool:
+    """Where a look at the numbers costs less than sorting a vocabulary; a device would have to be waited for."""
+    return x.device.type == "cpu"
+
+
+def _largest(x: Tensor, count: int) -> torch.return_types.topk:
+    return x.topk(min(count, x.shape[-1]), dim=-1)
+
+
+def _holding(probs: Tensor, mass: float) -> tuple[Tensor, Tensor]:
+    """Probabilities in descending order and their tokens: at least those that together hold `mass`, mostly few."""
+    if _on_host(probs):
+        few = _largest(probs, _FEW)
         if bool((few.values[:, :-1].sum(dim=-1) >= mass).all()):
             return few.values, few.indices
     return probs.sort(dim=-1, descending=True)
+
+
+def _nucleus(ordered: Tensor, mass: float) -> Tensor:
+    """Top-p of probabilities in descending order: a token goes when those before it already hold `mass`; the first
+    always stays. Normalised."""
+    ordered = ordered.masked_fill(ordered.cumsum(dim=-1) - ordered >= mass, 0.0)
+    return ordered / ordered.sum(dim=-1, keepdim=True)
+
+
+def _spread(ordered: Tensor, order: Tensor, like: Tensor) -> Tensor:
+    """Back over the whole vocabulary, zero elsewhere."""
+    return torch.zeros_like(like).scatter_(-1, order, ordered)
 
 
 def sample_inverse_cdf(probs: Tensor, uniform: Tensor) -> Tensor:

@@ -136,12 +136,21 @@ def test_same_seed_same_tokens_with_and_without_a_draft():
         Sampling(0.8, 20, 0.9),
         Sampling(1.0, top_p=0.01),
         Sampling(1.0, top_k=1),
+        Sampling(1.0, top_k=300, top_p=0.99),
     ],
 )
-def test_distribution_equals_transformers_processors(sampling):
+@pytest.mark.parametrize(
+    ("vocab", "spread", "step"), [(60, 1.0, 0.0), (2000, 5.0, 0.0), (2000, 0.1, 0.0), (2000, 2.0, 0.5)]
+)
+def test_distribution_equals_transformers_processors(sampling, vocab, spread, step):
+    """Small and large vocabularies, peaked, nearly flat (half of the tokens hold top_p), and with many equals."""
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-    logits = torch.randn(5, 60, generator=torch.Generator().manual_seed(1))
+    logits = torch.randn(5, vocab, generator=torch.Generator().manual_seed(1)) * spread
+    if step:
+        if sampling.top_p < 1:
+            pytest.skip("which of the equals at the end of the nucleus stay is anybody's choice")
+        logits = (logits / step).round() * step
     expected = TemperatureLogitsWarper(sampling.temperature)(None, logits)
     if sampling.top_k:
         expected = TopKLogitsWarper(sampling.top_k)(None, expected)
