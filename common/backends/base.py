@@ -187,6 +187,13 @@ class Backend(ABC):
         Returns [tokens, heads * head_dim].
         """
 
+    def attend(
+        self, q: Tensor, spec: AttentionSpec, cache: KVCache, layer: int, quant: ActivationQuant | None
+    ) -> Tensor | Quantized:
+        """`attention`, quantised if the next layer wants it so."""
+        y = self.attention(q, spec, cache, layer)
+        return y if quant is None else self.quantize(y, quant)
+
     def argmax(self, logits: Tensor) -> Tensor:
         """[tokens, vocab] -> int64 [tokens], the first of equals."""
         return logits.argmax(dim=-1)

@@ -42,7 +42,7 @@ class DecoderLayer(nn.Module):
         backend = self.backend
         h, residual = backend.add_rms_norm(x, residual, self.input_norm, self.eps, self.qkv.activation_quant)
         q = backend.append_rotated(self.qkv(h), self.attention, cos, sin, cache, self.index)
-        x = self.o(backend.attention(q, self.attention, cache, self.index))
+        x = self.o(backend.attend(q, self.attention, cache, self.index, self.o.activation_quant))
         h, residual = backend.add_rms_norm(x, residual, self.post_norm, self.eps, self.gate_up.activation_quant)
         x = self.down(backend.swiglu(self.gate_up(h), self.down.activation_quant))
         return x, residual
