@@ -124,6 +124,10 @@ def native_kernels(n: int, k: int, copies: int) -> Kernels:
         x = torch.randn(m, k)
         return lambda i: native.float_linear(x, bf16[i])
 
+    def rounding_layer(m: int) -> Layer:
+        x = torch.randn(m, k)
+        return lambda i: native.bf16_linear(x, bf16[i])
+
     def f32_layer(m: int) -> Layer:
         x = torch.randn(m, k)
         return lambda i: native.float_linear(x, full[i])
@@ -132,6 +136,7 @@ def native_kernels(n: int, k: int, copies: int) -> Kernels:
         "native int8": (1, int8_layer),
         "native quantise + int8": (1, int8_quantising),
         "native bf16 weights, float32": (2, bf16_layer),
+        "native round + bf16": (2, rounding_layer),
         "native float32": (4, f32_layer),
     }
 

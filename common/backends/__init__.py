@@ -6,7 +6,7 @@ import torch
 
 from common.backends import native
 from common.backends.base import Backend
-from common.backends.cpu import CpuBackend
+from common.backends.cpu import CpuBackend, CpuBfloat16Backend
 from common.backends.reference import ReferenceBackend
 from common.errors import QuasarError
 
@@ -17,7 +17,7 @@ def get_backend(device: str = "auto", dtype: torch.dtype | None = None) -> Backe
     """The backend for "auto" | "cpu" | "cuda[:i]" | "npu[:i]" | "reference".
 
     dtype is that of activations and KV cache; None takes the device's own: float32 on CPU, bfloat16 elsewhere
-    (float16 on Ascend inference cards).
+    (float16 on Ascend inference cards). bfloat16 on CPU is that of the full-precision products alone.
     Raises QuasarError where the device is unknown or absent.
     """
     kind = device.partition(":")[0]
@@ -25,6 +25,8 @@ def get_backend(device: str = "auto", dtype: torch.dtype | None = None) -> Backe
         device = kind = _best_device()
     if kind == "cpu" and dtype in (None, torch.float32) and native.available():
         return CpuBackend()
+    if kind == "cpu" and dtype == torch.bfloat16 and native.available():
+        return CpuBfloat16Backend()
     if kind in ("cpu", "reference"):
         return ReferenceBackend("cpu", dtype or torch.float32)
     if kind == "cuda":

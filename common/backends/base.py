@@ -103,6 +103,11 @@ class Backend(ABC):
     device: torch.device
     dtype: torch.dtype
 
+    @property
+    def linear_dtype(self) -> torch.dtype:
+        """What full-precision products round their inputs to, and what `get_backend` takes for this backend."""
+        return self.dtype
+
     # Weights: given in checkpoint layout once, kept in whatever form the device reads fastest.
 
     def place(self, tensor: Tensor) -> Tensor:

@@ -89,3 +89,24 @@ class CpuBackend(ReferenceBackend):
     def window_pass(self, forward: Forward, cache: KVCache) -> WindowPass:
         passes = recorded_passes(forward)
         return lambda ids, keep: passes.run(forward, cache, ids, keep)
+
+
+class CpuBfloat16Backend(CpuBackend):
+    """`--dtype bfloat16`: inputs of full-precision linear layers are rounded to bfloat16, and so are their weights.
+
+    Processors that multiply bfloat16 do so at twice the speed of float32, which long prompts gain from; the sums are
+    float32. Everything else (norms, attention, KV cache, int8) stays float32 too, and so is `dtype`. Row-invariant as
+    CpuBackend is: rounding depends on the row alone, and passes of any length take the same kernel.
+    """
+
+    name = "cpu bfloat16"
+
+    @property
+    def linear_dtype(self) -> torch.dtype:
+        return torch.bfloat16
+
+    def full_weight(self, weight: Tensor) -> native.PackedBf16:
+        return native.PackedBf16(weight.bfloat16().contiguous())
+
+    def linear(self, x: Tensor, weight: native.PackedBf16, bias: Tensor | None) -> Tensor:
+        return native.bf16_linear(x.contiguous(), weight, bias)

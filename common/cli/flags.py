@@ -41,7 +41,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         default="auto",
         metavar="T",
-        help="of activations: bfloat16, float16, float32 (default: float32 on CPU, bfloat16 elsewhere)",
+        help="of activations: bfloat16, float16, float32 (default: float32 on CPU, bfloat16 elsewhere; "
+        "bfloat16 on CPU is for long prompts)",
     )
     group.add_argument(
         "--trust-remote-code",

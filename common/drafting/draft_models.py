@@ -61,7 +61,7 @@ def calibration_ids(model: Model) -> list[list[int]]:
 def _other_model(model: Model, path: str) -> Decoder:
     backend = model.decoder.backend
     device = backend.name if backend.name == "reference" else str(backend.device)
-    dtype = str(backend.dtype).removeprefix("torch.")
+    dtype = str(backend.linear_dtype).removeprefix("torch.")
     draft = load_checkpoint(path, LoadOptions(device, dtype, model.trust_remote_code))
     sizes = [m.config.vocab_size for m in (draft, model)]
     if sizes[0] != sizes[1]:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from common import generate
-from common.backends import native
+from common import generate, load
+from common.backends import get_backend, native
 from common.models.model import ASSETS
 from common.quantization.calibration import read_texts
 from tests.conftest import FAMILIES
@@ -52,3 +52,54 @@ def test_w8a8_says_what_the_reference_backend_says_wherever_that_is_sure(shipped
     assert sure.float().mean() > 0.7
     assert torch.equal(fast.argmax(-1)[sure], reference.argmax(-1)[sure])
     assert (fast - reference).norm() < 0.8 * (reference - full).norm()
+
+
+# --dtype bfloat16
+
+
+@pytest.fixture(scope="module")
+def in_bfloat16():
+    """A shipped model by device."""
+    return {device: load("tiny-qwen3", device=device, dtype="bfloat16") for device in ("cpu", "reference")}
+
+
+def test_bfloat16_says_what_float32_says_within_its_rounding(shipped, in_bfloat16):
+    """8 bits of each input leave logits within a hundredth, and nearer than where all between products is bfloat16."""
+    full = prompt_logits(shipped("qwen3"))
+    fast, reference = (prompt_logits(in_bfloat16[device]) for device in ("cpu", "reference"))
+    assert 1e-4 * full.norm() < (fast - full).norm() < 1e-2 * full.norm()
+    assert (fast - full).norm() < (reference - full).norm()
+    best = full.topk(2).values  # [512, 2]
+    sure = best[:, 0] - best[:, 1] > 0.1
+    assert sure.float().mean() > 0.8
+    assert torch.equal(fast.argmax(-1)[sure], full.argmax(-1)[sure])
+
+
+def test_bfloat16_is_the_same_for_every_number_of_tokens(in_bfloat16):
+    """A prompt at once, in windows, and drafted tokens: no token's logits depend on its company."""
+    model = in_bfloat16["cpu"]
+    model.decoder.pack()
+    ids = torch.tensor(model.encode(PROMPTS[0])[:48])
+    whole = model.decoder.prefill(ids, model.decoder.new_cache(48), keep=48)
+    for size in (1, 6, 16, 17):
+        cache = model.decoder.new_cache(48)
+        parts = []
+        for part in ids.split(size):
+            parts.append(model.decoder(part, cache, len(part)))
+            cache.commit(len(part))
+        assert torch.equal(torch.cat(parts), whole)
+    plain, drafted = (
+        generate(model, PROMPTS[0], max_new_tokens=40, draft=draft, ignore_eos=True).result().token_ids
+        for draft in ("none", "ngram")
+    )
+    assert drafted == plain
+
+
+def test_bfloat16_rounds_float32_weights_too():
+    backend = get_backend("cpu", torch.bfloat16)
+    assert (backend.dtype, backend.linear_dtype) == (torch.float32, torch.bfloat16)
+    x, weight, bias = torch.randn(20, 64), torch.randn(40, 64), torch.randn(40)
+    packed = backend.full_weight(weight)
+    assert packed.nbytes == 2 * weight.numel()
+    expected = torch.nn.functional.linear(x.bfloat16().double(), weight.bfloat16().double(), bias.double())
+    assert torch.allclose(backend.linear(x, packed, bias).double(), expected, rtol=1e-5, atol=1e-5)

@@ -87,27 +87,58 @@ def test_int8_linear_has_the_bits_of_plain_torch(shape: tuple[int, int, int], wi
     assert torch.equal(native.int8_linear(x, x_scale, native.PackedInt8(weight, scale), bias), expected)
 
 
+FLOAT_PRODUCTS = ("float32", "bf16 weights", "bf16")
+
+
+def float_product(kind: str, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The kernel's result, and in float64 the operands that it multiplied."""
+    if kind == "float32":
+        return native.float_linear(x, native.PackedFloat32(weight), bias), x.double(), weight.double()
+    weight = weight.bfloat16()
+    packed = native.PackedBf16(weight)
+    if kind == "bf16":
+        return native.bf16_linear(x, packed, bias), x.bfloat16().double(), weight.double()
+    return native.float_linear(x, packed, bias), x.double(), weight.double()
+
+
 @few
-@given(SHAPES, st.booleans(), st.booleans())
-def test_float_linear_is_close_to_float64(shape: tuple[int, int, int], bf16: bool, with_bias: bool) -> None:
+@given(SHAPES, st.sampled_from(FLOAT_PRODUCTS), st.booleans())
+def test_float_linear_is_close_to_float64(shape: tuple[int, int, int], kind: str, with_bias: bool) -> None:
     """Tolerance: 256 roundings of the absolute sum, the worst a chain of 256 can do."""
     m, n, k = shape
-    x, weight, bias = torch.randn(m, k), torch.randn(n, k), torch.randn(n) if with_bias else None
-    weight = weight.bfloat16() if bf16 else weight
-    out = native.float_linear(x, (native.PackedBf16 if bf16 else native.PackedFloat32)(weight), bias)
-    expected = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
-    bound = F.linear(x.double().abs(), weight.double().abs()) + (0 if bias is None else bias.double().abs())
+    bias = torch.randn(n) if with_bias else None
+    out, x, weight = float_product(kind, torch.randn(m, k), torch.randn(n, k), bias)
+    expected = F.linear(x, weight, None if bias is None else bias.double())
+    bound = F.linear(x.abs(), weight.abs()) + (0 if bias is None else bias.double().abs())
     assert ((out - expected).abs() <= 256 * 2**-24 * bound).all()
 
 
-@pytest.mark.parametrize("bf16", [True, False])
-def test_long_float_sums_stay_close(bf16: bool) -> None:
-    """More rows than a panel, several chunks of inputs; relative to the norm, better than 1e-6."""
-    x, weight = torch.randn(150, 1000), torch.randn(40, 1000)
-    weight = weight.bfloat16() if bf16 else weight
-    out = native.float_linear(x, (native.PackedBf16 if bf16 else native.PackedFloat32)(weight))
-    expected = x.double() @ weight.double().T
+@pytest.mark.parametrize("kind", FLOAT_PRODUCTS)
+def test_long_float_sums_stay_close(kind: str) -> None:
+    """More rows than a panel, several chunks of inputs, an odd last one; to 1e-6 of the norm."""
+    out, x, weight = float_product(kind, torch.randn(150, 1001), torch.randn(40, 1001))
+    expected = x @ weight.T
     assert (out - expected).norm() < 1e-6 * expected.norm()
+
+
+@pytest.mark.parametrize("kind", FLOAT_PRODUCTS)
+@pytest.mark.parametrize("k", [1, 15, 257])
+def test_an_odd_row_ends_where_it_ends(kind: str, k: int) -> None:
+    """Its last pair of inputs does not reach into the next row, whose NaN would show."""
+    x = torch.randn(2, k)
+    x[1] = math.nan
+    out, _, _ = float_product(kind, x, torch.randn(3, k))
+    assert out[0].isfinite().all()
+    assert out[1].isnan().all()
+
+
+def test_inputs_are_rounded_half_to_even() -> None:
+    one_and = torch.tensor([0.0, 2**-9, 2**-8, 3 * 2**-8, 2**-8 + 2**-20, 2**-7])
+    x = torch.cat(
+        [1 + one_and, -1 - one_and, torch.tensor([math.inf, -math.inf, math.nan, 3.4e38, 0.0]), torch.randn(99)]
+    )
+    out = native.bf16_linear(x[:, None], native.PackedBf16(torch.ones(1, 1).bfloat16()))
+    assert torch.equal(out[:, 0].nan_to_num(7.0), x.bfloat16().float().nan_to_num(7.0))
 
 
 # Row-wise kernels
@@ -269,7 +300,8 @@ def row_kernels() -> dict[str, tuple[Callable[[Tensor], Tensor], int]]:
 
     return {
         "int8_linear": (lambda x: native.int8_linear(*native.quantize_per_token(x), int8, bias), k),
-        "bf16_linear": (lambda x: native.float_linear(x, bf16, bias), k),
+        "bf16_weights": (lambda x: native.float_linear(x, bf16, bias), k),
+        "bf16_linear": (lambda x: native.bf16_linear(x, bf16, bias), k),
         "f32_linear": (lambda x: native.float_linear(x, full, bias), k),
         "quantize": (lambda x: stacked(native.quantize_per_token(x)), k),
         "add_rms_norm": (lambda x: native.add_rms_norm(x.clone(), x.flip(1).contiguous(), weight, 1e-6), k),

@@ -79,6 +79,18 @@ def test_every_instruction_set_replays(shipped, isa):
         assert torch.equal(run([7, 8, 9], 3), decoder(torch.tensor([7, 8, 9]), plain, 3))
 
 
+def test_windows_in_bfloat16_replay():
+    decoder = load("tiny-qwen3", device="cpu", dtype="bfloat16").decoder
+    run, plain = windows(decoder, filled_cache(decoder)), filled_cache(decoder)
+    for ids in ([1, 2, 3], [7, 8, 9]):
+        assert torch.equal(run(ids, 3), decoder(torch.tensor(ids), plain, 3))
+    cache = filled_cache(decoder)
+    with native.recording(cache.k, cache.v) as recording:
+        decoder(torch.tensor([1, 2]), cache, keep=2)
+    names = [name for name, _ in recording.timed_replay(50, cache.k, cache.v)]
+    assert names[1:4] == ["add_rms_norm", "round_bf16", "float_linear"]
+
+
 def test_a_replay_needs_no_python_and_no_new_memory(shipped, monkeypatch):
     decoder = shipped("qwen3", "w8a8").decoder
     run = windows(decoder, filled_cache(decoder))

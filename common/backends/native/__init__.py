@@ -32,7 +32,7 @@ try:
 except ImportError:  # not built: no C compiler at install time
     _kernels = None
 
-# The processor's fastest set unless QUASAR_NATIVE_ISA names another (avx512, avxvnni, avx2, plain).
+# The processor's fastest set unless QUASAR_NATIVE_ISA names another (avx512bf16, avx512, avxvnni, avx2, plain).
 _isa: str | None = None
 _threads_shared = False
 if _kernels is not None:
@@ -215,13 +215,13 @@ class PackedInt8(_Packed):
 
 
 class PackedBf16(_Packed):
-    """bfloat16 weight [n, k], read as bf16 and multiplied in float32."""
+    """bfloat16 weight [n, k], read as bf16; multiplied by float32 inputs, or by inputs rounded to bfloat16."""
 
     __slots__ = ()
     bits = 16
 
     def __init__(self, weight: Tensor):
-        super().__init__(weight, torch.bfloat16, 1)
+        super().__init__(weight, torch.bfloat16, 2)
 
 
 class PackedFloat32(_Packed):
@@ -266,8 +266,24 @@ def float_linear(
     out, out_pointer = _output(out, m, n)
     _kernels.float_linear(
         weight.bits == 16, _pointer(x, _float32, m * k), _weight(weight),
-        _constant(bias, _float32, n), out_pointer, m, n, k, _threads(),
+        _constant(bias, _float32, n), out_pointer, m, n, k, _threads(), False,
     )  # fmt: skip
+    return out
+
+
+def bf16_linear(x: Tensor, weight: PackedBf16, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """`bfloat16(x) @ weight.T + bias`, summed in float32: float32 [m, k], bias float32 [n] -> float32 [m, n].
+
+    Inputs are rounded half to even; products of two bfloat16 are exact in float32. With avx512bf16 the processor adds
+    them in pairs, without it this is `float_linear` of the rounded inputs.
+    """
+    m, n, k = x.shape[0], weight.n, weight.k
+    out, out_pointer = _output(out, m, n)
+    rounded = _new((m, k))
+    _kernels.round_bf16(_pointer(x, _float32, m * k), rounded.data_ptr(), m, k, _threads())
+    _kernels.float_linear(
+        True, rounded.data_ptr(), _weight(weight), _constant(bias, _float32, n), out_pointer, m, n, k, _threads(), True
+    )
     return out
 
 

@@ -6,6 +6,6 @@
 #include "rows.h"
 
 const struct kernels KERNELS = {
-    ISA_NAME, int8_linear, bf16_linear, f32_linear, embed_bf16, embed_f32, quantize, norm, swiglu, rope, attention,
-    argmax, read_memory, exp_array,
+    ISA_NAME, int8_linear, f32_linear, bf16_linear, rounded_linear, round_bf16, embed_bf16, embed_f32, quantize, norm,
+    swiglu, rope, attention, argmax, read_memory, exp_array,
 };

@@ -21,8 +21,8 @@ struct int8_linear_args {
 };
 
 struct float_linear_args {
-    const float *x;          /* [m, k] */
-    const void *weight;      /* float: [ceil(n / 32), k, 32]; bf16: [ceil(n / 32), k, 16, 2], see pack.c */
+    const void *x;           /* float [m, k], or what round_bf16 made of it */
+    const void *weight;      /* float: [ceil(n / 32), k, 32]; bf16: [ceil(n / 32), ceil(k / 2), 32, 2] */
     const float *bias;       /* [n] or NULL */
     float *out;              /* [m, n] */
     int64_t m, n, k;
@@ -33,6 +33,12 @@ struct embed_args {
     const int64_t *ids;      /* [m] */
     float *out;              /* [m, k] */
     int64_t vocab, m, k;
+};
+
+struct round_args {
+    const float *x;          /* [m, k] */
+    void *rounded;           /* room for [m, k] floats; what is in it only rounded_linear knows */
+    int64_t m, k;
 };
 
 struct quantize_args {
@@ -101,12 +107,12 @@ typedef void (*task_fn)(void *args, int thread, int threads);
 
 struct kernels {
     const char *name;
-    task_fn int8_linear, bf16_linear, f32_linear, embed_bf16, embed_f32, quantize, norm, swiglu, rope, attention;
-    task_fn argmax, read;
+    task_fn int8_linear, f32_linear, bf16_linear, rounded_linear, round_bf16, embed_bf16, embed_f32, quantize, norm;
+    task_fn swiglu, rope, attention, argmax, read;
     void (*exp)(const float *x, float *y, int64_t n); /* for the accuracy test */
 };
 
-extern const struct kernels kernels_avx512, kernels_avxvnni, kernels_avx2, kernels_plain;
+extern const struct kernels kernels_avx512bf16, kernels_avx512, kernels_avxvnni, kernels_avx2, kernels_plain;
 
 /* parallel.c */
 int parallel_use(const char *library);
@@ -126,6 +132,7 @@ struct call {
         struct int8_linear_args int8_linear;
         struct float_linear_args float_linear;
         struct embed_args embed;
+        struct round_args round;
         struct quantize_args quantize;
         struct norm_args norm;
         struct swiglu_args swiglu;

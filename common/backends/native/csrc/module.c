@@ -20,10 +20,13 @@ static int supported(const struct kernels *k)
     unsigned a, b, c, d;
     __builtin_cpu_init();
     int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                 __builtin_cpu_supports("avx512vnni");
+    if (k == &kernels_avx512bf16)
+        return avx512 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
     if (k == &kernels_avx512)
-        return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-               __builtin_cpu_supports("avx512vnni");
+        return avx512;
     if (k == &kernels_avxvnni)
         return avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
     if (k == &kernels_avx2)
@@ -34,7 +37,7 @@ static int supported(const struct kernels *k)
 
 static const struct kernels *const all_kernels[] = {
 #if defined(__x86_64__)
-    &kernels_avx512, &kernels_avxvnni, &kernels_avx2,
+    &kernels_avx512bf16, &kernels_avx512, &kernels_avxvnni, &kernels_avx2,
 #endif
     &kernels_plain,
 };
@@ -130,12 +133,13 @@ FUNCTION(py_int8_linear, 11)
     return run(&call, k * BLOCK, INT(10));
 }
 
-/* bf16?, x, weight, bias, out, m, n, k, threads */
-FUNCTION(py_float_linear, 9)
+/* bf16?, x, weight, bias, out, m, n, k, threads, rounded? (x as round_bf16 made it) */
+FUNCTION(py_float_linear, 10)
     int64_t n = INT(6), k = INT(7), blocks = (n + BLOCK - 1) / BLOCK;
     struct call call = {
-        .name = "float_linear", .task = INT(0) ? isa->bf16_linear : isa->f32_linear, .items = blocks,
-        .weight = ADDRESS(2), .block_bytes = k * BLOCK * (INT(0) ? 2 : 4), .blocks = blocks,
+        .name = "float_linear", .items = blocks,
+        .task = INT(9) ? isa->rounded_linear : INT(0) ? isa->bf16_linear : isa->f32_linear,
+        .weight = ADDRESS(2), .block_bytes = INT(0) ? (k + 1) / 2 * 2 * BLOCK * 2 : k * BLOCK * 4, .blocks = blocks,
         .float_linear = {
             .x = ADDRESS(1), .weight = ADDRESS(2), .bias = ADDRESS(3), .out = ADDRESS(4), .m = INT(5), .n = n, .k = k,
         },
@@ -154,6 +158,15 @@ FUNCTION(py_embed, 8)
     if (!ids_in_range(&call.embed))
         return PyErr_Format(PyExc_IndexError, "token ids outside of the vocabulary");
     return run(&call, INT(6), INT(7));
+}
+
+/* x, rounded, m, k, threads */
+FUNCTION(py_round_bf16, 5)
+    struct call call = {
+        .name = "round_bf16", .task = isa->round_bf16, .items = INT(2),
+        .round = {.x = ADDRESS(0), .rounded = ADDRESS(1), .m = INT(2), .k = INT(3)},
+    };
+    return run(&call, INT(3), INT(4));
 }
 
 /* x, q, scale, m, k, threads */
@@ -379,6 +392,7 @@ static PyMethodDef methods[] = {
     FAST("int8_linear", py_int8_linear),
     FAST("float_linear", py_float_linear),
     FAST("embed", py_embed),
+    FAST("round_bf16", py_round_bf16),
     FAST("quantize", py_quantize),
     FAST("add_rms_norm", py_add_rms_norm),
     FAST("swiglu", py_swiglu),

@@ -38,17 +38,17 @@ void pack_int8(const int8_t *weight, uint8_t *packed, int64_t n, int64_t k)
             }
 }
 
-/* bf16 -> [blocks, k, 16, 2]: lane i holds output i in its low half and output i + 16 in its high half, so that a
- * shift and a mask turn one vector of bf16 into two of float32 in order. */
+/* bf16 -> [blocks, ceil(k / 2), 32, 2]: one 32-bit lane holds two inputs of one output, the operand of a bf16 dot
+ * product; a shift and a mask turn it into float32, one input at a time. */
 void pack_bf16(const uint16_t *weight, uint16_t *packed, int64_t n, int64_t k)
 {
-    int64_t blocks = (n + BLOCK - 1) / BLOCK;
-    use_huge_pages(packed, (size_t)(blocks * k * BLOCK) * sizeof *packed);
+    int64_t pairs = (k + 1) / 2, blocks = (n + BLOCK - 1) / BLOCK;
+    use_huge_pages(packed, (size_t)(blocks * pairs * BLOCK * 2) * sizeof *packed);
     for (int64_t block = 0; block < blocks; block++)
-        for (int64_t i = 0; i < k; i++)
-            for (int64_t lane = 0; lane < BLOCK; lane++) {
-                int64_t j = block * BLOCK + lane / 2 + lane % 2 * 16;
-                *packed++ = j < n ? weight[j * k + i] : 0;
+        for (int64_t i = 0; i < pairs; i++)
+            for (int64_t j = block * BLOCK; j < (block + 1) * BLOCK; j++) {
+                *packed++ = j < n ? weight[j * k + 2 * i] : 0;
+                *packed++ = j < n && 2 * i + 1 < k ? weight[j * k + 2 * i + 1] : 0;
             }
 }
 

@@ -1,4 +1,4 @@
-/* What is done to each token row by itself: look it up, quantise, RMSNorm, SwiGLU, rotary embedding. */
+/* What is done to each token row by itself: look it up, round, quantise, RMSNorm, SwiGLU, rotary embedding. */
 #pragma once
 #include "simd.h"
 
@@ -65,6 +65,36 @@ static void embed_f32(void *data, int thread, int threads)
     share(a->m, thread, threads, &from, &to);
     for (int64_t row = from; row < to; row++)
         memcpy(a->out + row * a->k, (const float *)a->table + a->ids[row] * a->k, (size_t)a->k * sizeof(float));
+}
+
+/* To bfloat16, half to even, in the high halves; NaN stays NaN. */
+INLINE vi round_bits(vf x)
+{
+    vi bits = (vi)x, rounded = bits + 0x7fff + ((bits >> 16) & 1), nan = x != x;
+    return ((nan & (bits | 0x400000)) | (~nan & rounded)) & splat_int((int32_t)0xffff0000);
+}
+
+/* The operand of this instruction set's rounded_linear: bfloat16 [m, ceil(k / 2), 2], or float32 [m, k]. */
+static void round_bf16(void *data, int thread, int threads)
+{
+    const struct round_args *a = data;
+    int64_t from, to;
+    share(a->m, thread, threads, &from, &to);
+    for (int64_t row = from; row < to; row++) {
+        const float *x = a->x + row * a->k;
+#if ISA_AVX512BF16
+        uint16_t *y = (uint16_t *)a->rounded + row * ((a->k + 1) / 2 * 2);
+        for (int64_t i = 0; i < a->k; i += VL) {
+            vh rounded = __builtin_convertvector(round_bits(load_up_to(x + i, a->k - i)) >> 16, vh);
+            int64_t halves = (a->k - i + 1) / 2 * 2; /* with an odd row's zero */
+            memcpy(y + i, &rounded, halves < VL ? (size_t)halves * sizeof *y : sizeof rounded);
+        }
+#else
+        float *y = (float *)a->rounded + row * a->k;
+        for (int64_t i = 0; i < a->k; i += VL)
+            store_up_to(y + i, (vf)round_bits(load_up_to(x + i, a->k - i)), a->k - i);
+#endif
+    }
 }
 
 static void quantize(void *data, int thread, int threads)
