@@ -43,6 +43,22 @@ class CpuBackend(ReferenceBackend):
             scale = scale.expand(tokens).contiguous()
         return native.int8_linear(x.values, scale, weight, bias)
 
+    def int4_weight(self, values: Tensor, scale: Tensor) -> Any:
+        if not native.int4_available():
+            return super().int4_weight(values, scale)
+        return native.PackedInt4(values.contiguous(), scale.contiguous())
+
+    def int4_linear(self, x: Tensor | Quantized, weight: Any, bias: Tensor | None) -> Tensor:
+        if not isinstance(weight, native.PackedInt4):
+            return super().int4_linear(x, weight, bias)
+        return native.int4_linear((x.values, x.scale) if isinstance(x, Quantized) else x, weight, bias)
+
+    def quantize_int4(self, x: Tensor) -> Quantized:
+        return Quantized(*native.quantize_per_token(x, limit=7))
+
+    def rotate(self, x: Tensor, hadamard: Tensor) -> Tensor:
+        return native.hadamard(x, len(hadamard))
+
     def quantize(self, x: Tensor, quant: ActivationQuant) -> Quantized:
         if quant.static_scale is not None:
             return super().quantize(x, quant)

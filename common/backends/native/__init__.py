@@ -160,7 +160,7 @@ def _constant(tensor: Tensor | None, dtype: torch.dtype, elements: int) -> int:
     return _pointer(tensor, dtype, elements)
 
 
-def _weight(packed: _Packed) -> int:
+def _weight(packed: _Packed | PackedInt4) -> int:
     if _recorder.recording is not None:
         _recorder.recording.kept.append(packed)
     return packed.pointer
@@ -232,6 +232,63 @@ class PackedFloat32(_Packed):
 
     def __init__(self, weight: Tensor):
         super().__init__(weight, _float32, 1)
+
+
+class PackedInt4:
+    """int4 weight, int8 [n, k] between -8 and 7, with a bfloat16 scale per group of inputs [n, k / group]."""
+
+    __slots__ = ("group", "k", "n", "pointer", "scale", "tensor")
+
+    def __init__(self, weight: Tensor, scale: Tensor):
+        (self.n, self.k), groups = weight.shape, scale.shape[1]
+        self.group = self.k // groups
+        if self.k % groups or self.group % 8:
+            raise ValueError(f"{groups} groups of {self.k} inputs: a group must be a multiple of 8")
+        blocks = -(-self.n // _BLOCK)
+        # [blocks, k / 8, 32, 4] and [blocks, groups, 32], see csrc/pack.c; the addresses must not change from here on
+        self.tensor = torch.empty(blocks * _BLOCK * self.k // 2, dtype=torch.uint8)
+        self.scale = torch.empty(blocks * _BLOCK * groups, dtype=torch.bfloat16)
+        self.pointer = self.tensor.data_ptr()
+        _kernels.pack(4, _pointer(weight, _int8, self.n * self.k), self.pointer, self.n, self.k)
+        source = _pointer(scale, torch.bfloat16, self.n * groups)
+        _kernels.pack_scales(source, self.scale.data_ptr(), self.n, groups)
+
+
+def int4_available() -> bool:
+    """Whether the instruction set in use has int4 kernels."""
+    return _kernels is not None and _kernels.has_int4()
+
+
+def int4_linear(x: Tensor | Quantized, weight: PackedInt4, bias: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias`, the sum of each group times its scale, summed in float32: -> float32 [m, n].
+
+    x: float32 [m, k], rounded to bfloat16 (W4A16); or int8 [m, k] between -7 and 7 with its float32 scale [m] (W4A4),
+    whose sums over a group are exact.
+    """
+    values = x if isinstance(x, Tensor) else x[0]
+    m, n, k = values.shape[0], weight.n, weight.k
+    if isinstance(x, Tensor):
+        rounded = _new((m, k))
+        _kernels.round_bf16(_pointer(x, _float32, m * k), rounded.data_ptr(), m, k, _threads())
+        pointer, scale_pointer = rounded.data_ptr(), 0
+    else:
+        pointer, scale_pointer = _pointer(values, _int8, m * k), _pointer(x[1], _float32, m)
+    out, out_pointer = _output(None, m, n)
+    _kernels.int4_linear(
+        pointer, scale_pointer, _weight(weight), weight.scale.data_ptr(), _constant(bias, _float32, n), out_pointer,
+        m, n, k, weight.group, _threads(),
+    )  # fmt: skip
+    return out
+
+
+def hadamard(x: Tensor, block: int) -> Tensor:
+    """Each `block` of float32 [m, k] times Sylvester's normalised Hadamard matrix; block is a power of two."""
+    m, k = x.shape
+    if block & (block - 1) or k % block:
+        raise ValueError(f"blocks of {block} of {k}: a power of two that divides it is needed")
+    out, out_pointer = _output(None, m, k)
+    _kernels.hadamard(_pointer(x, _float32, m * k), out_pointer, block, m, k, _threads())
+    return out
 
 
 def int8_linear(
@@ -310,16 +367,16 @@ def _quantized(m: int, k: int, out: Quantized | None) -> tuple[Tensor, Tensor, i
     return q, scale, _pointer(q, _int8, m * k), _pointer(scale, _float32, m)
 
 
-def quantize_per_token(x: Tensor, out: Quantized | None = None) -> Quantized:
-    """float32 [m, k] -> int8 [m, k] in [-127, 127] and float32 scale [m] (`out` if given).
+def quantize_per_token(x: Tensor, out: Quantized | None = None, limit: int = 127) -> Quantized:
+    """float32 [m, k] -> int8 [m, k] in [-limit, limit] and float32 scale [m] (`out` if given).
 
-    `scale = max(max|x| / 127, smallest normal float32)`, so a zero row gives zeros and nothing divides by
+    `scale = max(max|x| / limit, smallest normal float32)`, so a zero row gives zeros and nothing divides by
     zero; `q = x / scale` rounded half to even: the same bits as PyTorch's division and `round`. A NaN or an
     infinity in the row becomes its scale.
     """
     m, k = x.shape
     q, scale, q_pointer, scale_pointer = _quantized(m, k, out)
-    _kernels.quantize(_pointer(x, _float32, m * k), q_pointer, scale_pointer, m, k, _threads())
+    _kernels.quantize(_pointer(x, _float32, m * k), q_pointer, scale_pointer, limit, m, k, _threads())
     return q, scale
 
 

@@ -28,6 +28,17 @@ struct float_linear_args {
     int64_t m, n, k;
 };
 
+struct int4_linear_args {
+    const void *x;           /* bfloat16 [m, k], or int8 between -7 and 7 where there is x_scale */
+    const float *x_scale;    /* [m] or NULL */
+    const uint8_t *weight;   /* [ceil(n / 32), k / 8, 32, 4], see pack.c */
+    const uint16_t *w_scale; /* bfloat16 [ceil(n / 32), k / group, 32] */
+    const float *bias;       /* [n] or NULL */
+    float *out;              /* [m, n] */
+    char *scratch;           /* [threads, scratch_bytes] where there is x_scale, 64-byte aligned */
+    int64_t scratch_bytes, m, n, k, group;
+};
+
 struct embed_args {
     const void *table;       /* float or bf16 [vocab, k] */
     const int64_t *ids;      /* [m] */
@@ -45,7 +56,13 @@ struct quantize_args {
     const float *x;          /* [m, k] */
     int8_t *q;               /* [m, k] */
     float *scale;            /* [m] */
-    int64_t m, k;
+    int64_t m, k, limit;     /* the largest magnitude of q: 127 or 7 */
+};
+
+struct hadamard_args {
+    const float *x;          /* [m, k] */
+    float *y;                /* [m, k]: each block of k times the normalised Hadamard matrix */
+    int64_t m, k, block;     /* a power of two that divides k */
 };
 
 struct norm_args {
@@ -108,7 +125,8 @@ typedef void (*task_fn)(void *args, int thread, int threads);
 struct kernels {
     const char *name;
     task_fn int8_linear, f32_linear, bf16_linear, rounded_linear, round_bf16, embed_bf16, embed_f32, quantize, norm;
-    task_fn swiglu, rope, attention, argmax, read;
+    task_fn swiglu, rope, attention, argmax, read, hadamard;
+    task_fn int4_linear; /* NULL where the instruction set has none */
     void (*exp)(const float *x, float *y, int64_t n); /* for the accuracy test */
 };
 
@@ -131,9 +149,11 @@ struct call {
     union {
         struct int8_linear_args int8_linear;
         struct float_linear_args float_linear;
+        struct int4_linear_args int4_linear;
         struct embed_args embed;
         struct round_args round;
         struct quantize_args quantize;
+        struct hadamard_args hadamard;
         struct norm_args norm;
         struct swiglu_args swiglu;
         struct rope_args rope;
@@ -156,8 +176,15 @@ void recording_free(struct recording *);
 
 /* pack.c: weights from row-major [n, k] to the layouts above */
 void pack_int8(const int8_t *weight, uint8_t *packed, int64_t n, int64_t k);
+void pack_int4(const int8_t *weight, uint8_t *packed, int64_t n, int64_t k);
+void pack_scales(const uint16_t *scale, uint16_t *packed, int64_t n, int64_t groups);
 void pack_bf16(const uint16_t *weight, uint16_t *packed, int64_t n, int64_t k);
 void pack_f32(const float *weight, float *packed, int64_t n, int64_t k);
+
+static inline int64_t int4_scratch_bytes(int64_t k, int64_t group)
+{
+    return 64 * (k + k / group * (int64_t)sizeof(int32_t)); /* a panel of inputs in the weights' order, and sums of groups */
+}
 
 /* Rows of q that share one pass over a chunk of keys, and the keys of a chunk. */
 #define ATTENTION_ROWS 64

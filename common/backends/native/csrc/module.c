@@ -147,6 +147,37 @@ FUNCTION(py_float_linear, 10)
     return run(&call, k * BLOCK, INT(8));
 }
 
+/* x, x_scale (0: x is bfloat16), weight, w_scale, bias, out, m, n, k, group, threads */
+FUNCTION(py_int4_linear, 11)
+    int64_t n = INT(7), k = INT(8), blocks = (n + BLOCK - 1) / BLOCK;
+    if (!isa->int4_linear)
+        return PyErr_Format(PyExc_NotImplementedError, "no int4 kernel for %s", isa->name);
+    struct call call = {
+        .name = "int4_linear", .task = isa->int4_linear, .items = blocks,
+        .weight = ADDRESS(2), .block_bytes = k / 2 * BLOCK, .blocks = blocks,
+        .int4_linear = {
+            .x = ADDRESS(0), .x_scale = ADDRESS(1), .weight = ADDRESS(2), .w_scale = ADDRESS(3), .bias = ADDRESS(4),
+            .out = ADDRESS(5), .m = INT(6), .n = n, .k = k, .group = INT(9),
+            .scratch_bytes = int4_scratch_bytes(k, INT(9)),
+        },
+    };
+    if (call.int4_linear.x_scale) {
+        call.scratch = scratch(team(blocks, INT(10)) * call.int4_linear.scratch_bytes);
+        if (!(call.int4_linear.scratch = call.scratch))
+            return PyErr_NoMemory();
+    }
+    return run(&call, k * BLOCK, INT(10));
+}
+
+/* x, y, block, m, k, threads */
+FUNCTION(py_hadamard, 6)
+    struct call call = {
+        .name = "hadamard", .task = isa->hadamard, .items = INT(3),
+        .hadamard = {.x = ADDRESS(0), .y = ADDRESS(1), .block = INT(2), .m = INT(3), .k = INT(4)},
+    };
+    return run(&call, 4 * INT(4), INT(5));
+}
+
 /* bf16?, table, ids, out, vocab, m, k, threads */
 FUNCTION(py_embed, 8)
     struct call call = {
@@ -169,13 +200,13 @@ FUNCTION(py_round_bf16, 5)
     return run(&call, INT(3), INT(4));
 }
 
-/* x, q, scale, m, k, threads */
-FUNCTION(py_quantize, 6)
+/* x, q, scale, limit, m, k, threads */
+FUNCTION(py_quantize, 7)
     struct call call = {
-        .name = "quantize", .task = isa->quantize, .items = INT(3),
-        .quantize = {.x = ADDRESS(0), .q = ADDRESS(1), .scale = ADDRESS(2), .m = INT(3), .k = INT(4)},
+        .name = "quantize", .task = isa->quantize, .items = INT(4),
+        .quantize = {.x = ADDRESS(0), .q = ADDRESS(1), .scale = ADDRESS(2), .limit = INT(3), .m = INT(4), .k = INT(5)},
     };
-    return run(&call, INT(4), INT(5));
+    return run(&call, INT(5), INT(6));
 }
 
 /* x, residual, weight, eps, y, q, scale, m, k, threads */
@@ -258,15 +289,22 @@ FUNCTION(py_read, 3)
     return PyLong_FromLong(a.result);
 }
 
-/* bits (8, 16, 32), weight, packed, n, k */
+/* bits (4, 8, 16, 32), weight, packed, n, k */
 FUNCTION(py_pack, 5)
     Py_BEGIN_ALLOW_THREADS
     switch (INT(0)) {
+    case 4: pack_int4(ADDRESS(1), ADDRESS(2), INT(3), INT(4)); break;
     case 8: pack_int8(ADDRESS(1), ADDRESS(2), INT(3), INT(4)); break;
     case 16: pack_bf16(ADDRESS(1), ADDRESS(2), INT(3), INT(4)); break;
     case 32: pack_f32(ADDRESS(1), ADDRESS(2), INT(3), INT(4)); break;
     }
     Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+/* scale, packed, n, groups */
+FUNCTION(py_pack_scales, 4)
+    pack_scales(ADDRESS(0), ADDRESS(1), INT(2), INT(3));
     Py_RETURN_NONE;
 }
 
@@ -371,6 +409,12 @@ static PyObject *py_supported(PyObject *Py_UNUSED(self), PyObject *Py_UNUSED(unu
     return names;
 }
 
+/* Whether the chosen instruction set has int4 kernels. */
+static PyObject *py_has_int4(PyObject *Py_UNUSED(self), PyObject *Py_UNUSED(unused))
+{
+    return PyBool_FromLong(isa->int4_linear != NULL);
+}
+
 static PyObject *py_select(PyObject *Py_UNUSED(self), PyObject *name)
 {
     PyObject *bytes = PyUnicode_AsUTF8String(name);
@@ -391,6 +435,9 @@ static PyObject *py_select(PyObject *Py_UNUSED(self), PyObject *name)
 static PyMethodDef methods[] = {
     FAST("int8_linear", py_int8_linear),
     FAST("float_linear", py_float_linear),
+    FAST("int4_linear", py_int4_linear),
+    FAST("hadamard", py_hadamard),
+    FAST("pack_scales", py_pack_scales),
     FAST("embed", py_embed),
     FAST("round_bf16", py_round_bf16),
     FAST("quantize", py_quantize),
@@ -408,6 +455,7 @@ static PyMethodDef methods[] = {
     FAST("record", py_record),
     {"recorded", py_recorded, METH_NOARGS, NULL},
     {"use_openmp", py_use_openmp, METH_O, NULL},
+    {"has_int4", py_has_int4, METH_NOARGS, NULL},
     {"supported", py_supported, METH_NOARGS, NULL},
     {"select", py_select, METH_O, NULL},
     {NULL, NULL, 0, NULL},

@@ -17,9 +17,9 @@ INLINE vf divide(vf x, vf scale, vf reciprocal)
 #endif
 }
 
-/* scale = max(max|x| / 127, smallest normal float), q = x / scale rounded half to even: the true division, so that
+/* scale = max(max|x| / limit, smallest normal float), q = x / scale rounded half to even: the true division, so that
  * it is bit for bit what plain PyTorch computes. A NaN in the row makes its scale NaN. */
-INLINE float quantize_row(const float *x, int8_t *q, int64_t n)
+INLINE float quantize_row(const float *x, int8_t *q, int64_t n, float limit)
 {
     /* Without their sign bit floats order as integers do, NaN above infinity. */
     vi top = {0}, no_sign = splat_int(0x7fffffff);
@@ -33,7 +33,7 @@ INLINE float quantize_row(const float *x, int8_t *q, int64_t n)
         bits = top[lane] > bits ? top[lane] : bits;
     float absmax;
     memcpy(&absmax, &bits, 4);
-    float scale = absmax / 127.0f;
+    float scale = absmax / limit;
     scale = scale < FLT_MIN ? FLT_MIN : scale;
     vf scales = splat(scale), reciprocal = splat(1.0f / scale);
     for (i = 0; i + VL <= n; i += VL)
@@ -103,7 +103,47 @@ static void quantize(void *data, int thread, int threads)
     int64_t from, to;
     share(a->m, thread, threads, &from, &to);
     for (int64_t row = from; row < to; row++)
-        a->scale[row] = quantize_row(a->x + row * a->k, a->q + row * a->k, a->k);
+        a->scale[row] = quantize_row(a->x + row * a->k, a->q + row * a->k, a->k, (float)a->limit);
+}
+
+/* Sylvester's matrix without multiplying by it: sums and differences at distance 1, 2, 4 ... (fast Walsh-Hadamard). */
+static void hadamard(void *data, int thread, int threads)
+{
+    const struct hadamard_args *a = data;
+    const float factor = 1.0f / sqrtf((float)a->block);
+    int64_t from, to;
+    share(a->m, thread, threads, &from, &to);
+    for (int64_t at = from * a->k; at < to * a->k; at += a->block) {
+        const float *x = a->x + at;
+        float *y = a->y + at;
+        int64_t distance = 1;
+#if ISA_AVX512
+        if (a->block % 16 == 0) {
+            __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+            for (int64_t i = 0; i < a->block; i += 16) {
+                __m512 v = _mm512_loadu_ps(x + i);
+                UNROLL for (int d = 1; d < 16; d *= 2) {
+                    __m512i bit = _mm512_set1_epi32(d);
+                    __m512 other = _mm512_permutexvar_ps(_mm512_xor_si512(lane, bit), v);
+                    __mmask16 second = _mm512_test_epi32_mask(lane, bit);
+                    v = _mm512_mask_sub_ps(_mm512_add_ps(v, other), second, other, v);
+                }
+                _mm512_storeu_ps(y + i, v);
+            }
+            x = y;
+            distance = 16;
+        }
+#endif
+        for (; distance < a->block; distance *= 2, x = y)
+            for (int64_t i = 0; i < a->block; i += 2 * distance)
+                for (int64_t j = i; j < i + distance; j++) {
+                    float first = x[j], second = x[j + distance];
+                    y[j] = first + second;
+                    y[j + distance] = first - second;
+                }
+        for (int64_t i = 0; i < a->block; i++)
+            y[i] = x[i] * factor;
+    }
 }
 
 INLINE float inverse_rms(const float *x, int64_t n, float eps)
@@ -140,7 +180,7 @@ static void norm(void *data, int thread, int threads)
         for (int64_t i = 0; i < k; i += VL)
             store_up_to(y + i, load_up_to(x + i, k - i) * inverse * load_up_to(a->weight + i, k - i), k - i);
         if (a->q)
-            a->scale[row] = quantize_row(y, a->q + row * k, k);
+            a->scale[row] = quantize_row(y, a->q + row * k, k, 127.0f);
     }
 }
 
@@ -158,7 +198,7 @@ static void swiglu(void *data, int thread, int threads)
             store_up_to(y + i, silu * load_up_to(up + i, k - i), k - i);
         }
         if (a->q)
-            a->scale[row] = quantize_row(y, a->q + row * k, k);
+            a->scale[row] = quantize_row(y, a->q + row * k, k, 127.0f);
     }
 }
 
