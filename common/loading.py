@@ -15,7 +15,7 @@ from common.quantization import quantize_int4, quantize_w8a8
 from common.quantization.calibration import read_texts
 from common.quantization.fidelity import Fidelity, FidelityProbe
 from common.quantization.int4 import W4A4Linear, W4A16Linear
-from common.quantization.linear import FullLinear
+from common.quantization.linear import FullLinear, W8A8Linear
 
 _INT4 = {"w4a16": W4A16Linear, "w4a4": W4A4Linear}
 PRECISIONS = ("full", "w8a8", *_INT4)
@@ -72,14 +72,12 @@ def quantize(
 
     prompts are texts to calibrate on, heldout texts to measure on (None: built-in ones); alpha is SmoothQuant's
     migration strength, None searches it per layer; int4 uses neither prompts nor alpha. lm_head "w8a8" makes that
-    layer int8 too (with precision "w8a8" only). keep_full keeps the full-precision decoder in `model.full`. Raises
+    layer int8 too. keep_full keeps the full-precision decoder in `model.full`. Raises
     QuasarError if the result is garbage, unless force.
     Returns None for a model without a tokenizer, which has no text to be measured on.
     """
     if lm_head not in LM_HEADS:
         raise QuasarError(f"--lm-head {lm_head} is unknown; use one of {', '.join(LM_HEADS)}")
-    if lm_head == "w8a8" and precision != "w8a8":
-        raise QuasarError(f"--lm-head w8a8 goes with --precision w8a8, not {precision}")
     check_alpha(alpha)
     decoder = model.decoder
     if not all(isinstance(linear, FullLinear) and linear.packed is None for linear in decoder.linears()):
@@ -132,7 +130,9 @@ def _convert(
     if precision in _INT4:
         quantize_int4(decoder, _INT4[precision], progress)
     else:
-        quantize_w8a8(decoder, calibration, alpha, progress, lm_head=lm_head == "w8a8")
+        quantize_w8a8(decoder, calibration, alpha, progress)
+    if lm_head == "w8a8":  # not smoothed; a tied embedding keeps its own full-precision weight
+        decoder.lm_head = W8A8Linear.from_full(decoder.lm_head)
 
 
 def texts_or_default(path: str | None) -> list[str] | None:

@@ -26,7 +26,7 @@ def measure(name: str, precision: str, lm_head: str, tokens: int) -> None:
     model = load(name, device="cpu", precision="auto" if precision == "auto" else "full")
     stages.append(("load", peak_mib()))
     if precision not in ("auto", "full"):
-        quantize(model, precision=precision, lm_head=lm_head if precision == "w8a8" else "full")
+        quantize(model, precision=precision, lm_head=lm_head)
         stages.append(("quantise", peak_mib()))
     prompt = [i % model.config.vocab_size for i in range(128)]
     generate(model, prompt, max_new_tokens=tokens, ignore_eos=True).result()

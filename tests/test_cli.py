@@ -132,7 +132,7 @@ def test_compare_as_json(run):
         (("generate", "--prompt-ids", "999999", "--precision", "full"), "token id 999999 is outside the vocabulary"),
         (("generate", "--prompt-file", "/no/file", "--precision", "full"), "--prompt-file /no/file: cannot be read"),
         (("generate", "x", "--frobnicate"), "unrecognized arguments: --frobnicate"),
-        (("generate", "x", "--precision", "full", "--lm-head", "w8a8"), "--lm-head w8a8 goes with --precision w8a8"),
+        (("generate", "x", "--precision", "full", "--lm-head", "w8a8"), "--lm-head w8a8 goes with a quantised"),
         (("generate", "x", "--dummy", "gpt-9"), "invalid choice: 'gpt-9'"),
         (("compare", "x", "--model", "nope"), "--model nope: no such folder; shipped models are"),
         ((), "arguments are required: COMMAND"),

@@ -66,7 +66,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--lm-head",
         choices=LM_HEADS,
         default="full",
-        help="of a w8a8 model: int8 reads half the bytes of its largest layer (default: %(default)s)",
+        help="of a quantised model: int8 reads half the bytes of its largest layer (default: %(default)s)",
     )
     group.add_argument("--force", action="store_true", help="go on with a quantised model that measures as garbage")
     parser.add_argument("-v", "--verbose", action="count", default=0, help="log more; twice for debugging")
@@ -172,7 +172,7 @@ def load_model(args: argparse.Namespace, precision: str, lossless: bool = False)
             model,
             calibration,
             precision=precision,
-            lm_head=args.lm_head if precision == "w8a8" else "full",
+            lm_head=args.lm_head,
             keep_full=lossless,
             heldout=heldout,
             alpha=alpha,

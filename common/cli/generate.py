@@ -37,8 +37,8 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     settings = flags.settings_of(args, args.draft, args.lossless)
-    if args.lm_head != "full" and args.precision != "w8a8":
-        raise QuasarError(f"--lm-head {args.lm_head} goes with --precision w8a8, not {args.precision}")
+    if args.lm_head != "full" and args.precision == "full":
+        raise QuasarError(f"--lm-head {args.lm_head} goes with a quantised --precision, not with full")
     model = flags.load_model(args, args.precision, args.lossless)
     ids = flags.prompt_ids(args, model)
     generation = generate(model, ids, settings)

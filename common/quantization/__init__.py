@@ -27,19 +27,16 @@ def quantize_w8a8(
     sequences: Sequence[Sequence[int]],
     alpha: float | None = 0.5,
     progress: bool = False,
-    lm_head: bool = False,
 ) -> None:
     """Turns an unpacked full-precision decoder into W8A8 in place: SmoothQuant, then int8, layer by layer.
 
-    sequences are token ids to calibrate on; alpha None searches for the best per layer. Embedding and norms stay in
-    full precision, and so does lm_head unless it is asked for; it is not smoothed.
+    sequences are token ids to calibrate on; alpha None searches for the best per layer. lm_head, embedding and norms
+    stay in full precision.
     """
     stats = collect(decoder, sequences, SEARCH_ROWS if alpha is None else 0, progress)
     for layer in tqdm(decoder.layers, desc="quantising", unit="layer", disable=not progress, leave=False):
         quantize_layer(layer, stats[layer.index], alpha, decoder.config.dtype)
         stats[layer.index].clear()
-    if lm_head:  # a tied embedding keeps its own full-precision weight
-        decoder.lm_head = W8A8Linear.from_full(decoder.lm_head)
 
 
 def quantize_layer(
