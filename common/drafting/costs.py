@@ -6,13 +6,12 @@ import time
 from bisect import bisect_left
 from weakref import WeakKeyDictionary
 
-import torch
-
 from common.models.decoder import Decoder
 
 SIZES = (1, 2, 4, 8, 16)  # windows that are timed; between them costs are interpolated
 _CONTEXT = 16  # positions before the window
 _SECONDS, _ROUNDS = 0.06, 50  # spent on each size, whichever comes first, unless one pass takes longer
+_WARM_UP = 2  # passes of each size: the first pays for allocations and compilation, the second for capturing a graph
 _LEAST_ROW = 0.02  # of a pass, by which each further row counts at least: a flat measurement is noise, and would keep
 # a window open for drafts that are never right
 _measured: WeakKeyDictionary[Decoder, PassCosts] = WeakKeyDictionary()
@@ -48,15 +47,15 @@ def _measure(decoder: Decoder) -> PassCosts:
     backend = decoder.backend
     cache = decoder.new_cache(_CONTEXT + SIZES[-1])
     decoder.prefill([0] * _CONTEXT, cache, keep=0)
+    window_pass = backend.window_pass(decoder, cache)
 
     def timed(size: int) -> float:
-        window = torch.zeros(size, dtype=torch.long, device=backend.device)
         backend.synchronize()
         clock = time.perf_counter()
-        decoder(window, cache, keep=size).argmax(dim=-1).tolist()
+        window_pass([0] * size, size).argmax(dim=-1).tolist()
         return time.perf_counter() - clock
 
-    for size in SIZES:  # first passes pay for allocations, and on some devices for compilation
+    for size in SIZES * _WARM_UP:
         timed(size)
     rounds: list[list[float]] = []
     spent = 0.0

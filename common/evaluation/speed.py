@@ -120,9 +120,7 @@ def time_steps(
     probe = BandwidthProbe(backend)
     seconds: dict[tuple[str, int], list[float]] = {(name, m): [] for m in rows for name in steps}
     bandwidths: dict[int, list[float]] = {m: [] for m in rows}
-    windows = {
-        m: torch.randint(0, vocab, (m,), generator=torch.Generator().manual_seed(m)) for m in rows
-    }
+    windows = {m: torch.randint(0, vocab, (m,), generator=torch.Generator().manual_seed(m)) for m in rows}
     for round_ in range(_WARM_UP + repeats):
         for m in rows:
             bandwidth = probe()
