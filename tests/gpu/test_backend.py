@@ -31,7 +31,7 @@ def test_the_card_sees_only_sizes_it_takes(monkeypatch):
 
 @needs_no_card
 def test_no_card_is_one_line():
-    with pytest.raises(QuasarError, match="--device cuda:1: .*; .*use --device cpu"):
+    with pytest.raises(QuasarError, match=r"--device cuda:1: .*; .*use --device cpu"):
         get_backend("cuda:1")
 
 

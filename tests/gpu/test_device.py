@@ -13,9 +13,9 @@ from common.memory import out_of_memory_in_one_line
 from quasar_gpu.device import open_cuda, require_free
 
 OUT_OF_MEMORY = (
-    "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.11 GiB of which 1.50 GiB is free. "
-    "Including non-PyTorch memory, this process has 77.60 GiB memory in use. Of the allocated memory 70.00 GiB is "
-    "allocated by PyTorch, and 1.00 GiB is reserved by PyTorch but unallocated."
+    "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.11 GiB of which 1.50 GiB is "
+    "free. Including non-PyTorch memory, this process has 77.60 GiB memory in use. Of the allocated memory 70.00 GiB "
+    "is allocated by PyTorch, and 1.00 GiB is reserved by PyTorch but unallocated."
 )
 
 
@@ -57,7 +57,7 @@ def test_what_cannot_be_opened_is_one_line(cards, device, message):
 
 def test_without_a_card_the_line_says_so(cards, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(QuasarError, match="no CUDA device here .*; use --device cpu"):
+    with pytest.raises(QuasarError, match=r"no CUDA device here .*; use --device cpu"):
         get_backend("cuda")
 
 
@@ -105,9 +105,7 @@ def test_a_model_asks_for_its_weights_before_it_reads_them(monkeypatch, model, l
 
 
 def test_running_out_of_memory_is_one_line():
-    expected = (
-        r"the device is out of memory: 20\.00 MiB more were needed, 1\.50 GiB of 79\.11 GiB were free; [^\n]*$"
-    )
+    expected = r"the device is out of memory: 20\.00 MiB more were needed, 1\.50 GiB of 79\.11 GiB were free; [^\n]*$"
     with pytest.raises(QuasarError, match=expected), out_of_memory_in_one_line():
         raise torch.OutOfMemoryError(OUT_OF_MEMORY)
     with pytest.raises(QuasarError, match="more was needed; end what else"), out_of_memory_in_one_line():
