@@ -1,0 +1,151 @@
+"""Kernels that handle a row in one program: embedding, residual-add + RMSNorm, SwiGLU, each with quantisation.
+
+A window has few rows, so these are bound by latency, not by bytes (Qwen3-8B: 8 KB a row): one program reads its row
+once, keeps it in registers and writes what the next matmul wants.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quasar_gpu.kernels.launch import await_inputs, int8_scale, jit, launch, round_to_int8
+
+_EMBED_BLOCK = 1024
+
+
+def embed(table: Tensor, ids: Tensor, out: Tensor) -> None:
+    """Rows `ids` (int64 [rows], on the device) of `table` [vocab, hidden] -> out [rows, hidden], in out's type."""
+    rows, hidden = out.shape
+    grid = (rows, triton.cdiv(hidden, _EMBED_BLOCK))
+    launch(_embed, grid, table, ids, out, hidden, warps=4, BLOCK=_EMBED_BLOCK)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, total: Tensor, out: Tensor) -> None:
+    """total = x + residual; out = RMSNorm(total) * weight; all [rows, hidden], weight [hidden].
+
+    `total` may be `residual` itself. Without a residual, x is normalised and `total` is left alone. As in the reference the
+    sum is rounded to its type before it is normalised in float32; the mean's order of summation differs, so a value may
+    differ in its last place.
+    """
+    _launch_norm(x, residual, weight, eps, total, out, out)
+
+
+def add_rms_norm_quantize(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, total: Tensor, values: Tensor, scale: Tensor
+) -> None:
+    """add_rms_norm, then quantize: values int8 [rows, hidden], scale float32 [rows].
+
+    The normed row is rounded to x's type before it is quantised, which only keeps the reference's numbers.
+    """
+    _launch_norm(x, residual, weight, eps, total, values, scale)
+
+
+def swiglu(gate_up: Tensor, out: Tensor) -> None:
+    """gate_up [rows, 2 * inter], gate first -> out [rows, inter] = silu(gate) * up.
+
+    silu is computed in float32 and rounded to gate_up's type, as in the reference; its exponential is the card's,
+    within 2 units in the last place of float32.
+    """
+    _launch_rows(_swiglu, gate_up, out, out)
+
+
+def swiglu_quantize(gate_up: Tensor, values: Tensor, scale: Tensor) -> None:
+    """swiglu, then quantize: values int8 [rows, inter], scale float32 [rows]."""
+    _launch_rows(_swiglu, gate_up, values, scale)
+
+
+def quantize(x: Tensor, values: Tensor, scale: Tensor) -> None:
+    """x [rows, n] -> values int8 [rows, n], scale float32 [rows]: max|row| / 127, 1 for zeros; rounds half to even.
+
+    Bit for bit the reference's.
+    """
+    _launch_rows(_quantize, x, values, scale)
+
+
+def _warps(block: int) -> int:
+    """16 elements a thread, in 4 to 16 warps: short chains of loads without spilling."""
+    return min(max(block // 512, 4), 16)
+
+
+def _launch_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, total: Tensor, out: Tensor, scale: Tensor
+) -> None:
+    rows, hidden = x.shape
+    block = triton.next_power_of_2(hidden)
+    launch(
+        _add_rms_norm,
+        (rows,),
+        *(x, x if residual is None else residual, weight, eps, total, out, scale, hidden),
+        warps=_warps(block),
+        ADD=residual is not None,
+        QUANTIZE=out is not scale,
+        BLOCK=block,
+    )
+
+
+def _launch_rows(kernel: triton.JITFunction, x: Tensor, out: Tensor, scale: Tensor) -> None:
+    rows, size = out.shape
+    block = triton.next_power_of_2(size)
+    launch(kernel, (rows,), x, out, scale, size, warps=_warps(block), QUANTIZE=out is not scale, BLOCK=block)
+
+
+@jit()
+def _embed(table, ids, out, hidden, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
+    row, column = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    await_inputs(DEPENDENT)
+    source = tl.load(ids + row) * hidden
+    x = tl.load(table + source + column, mask=column < hidden)
+    tl.store(out + row * hidden + column, x.to(tl.float32).to(out.dtype.element_ty), mask=column < hidden)
+
+
+@jit(varying=("eps",))
+def _add_rms_norm(
+    x, residual, weight, eps, total, out, scale, hidden,
+    ADD: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    row, column = tl.program_id(0), tl.arange(0, BLOCK)
+    here, inside = row * hidden + column, column < hidden
+    dtype = x.dtype.element_ty
+    await_inputs(DEPENDENT)
+    y = tl.load(x + here, mask=inside, other=0).to(tl.float32)
+    gain = tl.load(weight + column, mask=inside, other=0).to(tl.float32)
+    if ADD:
+        y += tl.load(residual + here, mask=inside, other=0).to(tl.float32)
+        y = y.to(dtype).to(tl.float32)
+        tl.store(total + here, y.to(dtype), mask=inside)
+    mean = tl.div_rn(tl.sum(y * y, axis=0), hidden.to(tl.float32))
+    y = (y * tl.div_rn(1.0, tl.sqrt_rn(mean + eps)) * gain).to(dtype)
+    _store_row(y, out, scale, row, here, inside, QUANTIZE)
+
+
+@jit()
+def _swiglu(gate_up, out, scale, inter, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
+    row, column = tl.program_id(0), tl.arange(0, BLOCK)
+    inside = column < inter
+    dtype = gate_up.dtype.element_ty
+    await_inputs(DEPENDENT)
+    gate = tl.load(gate_up + row * 2 * inter + column, mask=inside, other=0).to(tl.float32)
+    up = tl.load(gate_up + (row * 2 + 1) * inter + column, mask=inside, other=0).to(tl.float32)
+    silu = tl.div_rn(gate, 1.0 + tl.exp(-gate)).to(dtype).to(tl.float32)
+    _store_row((silu * up).to(dtype), out, scale, row, row * inter + column, inside, QUANTIZE)
+
+
+@jit()
+def _quantize(x, out, scale, size, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
+    row, column = tl.program_id(0), tl.arange(0, BLOCK)
+    here, inside = row * size + column, column < size
+    await_inputs(DEPENDENT)
+    _store_row(tl.load(x + here, mask=inside, other=0), out, scale, row, here, inside, QUANTIZE)
+
+
+@triton.jit
+def _store_row(y, out, scale, row, here, inside, QUANTIZE: tl.constexpr):
+    if QUANTIZE:
+        y = y.to(tl.float32)
+        row_scale = int8_scale(tl.max(tl.abs(y), axis=0))
+        tl.store(out + here, round_to_int8(tl.div_rn(y, row_scale)), mask=inside)
+        tl.store(scale + row, row_scale)
+    else:
+        tl.store(out + here, y, mask=inside)
