@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # tests/gpu run in Triton's interpreter then. It is chosen when triton is imported, which transformers may do.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from common import Model, load
@@ -19,28 +25,25 @@ torch.set_num_threads(1)
 FAMILIES = ("qwen3", "openpangu")
 TINY = {"qwen3": "tiny-qwen3", "openpangu": "tiny-openpangu"}
 # Sizes that no kernel likes: odd vocabulary, few heads, head_dim * heads != hidden for Qwen3.
-_SIZES = {"vocab_size": 151, "num_hidden_layers": 3, "max_position_embeddings": 1200, "intermediate_size": 96}
+_SIZES = {
+    "vocab_size": 151,
+    "num_hidden_layers": 3,
+    "max_position_embeddings": 1200,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_key_value_heads": 2,
+}
 
 
 def random_transformer(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **sizes: int) -> PreTrainedModel:
     """A small random model of transformers' own: the oracle. OpenPangu is Llama with biases on q, k, v and o."""
     torch.manual_seed(seed)
-    sizes = _SIZES | sizes
     if family == "qwen3":
-        config = Qwen3Config(
-            hidden_size=64, num_attention_heads=6, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True, **sizes
-        )
-        model = Qwen3ForCausalLM(config)
+        sizes = _SIZES | {"num_attention_heads": 6, "head_dim": 16} | sizes
+        model = Qwen3ForCausalLM(Qwen3Config(tie_word_embeddings=True, **sizes))
     else:
-        config = LlamaConfig(
-            hidden_size=64,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            attention_bias=True,
-            tie_word_embeddings=False,
-            rope_theta=1.6e7,
-            **sizes,
-        )
+        sizes = _SIZES | {"num_attention_heads": 4} | sizes
+        config = LlamaConfig(attention_bias=True, tie_word_embeddings=False, rope_theta=1.6e7, **sizes)
         model = LlamaForCausalLM(config)
     for name, parameter in model.named_parameters():  # initial norms of 1 and biases of 0 would hide mistakes
         if "norm" in name or name.endswith("bias"):

@@ -45,8 +45,10 @@ def recorded_launches() -> Iterator[list[Launch]]:
     original = InterpretedFunction.run
 
     def run(self: InterpretedFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        launches.append(Launch(self, grid, args, options))
         with _disable_current_modes():
+            # Other tensors of the same memory, as a graph keeps addresses: Buffers see who refers to theirs.
+            kept = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
+            launches.append(Launch(self, grid, kept, options))
             return original(self, *args, grid=grid, warmup=warmup, **options)
 
     InterpretedFunction.run = run
