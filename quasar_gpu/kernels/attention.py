@@ -65,8 +65,8 @@ def window_attention(
     """Causal attention: row i sees positions 0 .. start[0] + i.
 
     q [rows, heads, head_dim]; k_cache, v_cache [kv_heads, capacity, head_dim], the window's own rows appended already;
-    start int64 [1] on the device; out [rows, heads * head_dim]; partials float32, see attention_partials_shape; reach: at
-    least start[0] + rows, fixes the grid (programs beyond the window's end leave at once) and changes no result.
+    start int64 [1] on the device; out [rows, heads * head_dim]; partials float32, see attention_partials_shape; reach:
+    at least start[0] + rows, fixes the grid (programs beyond the window's end leave at once) and changes no result.
     Scores, softmax and sums are float32 (the reference rounds 16-bit scores), weights are rounded to the
     cache's type before they meet the values. Raises QuasarError for more than 16 rows.
     """
@@ -121,7 +121,7 @@ def _attend(
         GROUP=padded,
         WIDTH=max(triton.next_power_of_2(head_dim), 16),
         SPLIT=SPLIT,
-        BLOCK=32 if narrow else 64,
+        BLOCK=16 if narrow else 64,
     )
 
 
@@ -242,7 +242,7 @@ def _combine_splits(
     QUANTIZE: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr, UNROLLED: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """Row and block of heads: splits weighted by their peaks, one after the other; `reserved` splits in the workspace."""
+    """A row's block of heads: splits weighted by their peaks, in order; the workspace holds `reserved` of them."""
     row = tl.program_id(0)
     head, column = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, WIDTH)
     real = head < heads

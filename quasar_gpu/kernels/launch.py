@@ -52,9 +52,7 @@ def jit(*, varying: tuple[str, ...] = ()) -> Callable[[Callable], Any]:
 def check_window(rows: int) -> None:
     """Raises QuasarError where a window is longer than the kernels' tile."""
     if not 1 <= rows <= WINDOW:
-        raise QuasarError(
-            f"--gamma: a window of {rows} tokens; the CUDA kernels take 1 to {WINDOW}, so --gamma 1 to 15"
-        )
+        raise QuasarError(f"--gamma {rows - 1}: CUDA kernels take windows of 1 to {WINDOW} tokens; use --gamma 1 to 15")
 
 
 @triton.jit

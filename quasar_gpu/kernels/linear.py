@@ -1,10 +1,10 @@
 """Matmuls of at most 16 rows, bound by reading the weights once: int8 with the rescale fused, 16-bit and float32.
 
-The weights are the tensor core instruction's first operand and the window, padded to 16 rows, its second: of
-the three sizes it is the second that may be small. A program owns a block of outputs and walks the whole inner
-dimension through a ring of asynchronously filled blocks in shared memory; the card needs some 40 KB under way on each of
-its processors to keep the memory busy (3 TB/s times nearly 1 us of latency). Weights are read past the cache's favour
-(evict_first), since nothing is read twice in a pass; the rows, the residual stream and the KV cache stay.
+The weights are the first operand of the tensor cores' instruction and the window, padded to 16 rows, the second,
+which may be that small. A program owns a block of outputs and walks the whole inner dimension through a ring of
+asynchronously filled blocks in shared memory; a card needs some 20 to 40 KB under way on each processor to keep its
+memory busy (3 TB/s times 1 us of latency over 132 of them). Weights are the first that L2 may forget (evict_first),
+since a pass reads none twice.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from common.errors import QuasarError
 from quasar_gpu.kernels.launch import WINDOW, await_inputs, check_window, jit, launch
 
 

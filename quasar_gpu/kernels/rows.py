@@ -25,9 +25,9 @@ def embed(table: Tensor, ids: Tensor, out: Tensor) -> None:
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, total: Tensor, out: Tensor) -> None:
     """total = x + residual; out = RMSNorm(total) * weight; all [rows, hidden], weight [hidden].
 
-    `total` may be `residual` itself. Without a residual, x is normalised and `total` is left alone. As in the reference the
-    sum is rounded to its type before it is normalised in float32; the mean's order of summation differs, so a value may
-    differ in its last place.
+    `total` may be `residual` itself. Without a residual, x is normalised and `total` is left alone. As in the reference
+    the sum is rounded to its type before it is normalised in float32; the mean is summed in another order, so a value
+    may differ in its last place.
     """
     _launch_norm(x, residual, weight, eps, total, out, out)
 
