@@ -52,8 +52,8 @@ class CudaBackend(Backend):
         self.graphs = self.graphs and device.type == "cuda"
         self._out_dtype = dtype  # of linear layers; float32 within `logits`
         self._buffers, self._pool = Buffers(device), CachePool(dtype, device)
-        if device.type == "cuda":
-            use_dependent_launch(torch.cuda.get_device_capability(device) >= _DEPENDENT_LAUNCH)
+        on_card = device.type == "cuda"
+        self.dependent_launch = on_card and torch.cuda.get_device_capability(device) >= _DEPENDENT_LAUNCH
 
     def _new(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """For a result with shape[0] rows."""
@@ -147,8 +147,10 @@ class CudaBackend(Backend):
     def rope_rows(
         self, cos: Tensor, sin: Tensor, specs: Sequence[AttentionSpec], cache: KVCache, tokens: int
     ) -> Iterable[tuple[Tensor, Tensor]]:
+        # Every pass begins here. Triton launches on the current card, and there may be several, of several kinds.
         if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)  # Triton launches on the current card; every pass begins here
+            torch.cuda.set_device(self.device)
+        use_dependent_launch(self.dependent_launch)
         return [(cos, sin)] * len(specs)  # whole: the kernel looks its positions up
 
     def append_rotated(

@@ -129,7 +129,6 @@ def step(report: Report) -> None:
 
     from common import load
     from common.evaluation import peers, speed
-    from quasar_gpu.kernels.launch import use_dependent_launch
 
     steps = {}
     for precision in ("full", "w8a8"):
@@ -142,10 +141,10 @@ def step(report: Report) -> None:
     steps["w8a8, no graphs"] = speed.decoder_step(model.decoder, 128, max(ROWS))
     backend.graphs = True
     time_table(report, steps, ROWS, config.vocab_size, backend)
-    use_dependent_launch(False)
+    backend.dependent_launch = False
     steps = {"w8a8, no dependent launch": speed.decoder_step(model.decoder, 128, max(ROWS))}
     time_table(report, steps, [1, 6, 16], config.vocab_size, backend)
-    use_dependent_launch(torch.cuda.get_device_capability() >= (9, 0))
+    backend.dependent_launch = torch.cuda.get_device_capability() >= (9, 0)
     steps = {"w8a8, 4000 tokens of context": speed.decoder_step(model.decoder, 4000, max(ROWS))}
     time_table(report, steps, [1, 6, 16], config.vocab_size, backend)
     steps = peers.peer_steps("transformers", config, None, 128, max(ROWS), backend.device)
