@@ -17,6 +17,7 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from common.errors import QuasarError
 
@@ -32,7 +33,12 @@ def use_dependent_launch(on: bool) -> None:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int, stages: int = 1, **constants: Any) -> None:
-    """Runs `kernel`. Contraction is off, so sums and products round where the reference rounds them."""
+    """Runs `kernel`. Contraction is off, so sums and products round where the reference rounds them.
+
+    Raises ValueError where a tensor is not contiguous: the kernels count addresses from shapes.
+    """
+    if not all(tensor.is_contiguous() for tensor in args if isinstance(tensor, Tensor)):
+        raise ValueError(f"{kernel.fn.__name__}: every tensor has to be contiguous")
     kernel[grid](
         *args,
         **constants,

@@ -74,7 +74,8 @@ def int8_linear(
 
     values int8 [rows, in], scale float32 [rows], weight int8 [out, in], weight_scale and bias float32 [out], out
     [rows, out] of bfloat16, float16 or float32. Bit for bit the reference's: the sums are exact, the rest is float32
-    in the same order, rounded once. Reads in * out bytes. Raises QuasarError for more than 16 rows.
+    in the same order, rounded once. (int32 holds any sum up to in = 131071.) Reads in * out bytes. Raises QuasarError
+    for more than 16 rows.
     """
     _launch(_int8_linear, values, weight, (scale, weight_scale), bias, out, config)
 

@@ -73,7 +73,6 @@ def found(kernel) -> dict:
         "spilled": numbers["STACK"] + numbers["LOCAL"],
         "tensor_core": sorted(set(re.findall(r"(?:wgmma\.mma_async|mma)\.sync[\w.]*|tcgen05\.mma[\w.:]*", ptx))),
         "copies": sorted(set(re.findall(r"cp\.async\.c[ag]\.shared.*?(0x\w+)", ptx))),
-        "evict_first": "evict_first" in ptx,
         "loads": sorted(set(re.findall(r"ld\.global[\w.:]*", ptx))),
         "dependent": "griddepcontrol.wait" in ptx and "griddepcontrol.launch_dependents" in ptx,
         "prefetches": "prefetch.global.L2" in ptx,

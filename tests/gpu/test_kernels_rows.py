@@ -120,3 +120,9 @@ def test_a_row_does_not_depend_on_its_window(kernel_device, dtype):
     for i in range(5):
         for one, among in zip(run(slice(i, i + 1)), window, strict=True):
             assert torch.equal(one[0], among[i])
+
+
+def test_scattered_tensors_are_refused(kernel_device):
+    x = torch.zeros(6, 4, device=kernel_device).t()
+    with pytest.raises(ValueError, match="_quantize: every tensor has to be contiguous"):
+        rows.quantize(x, *quantized_like(x.contiguous()))
