@@ -13,6 +13,7 @@ from common.drafting.base import Drafter
 from common.drafting.costs import pass_costs
 from common.drafting.window import AdaptiveWindow, FixedWindow, Window
 from common.errors import QuasarError
+from common.memory import out_of_memory_in_one_line
 from common.models.decoder import Decoder
 from common.models.model import Model
 from common.speculation import Speculator
@@ -122,6 +123,10 @@ class Generation:
         return self._result
 
     def _run(self) -> Iterator[str]:
+        with out_of_memory_in_one_line():
+            yield from self._text()
+
+    def _text(self) -> Iterator[str]:
         model, settings, result = self._model, self.settings, self._result
         stops = frozenset() if settings.ignore_eos else model.stop_ids
         stream = TextStream(model.decode, settings.stop)

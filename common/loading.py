@@ -8,6 +8,7 @@ from os import PathLike, fspath
 from pathlib import Path
 
 from common.errors import QuasarError
+from common.memory import out_of_memory_in_one_line
 from common.models.decoder import Decoder
 from common.models.model import ASSETS, DEFAULT_MODEL, LoadOptions, Model, load_checkpoint
 from common.models.sharing import unpacked_copy
@@ -27,6 +28,7 @@ CALIBRATION_TOKENS = 512  # of each prompt
 log = logging.getLogger(__name__)
 
 
+@out_of_memory_in_one_line()
 def load(
     model: str | PathLike[str] = DEFAULT_MODEL,
     *,
@@ -56,6 +58,7 @@ def load(
     return loaded
 
 
+@out_of_memory_in_one_line()
 def quantize(
     model: Model,
     prompts: Sequence[str] | None = None,

@@ -30,9 +30,9 @@ def get_backend(device: str = "auto", dtype: torch.dtype | None = None) -> Backe
     if kind in ("cpu", "reference"):
         return ReferenceBackend("cpu", dtype or torch.float32)
     if kind == "cuda":
-        from quasar_gpu.backend import CudaBackend
+        from quasar_gpu import cuda_backend
 
-        return CudaBackend(device, dtype or torch.bfloat16)
+        return cuda_backend(device, dtype)
     if kind == "npu":
         from quasar_npu.backend import npu_backend
 

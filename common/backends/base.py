@@ -227,7 +227,19 @@ class Backend(ABC):
 
         return run
 
+    def logits(self, lm_head: Callable[[Any], Tensor], x: Tensor | Quantized) -> Tensor:
+        """`lm_head` of x [tokens, hidden] -> float32 [tokens, vocab] (float64 for float64).
+
+        A device whose matmul accumulates in float32 may leave out the rounding to `dtype` in between.
+        """
+        logits = lm_head(x)
+        return logits if logits.dtype == torch.float64 else logits.float()
+
     # The device itself.
+
+    def require_memory(self, nbytes: int, what: str) -> None:
+        """Raises QuasarError unless `nbytes` are free for `what`; called before they are used, where that is known."""
+        return
 
     def new_cache(self, layers: int, kv_heads: int, capacity: int, head_dim: int) -> KVCache:
         """An empty cache on this device."""

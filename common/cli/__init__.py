@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from common.errors import QuasarError
+from common.memory import out_of_memory_in_one_line
 
 _EPILOG = """examples:
   quasar generate "def main():"                              the shipped model, W8A8, n-gram drafts
@@ -54,7 +55,8 @@ def main(argv: Sequence[str] | None = None, default_device: str | None = None) -
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(getattr(args, "verbose", 0), 2)]
     logging.basicConfig(format="%(levelname)s: %(message)s", level=level)
     try:
-        args.run(args)
+        with out_of_memory_in_one_line():
+            args.run(args)
         sys.stdout.flush()
     except QuasarError as error:
         print(f"quasar {args.command}: {error}", file=sys.stderr)

@@ -11,6 +11,7 @@ from common.models.decoder import Decoder
 SIZES = (1, 2, 4, 8, 16)  # windows that are timed; between them costs are interpolated
 _CONTEXT = 16  # positions before the window
 _SECONDS, _ROUNDS = 0.06, 50  # spent on each size, whichever comes first, unless one pass takes longer
+_WARM_UP = 2  # passes of each size: the first pays for allocations and compilation, the second for capturing a graph
 _LEAST_ROW = 0.02  # of a pass, by which each further row counts at least: a flat measurement is noise, and would keep
 # a window open for drafts that are never right
 _measured: WeakKeyDictionary[Decoder, PassCosts] = WeakKeyDictionary()
@@ -54,7 +55,7 @@ def _measure(decoder: Decoder) -> PassCosts:
         backend.argmax(window_pass([0] * size, size)).tolist()
         return time.perf_counter() - clock
 
-    for size in SIZES * 2:  # first passes pay for allocations, compilation and the capture of graphs
+    for size in SIZES * _WARM_UP:
         timed(size)
     rounds: list[list[float]] = []
     spent = 0.0

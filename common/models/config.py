@@ -41,6 +41,13 @@ class ModelConfig:
         """Output features of the fused q/k/v projection."""
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
 
+    @property
+    def matrix_parameters(self) -> int:
+        """Numbers in the embedding and in all linear layers: all but the norms and biases."""
+        per_layer = self.qkv_size + self.num_heads * self.head_dim + 3 * self.intermediate_size
+        vocabularies = 1 if self.tie_word_embeddings else 2
+        return self.hidden_size * (per_layer * self.num_layers + vocabularies * self.vocab_size)
+
 
 # How the two families say the same thing: the field of config.json that puts biases on attention, and q/k norms.
 _FAMILIES = {

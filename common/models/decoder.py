@@ -93,8 +93,7 @@ class Decoder(nn.Module):
         h, _ = self.backend.add_rms_norm(
             x[-keep:], residual[-keep:], self.norm, self.config.rms_norm_eps, self.lm_head.activation_quant
         )
-        logits = self.lm_head(h)
-        return logits if logits.dtype == torch.float64 else logits.float()
+        return self.backend.logits(self.lm_head, h)
 
     def prefill(self, ids: Sequence[int] | Tensor, cache: KVCache, keep: int = 1) -> Tensor:
         """Commits a prompt in chunks of PREFILL_CHUNK, so memory grows with the chunk and not with its square.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -35,15 +36,18 @@ class TensorSource(Protocol):
 
 
 class RandomTensors:
-    """Random weights of the right shapes, for timing. Values repeat every million: filling is as fast as copying."""
+    """Random weights of the right shapes, for timing. Values repeat every million: filling is as fast as copying.
 
-    def __init__(self, dtype: torch.dtype, seed: int = 0) -> None:
+    place: a backend's own, so that a device fills its memory itself instead of waiting for gigabytes from the host.
+    """
+
+    def __init__(self, dtype: torch.dtype, seed: int = 0, place: Callable[[Tensor], Tensor] = lambda t: t) -> None:
         values = torch.randn(1_000_003, generator=torch.Generator().manual_seed(seed))
-        self._tile = (values * 0.02).to(dtype)
+        self._tile = place((values * 0.02).to(dtype))
 
     def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
         if name.endswith("norm.weight"):
-            return torch.ones(shape, dtype=self._tile.dtype)
+            return torch.ones(shape, dtype=self._tile.dtype, device=self._tile.device)
         count = torch.Size(shape).numel()
         return self._tile.repeat(-(-count // len(self._tile)))[:count].view(shape)
 

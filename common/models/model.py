@@ -86,11 +86,14 @@ def load_checkpoint(name: str, options: LoadOptions) -> Model:
     backend = options.backend()
     if name.startswith(DUMMY_PREFIX):
         config = dummy_config(name.removeprefix(DUMMY_PREFIX))
-        decoder = build_decoder(config, RandomTensors(config.dtype), backend, options.progress)
+        backend.require_memory(config.matrix_parameters * config.dtype.itemsize, f"loading {name}")
+        decoder = build_decoder(config, RandomTensors(config.dtype, place=backend.place), backend, options.progress)
         return Model(name, decoder, None, frozenset())
     folder = find_checkpoint(name, options.trust_remote_code)
     config = read_config(folder)
-    decoder = build_decoder(config, open_checkpoint(folder), backend, options.progress)
+    checkpoint = open_checkpoint(folder)
+    backend.require_memory(checkpoint.nbytes, f"loading {name}")
+    decoder = build_decoder(config, checkpoint, backend, options.progress)
     tokenizer = load_tokenizer(folder, options.trust_remote_code)
     quantized = any(isinstance(linear, W8A8Linear) for linear in decoder.linears())
     return Model(

@@ -5,14 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 
-import torch
-
 from common import Model, load
-from common.backends.base import Backend, Quantized
-from common.models.decoder import Decoder, DecoderLayer
+from common.backends.base import Backend
 from common.quantization import quantize_w8a8
-from common.quantization.linear import FullLinear, Linear, W8A8Linear
 from tests.conftest import TINY
+from tests.moving import make_static, moved
 
 CALIBRATION = "class Stack:\n    def push(self, item):\n        self.items.append(item)\n"
 PRECISIONS = ("full", "w8a8")
@@ -27,68 +24,11 @@ def master(family: str, precision: str) -> Model:
     ids = model.encode(CALIBRATION)
     quantize_w8a8(model.decoder, [ids])
     if precision == "w8a8-static":
-        _make_static(model.decoder, ids)
+        make_static(model.decoder, ids)
     return model
 
 
 def on_backend(family: str, precision: str, backend: Backend) -> Model:
     """The same model on another backend."""
     model = master(family, precision)
-    return replace(model, decoder=_moved(model.decoder, backend))
-
-
-def _moved(decoder: Decoder, backend: Backend) -> Decoder:
-    def place(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        return None if tensor is None else tensor.to(backend.device, backend.dtype)
-
-    def linear(old: Linear) -> Linear:
-        if isinstance(old, FullLinear):
-            weight = old.weight if old.weight is not None else old.packed  # the reference packs nothing
-            return FullLinear(backend, backend.place(weight), place(old.bias))
-        return W8A8Linear(backend, *old.packed, old.bias, _on(old.activation_quant.static_scale, backend))
-
-    layers = [
-        DecoderLayer(
-            layer.index,
-            replace(layer.attention, q_norm=place(layer.attention.q_norm), k_norm=place(layer.attention.k_norm)),
-            layer.eps,
-            backend,
-            input_norm=place(layer.input_norm),
-            qkv=linear(layer.qkv),
-            o=linear(layer.o),
-            post_norm=place(layer.post_norm),
-            gate_up=linear(layer.gate_up),
-            down=linear(layer.down),
-        )
-        for layer in decoder.layers
-    ]
-    return Decoder(
-        decoder.config,
-        backend,
-        embedding=backend.place(decoder.embedding),
-        layers=layers,
-        norm=place(decoder.norm),
-        lm_head=linear(decoder.lm_head),
-    )
-
-
-def _on(tensor: torch.Tensor | None, backend: Backend) -> torch.Tensor | None:
-    return None if tensor is None else tensor.to(backend.device)
-
-
-def _make_static(decoder: Decoder, ids: list[int]) -> None:
-    """Gives every W8A8 layer the largest scale that one of these tokens had."""
-    scales: dict[Linear, torch.Tensor] = {}
-
-    def observe(module: Linear, args: tuple) -> None:
-        scale = args[0].scale if isinstance(args[0], Quantized) else args[0].abs().amax(-1) / 127
-        scales[module] = scale.amax(0, keepdim=True)
-
-    hooks = [m.register_forward_pre_hook(observe) for m in decoder.linears() if isinstance(m, W8A8Linear)]
-    decoder.prefill(ids, decoder.new_cache(len(ids)), keep=0)
-    for hook in hooks:
-        hook.remove()
-    for layer in decoder.layers:
-        for name in ("qkv", "o", "gate_up", "down"):
-            old = getattr(layer, name)
-            setattr(layer, name, W8A8Linear(decoder.backend, *old.packed, old.bias, scales[old].float()))
+    return replace(model, decoder=moved(model.decoder, backend))

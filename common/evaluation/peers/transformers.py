@@ -18,7 +18,7 @@ def transformers_step(
     config: ModelConfig, folder: Path | None, context: int, device: torch.device, dtype: torch.dtype
 ) -> Step:
     """Passes of the model in `dtype` behind `context` tokens."""
-    model = transformers_model(config, folder, dtype).to(device).eval()
+    model = transformers_model(config, folder, dtype, device).to(device).eval()
     cache = DynamicCache(config=model.config)
     with torch.inference_mode():
         model(context_ids(config.vocab_size, context).to(device)[None], past_key_values=cache)
@@ -30,8 +30,10 @@ def transformers_step(
     return Step(run, lambda rows: cache.crop(-rows))
 
 
-def transformers_model(config: ModelConfig, folder: Path | None, dtype: torch.dtype) -> PreTrainedModel:
-    """The checkpoint, or `--dummy`'s random weights, as transformers' module."""
+def transformers_model(
+    config: ModelConfig, folder: Path | None, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> PreTrainedModel:
+    """The checkpoint, on the host, or `--dummy`'s random weights, made on the device, as transformers' module."""
     shared = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -59,7 +61,7 @@ def transformers_model(config: ModelConfig, folder: Path | None, dtype: torch.dt
         if any(tensor.dtype == torch.int8 for tensor in tensors.values()):
             raise QuasarError(f"{folder} is quantised; --peer needs the full-precision model, to convert it itself")
     else:
-        source = RandomTensors(config.dtype)
+        source = RandomTensors(config.dtype, place=lambda tensor: tensor.to(device))
         tensors = {name: source.get(name, tuple(t.shape)) for name, t in model.state_dict().items()}
     if config.tie_word_embeddings:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]

@@ -109,6 +109,11 @@ class SafetensorsFolder:
                 f"{self.folder}: tensors that this architecture does not have: {', '.join(names[:3])}{more}"
             )
 
+    @property
+    def nbytes(self) -> int:
+        """Of its files, which hold tensors as they are in memory and little else."""
+        return sum(file.stat().st_size for file in set(self.files.values()) if file.exists())
+
     def describe(self) -> dict[str, tuple[str, list[int], int]]:
         """Of every tensor, from the headers alone: type as safetensors names it, shape, bytes."""
         found = {}

@@ -1,0 +1,188 @@
+"""How long each kernel takes within a captured graph, and how fast it reads what it has to read."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from common.models.config import ModelConfig
+from quasar_gpu.cache import reach_bucket
+from quasar_gpu.kernels import attention, linear, rows
+
+_COLD_BYTES = 400_000_000  # read between two uses of one weight: several times the largest L2 cache
+_LAUNCHES = 96  # in a graph, so that launching the graph itself weighs nothing
+_MOST_COPIES = 48
+_REPLAYS = 7
+
+
+@dataclass(frozen=True)
+class KernelTime:
+    """One launch: median over replays of a graph of many."""
+
+    kernel: str
+    rows: int
+    microseconds: float
+    nbytes: int  # that it must read
+
+    @property
+    def gigabytes_per_second(self) -> float:
+        return self.nbytes / self.microseconds / 1e3
+
+
+def graph_seconds(run: Callable[[int], None], launches: int) -> float:
+    """Median seconds of one of `launches` launches, `run(i)` for each i, replayed as one graph."""
+    for i in range(launches):  # compiles, and warms up
+        run(i)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(launches):
+            run(i)
+    graph.replay()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(_REPLAYS + 1)]
+    events[0].record()
+    for event in events[1:]:
+        graph.replay()
+        event.record()
+    torch.cuda.synchronize()
+    spent = [before.elapsed_time(after) for before, after in pairwise(events)]
+    return statistics.median(spent) / launches / 1e3
+
+
+Timer = Callable[[Callable[[int], None], int], float]
+
+
+class KernelBench:
+    """The kernels of one decoder layer, and lm_head, at the sizes of `config` on `device`."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, timer: Timer) -> None:
+        self._config, self._dtype, self._device, self._timer = config, dtype, device, timer
+
+    def _random(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.randn(shape, device=self._device).to(dtype or self._dtype)
+
+    def _int8(self, *shape: int) -> Tensor:
+        return torch.randint(-127, 128, shape, dtype=torch.int8, device=self._device)
+
+    def _empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self._dtype, device=self._device)
+
+    def _time(self, name: str, count: int, nbytes: int, run: Callable[[int], None]) -> KernelTime:
+        return KernelTime(name, count, 1e6 * self._timer(run, _LAUNCHES), nbytes)
+
+    @property
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """[out, in] of each linear layer."""
+        c = self._config
+        return {
+            "qkv": (c.qkv_size, c.hidden_size),
+            "o": (c.hidden_size, c.num_heads * c.head_dim),
+            "gate_up": (2 * c.intermediate_size, c.hidden_size),
+            "down": (c.hidden_size, c.intermediate_size),
+            "lm_head": (c.vocab_size, c.hidden_size),
+        }
+
+    def int8_linear(
+        self, name: str, counts: list[int], config: linear.LinearConfig | None = None
+    ) -> Iterator[KernelTime]:
+        """With W8A8 weights; config None takes the backend's choice."""
+        out, inner = self.matrices[name]
+        copies = _copies(out * inner)
+        weights, scales = [self._int8(out, inner) for _ in range(copies)], self._random(out, dtype=torch.float32)
+        for m in counts:
+            x, scale, y = self._int8(m, inner), self._random(m, dtype=torch.float32), self._empty(m, out)
+
+            def run(i: int, x: Tensor = x, scale: Tensor = scale, y: Tensor = y) -> None:
+                linear.int8_linear(x, scale, weights[i % copies], scales, None, y, config)
+
+            yield self._time(f"int8_linear {name}", m, out * inner, run)
+
+    def float_linear(
+        self, name: str, counts: list[int], config: linear.LinearConfig | None = None
+    ) -> Iterator[KernelTime]:
+        """With weights of the backend's type; lm_head's results are float32."""
+        out, inner = self.matrices[name]
+        nbytes = out * inner * self._dtype.itemsize
+        copies = _copies(nbytes)
+        weights = [self._random(out, inner) for _ in range(copies)]
+        for m in counts:
+            x, y = self._random(m, inner), self._empty(m, out, dtype=torch.float32 if name == "lm_head" else None)
+
+            def run(i: int, x: Tensor = x, y: Tensor = y) -> None:
+                linear.float_linear(x, weights[i % copies], None, y, config)
+
+            yield self._time(f"float_linear {name}", m, nbytes, run)
+
+    def row_kernels(self, m: int) -> Iterator[KernelTime]:
+        """What lies between the matmuls; bytes are those of the rows."""
+        c = self._config
+        x, total, gain = self._random(m, c.hidden_size), self._empty(m, c.hidden_size), self._random(c.hidden_size)
+        scale, values = self._empty(m, dtype=torch.float32), self._empty(m, c.hidden_size, dtype=torch.int8)
+        gate_up, act = self._random(m, 2 * c.intermediate_size), self._empty(m, c.intermediate_size, dtype=torch.int8)
+        table = self._random(4096, c.hidden_size)
+        ids = torch.arange(m, device=self._device)
+        size = c.hidden_size * self._dtype.itemsize * m
+        runs: dict[str, tuple[int, Callable[[int], None]]] = {
+            "embed": (2 * size, lambda i: rows.embed(table, ids, total)),
+            "add_rms_norm_quantize": (
+                3 * size,
+                lambda i: rows.add_rms_norm_quantize(x, x, gain, c.rms_norm_eps, total, values, scale),
+            ),
+            "quantize": (size, lambda i: rows.quantize(x, values, scale)),
+            "swiglu_quantize": (gate_up.nbytes, lambda i: rows.swiglu_quantize(gate_up, act, scale)),
+        }
+        for name, (nbytes, run) in runs.items():
+            yield self._time(name, m, nbytes, run)
+
+    def attention_kernels(self, m: int, context: int) -> Iterator[KernelTime]:
+        """append_rotated, and window_attention behind `context` positions, which reads that much of the cache."""
+        c = self._config
+        capacity, half = context + m, c.head_dim // 2
+        qkv, q = self._random(m, c.qkv_size), self._random(m, c.num_heads, c.head_dim)
+        cos, gain = self._random(capacity, half, dtype=torch.float32), self._random(c.head_dim)
+        start = torch.tensor([context], device=self._device)
+        reach = reach_bucket(capacity)
+        partials = self._empty(
+            *attention.attention_partials_shape(m, c.num_heads, c.head_dim, reach), dtype=torch.float32
+        )
+        nbytes = 2 * c.num_kv_heads * capacity * c.head_dim * self._dtype.itemsize
+        copies = _copies(nbytes)
+        keys = [self._random(c.num_kv_heads, capacity, c.head_dim) for _ in range(copies)]
+        values = [self._random(c.num_kv_heads, capacity, c.head_dim) for _ in range(copies)]
+        out, scale = self._empty(m, c.num_heads * c.head_dim), c.head_dim**-0.5
+
+        def append(i: int) -> None:
+            k, v = keys[i % copies], values[i % copies]
+            attention.append_rotated(qkv, start, cos, cos, gain, gain, c.rms_norm_eps, k, v, q)
+
+        def attend(i: int) -> None:
+            k, v = keys[i % copies], values[i % copies]
+            attention.window_attention(q, k, v, start, scale, out, partials, reach)
+
+        yield self._time("append_rotated", m, qkv.nbytes, append)
+        yield self._time(f"window_attention behind {context}", m, nbytes, attend)
+
+    def sweep(self, name: str, m: int) -> Iterator[tuple[str, KernelTime]]:
+        """Every cut of the int8 and the 16-bit matmul, by what it is."""
+        for config in linear.linear_configs():
+            for time in (*self.int8_linear(name, [m], config), *self.float_linear(name, [m], config)):
+                yield f"{config.outputs}x{config.bytes_inside} B, {config.warps} warps, {config.stages} stages", time
+
+
+def _copies(nbytes: int) -> int:
+    """Of a tensor, so that none is found in a cache when its turn comes."""
+    return min(max(-(-_COLD_BYTES // nbytes), 1), _MOST_COPIES)
+
+
+def table_row(time: KernelTime) -> dict[str, object]:
+    """For a report."""
+    return {
+        "kernel": time.kernel,
+        "M": time.rows,
+        "us": round(time.microseconds, 2),
+        "GB/s": round(time.gigabytes_per_second, 1),
+    }

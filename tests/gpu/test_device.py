@@ -1,0 +1,126 @@
+"""What a user is told about a card that is missing, misspelt, too old, too full, or out of memory."""
+
+import sys
+
+import pytest
+import torch
+
+from common import QuasarError, generate, load
+from common.backends import get_backend
+from common.backends.reference import ReferenceBackend
+from common.cli import main
+from common.memory import out_of_memory_in_one_line
+from quasar_gpu.device import open_cuda, require_free
+
+OUT_OF_MEMORY = (
+    "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.11 GiB of which 1.50 GiB is "
+    "free. Including non-PyTorch memory, this process has 77.60 GiB memory in use. Of the allocated memory 70.00 GiB "
+    "is allocated by PyTorch, and 1.00 GiB is reserved by PyTorch but unallocated."
+)
+
+
+@pytest.fixture
+def cards(monkeypatch):
+    """Two cards: an H100, and a T4, which is too old."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: [(9, 0), (7, 5)][index])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: ["NVIDIA H100", "Tesla T4"][_index(index)])
+
+
+def _index(device: int | torch.device) -> int:
+    return device.index if isinstance(device, torch.device) else device
+
+
+def test_a_card_is_named_by_its_index(cards):
+    pytest.importorskip("triton")
+    assert open_cuda("cuda") == open_cuda("cuda:0") == torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("cuda:x", "write cuda, or cuda:1 for the second card"),
+        ("cuda:-1", "write cuda, or cuda:1 for the second card"),
+        ("cuda1", "is unknown; use one of auto, cpu, cuda"),
+        ("cuda:2", "CUDA devices here: 2, counted from 0"),
+        ("cuda:1", r"Tesla T4 has compute capability 7\.5; the kernels need 8\.0 \(Ampere\) or newer"),
+    ],
+)
+def test_what_cannot_be_opened_is_one_line(cards, device, message):
+    with pytest.raises(QuasarError, match=message) as error:
+        get_backend(device)
+    assert str(error.value).startswith(f"--device {device}")
+    assert "\n" not in str(error.value)
+
+
+def test_without_a_card_the_line_says_so(cards, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(QuasarError, match=r"no CUDA device here .*; use --device cpu"):
+        get_backend("cuda")
+
+
+def test_a_torch_without_cuda_is_told_from_a_machine_without_a_card(cards, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(QuasarError, match="is built without CUDA; install a CUDA build"):
+        get_backend("cuda")
+
+
+def test_a_triton_that_does_not_load_is_one_line(cards, monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(QuasarError, match=r"--device cuda: Triton does not load \(.*triton.*\)"):
+        get_backend("cuda")
+
+
+@pytest.fixture
+def memory(cards, monkeypatch):
+    """An H100 with 10 GB free, and 2 GB more that torch holds and does not use."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(10e9), int(80e9)))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: int(5e9))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: int(3e9))
+
+
+def test_what_does_not_fit_is_refused_with_both_figures(memory):
+    card = torch.device("cuda", 0)
+    require_free(card, int(12e9), "loading it")
+    message = r"loading it needs 12\.10 GB, and 12\.00 GB of 80\.00 GB are free on cuda:0 \(NVIDIA H100\)"
+    with pytest.raises(QuasarError, match=message):
+        require_free(card, int(12.1e9), "loading it")
+
+
+@pytest.mark.parametrize(("model", "least", "most"), [("dummy:qwen3-8b", 16.3e9, 16.5e9), ("tiny-qwen3", 11e6, 13e6)])
+def test_a_model_asks_for_its_weights_before_it_reads_them(monkeypatch, model, least, most):
+    asked = []
+
+    def refuse(self: ReferenceBackend, nbytes: int, what: str) -> None:
+        asked.append(nbytes)
+        raise QuasarError(f"{what} does not fit")
+
+    monkeypatch.setattr(ReferenceBackend, "require_memory", refuse)
+    with pytest.raises(QuasarError, match=f"loading {model} does not fit"):
+        load(model, device="reference", precision="full")
+    assert len(asked) == 1
+    assert least < asked[0] < most
+
+
+def test_running_out_of_memory_is_one_line():
+    expected = r"the device is out of memory: 20\.00 MiB more were needed, 1\.50 GiB of 79\.11 GiB were free; [^\n]*$"
+    with pytest.raises(QuasarError, match=expected), out_of_memory_in_one_line():
+        raise torch.OutOfMemoryError(OUT_OF_MEMORY)
+    with pytest.raises(QuasarError, match="more was needed; end what else"), out_of_memory_in_one_line():
+        raise torch.OutOfMemoryError("in other words")
+
+
+def test_the_library_and_the_command_line_say_it_too(monkeypatch, shipped, capsys):
+    def full(*args: object) -> None:
+        raise torch.OutOfMemoryError(OUT_OF_MEMORY)
+
+    monkeypatch.setattr(ReferenceBackend, "new_cache", full)
+    model = shipped("qwen3", device="reference")
+    with pytest.raises(QuasarError, match="out of memory"):
+        generate(model, [1, 2, 3], max_new_tokens=2).result()
+    assert main(["bench", "step", "--device", "reference", "--precisions", "full", "--repeats", "1"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("quasar bench: the device is out of memory: 20.00 MiB more were needed")
+    assert err.count("\n") == 1
