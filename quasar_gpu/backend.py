@@ -5,8 +5,7 @@ At batch 1 a pass costs what reading its weights costs, if nothing else gets in 
     add_rms_norm_quantize   residual + norm + int8
     int8_linear             q, k, v with their biases
     append_rotated          norms of q and k, rotation, append to the cache
-    window_attention        two kernels: over blocks of keys, then their sum
-    quantize
+    window_attention        two kernels: over blocks of keys, then their sum + int8
     int8_linear             o
     add_rms_norm_quantize
     int8_linear             gate and up
@@ -184,10 +183,34 @@ class CudaBackend(Backend):
         for first in range(0, tokens, MAX_WINDOW):  # once, but for prompts in float32
             rows, window = q[first : first + MAX_WINDOW], out[first : first + MAX_WINDOW]
             start = cache.start + first if first else cache.start
-            workspace = attention_kernels.attention_partials_shape(rows.shape[0], spec.heads, spec.head_dim, reach)
-            partials = self._buffers.take(workspace, torch.float32)
+            partials = self._partials(rows, reach)
             attention_kernels.window_attention(rows, k, v, start, spec.head_dim**-0.5, window, partials, reach)
         return out
+
+    def attend(
+        self, q: Tensor, spec: AttentionSpec, cache: KVCache, layer: int, quant: ActivationQuant | None
+    ) -> Tensor | Quantized:
+        tokens = q.shape[0]
+        if tokens > MAX_WINDOW or quant is None or quant.static_scale is not None:
+            return super().attend(q, spec, cache, layer, quant)
+        reach, shape = reach_bucket(cache.length + tokens), (tokens, spec.heads * spec.head_dim)
+        y = self._quantized(shape)
+        attention_kernels.window_attention_quantize(
+            q,
+            cache.layer_k[layer],
+            cache.layer_v[layer],
+            cache.start,
+            spec.head_dim**-0.5,
+            self._new(shape, self.dtype),
+            self._partials(q, reach),
+            reach,
+            y.values,
+            y.scale,
+        )
+        return y
+
+    def _partials(self, q: Tensor, reach: int) -> Tensor:
+        return self._buffers.take(attention_kernels.attention_partials_shape(*q.shape, reach), torch.float32)
 
     # The device itself.
 
