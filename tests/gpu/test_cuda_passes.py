@@ -170,8 +170,7 @@ def test_a_window_pass_is_launches_on_the_same_memory_and_nothing_else(kernel_de
         passes.append([launch.frozen for launch in launches])
         cache.commit(3)
     assert passes[0] == passes[1]
-    per_layer = 11 if precision == "w8a8" else 10
-    assert len(passes[0]) == 1 + 2 * per_layer + 2  # embedding, layers, norm and lm_head
+    assert len(passes[0]) == 1 + 2 * 10 + 2  # embedding, ten for each of two layers, norm, lm_head
 
 
 def test_the_guard_refuses_what_a_graph_refuses():
