@@ -32,7 +32,8 @@ try:
 except ImportError:  # not built: no C compiler at install time
     _kernels = None
 
-# The processor's fastest set unless QUASAR_NATIVE_ISA names another (avx512bf16, avx512, avxvnni, avx2, plain).
+# The processor's fastest set unless QUASAR_NATIVE_ISA names another: avx512bf16, avx512, avxvnni, avx2 or plain on
+# x86-64, dotprod or plain on aarch64.
 _isa: str | None = None
 _threads_shared = False
 if _kernels is not None:

@@ -11,7 +11,7 @@
 #if ISA_AVX512
 #define FLOAT_ROWS 8
 #define FLOAT_COLUMNS 2
-#elif ISA_AVX2
+#elif ISA_AVX2 || ISA_DOTPROD
 #define FLOAT_ROWS 2
 #define FLOAT_COLUMNS 1
 #else

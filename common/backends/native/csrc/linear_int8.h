@@ -7,6 +7,11 @@
 
 #define INT8_ROWS 8    /* rows that share one pass over a block */
 #define INT8_PANEL 64  /* rows whose activations stay in the L2 cache meanwhile */
+#if ISA_DOTPROD
+#define INT8_SHIFT 0u  /* what int8_tile left added to the weights */
+#else
+#define INT8_SHIFT 128u
+#endif
 
 INLINE int32_t four(const int8_t *x)
 {
@@ -15,7 +20,7 @@ INLINE int32_t four(const int8_t *x)
     return word;
 }
 
-/* sums[rows][32] of (weight + 128) * x over one block. */
+/* sums[rows][32] of (weight + INT8_SHIFT) * x over one block. */
 INLINE void int8_tile(const uint8_t *w, const int8_t *x, int64_t stride, int64_t k4, const int rows,
                       const int once, int32_t (*sums)[BLOCK])
 {
@@ -80,6 +85,28 @@ INLINE void int8_tile(const uint8_t *w, const int8_t *x, int64_t stride, int64_t
                 _mm256_storeu_si256((void *)(sums[r0 + r] + quarter), _mm256_permute4x64_epi64(pairs, 0xd8));
             }
         }
+#elif ISA_DOTPROD
+    /* Both operands are signed: the shift of the weights is taken off as they are read. One or two rows take the block
+     * at once, more take 16 outputs by 4 rows. */
+    enum { MOST = 16 }; /* accumulators */
+    const int wide = rows <= 2 ? 8 : 4, high = MOST / wide;
+    UNROLL for (int v0 = 0; v0 < 8; v0 += wide) UNROLL for (int r0 = 0; r0 < rows; r0 += high) {
+        const int taken = rows - r0 < high ? rows - r0 : high;
+        int32x4_t acc[MOST];
+        UNROLL for (int i = 0; i < wide * taken; i++) acc[i] = vdupq_n_s32(0);
+        for (int64_t k = 0; k < k4; k++) {
+            int8x16_t weights[8];
+            const uint8_t *p = w + k * BLOCK * 4 + v0 * 16;
+            UNROLL for (int v = 0; v < wide; v++)
+                weights[v] = vreinterpretq_s8_u8(veorq_u8(vld1q_u8(p + v * 16), vdupq_n_u8(128)));
+            UNROLL for (int r = 0; r < taken; r++) {
+                int8x16_t xr = vreinterpretq_s8_s32(vdupq_n_s32(four(x + (r0 + r) * stride + 4 * k)));
+                UNROLL for (int v = 0; v < wide; v++) acc[r * wide + v] = vdotq_s32(acc[r * wide + v], weights[v], xr);
+            }
+        }
+        UNROLL for (int r = 0; r < taken; r++) UNROLL for (int v = 0; v < wide; v++)
+            vst1q_s32(sums[r0 + r] + (v0 + v) * 4, acc[r * wide + v]);
+    }
 #else
     for (int r = 0; r < rows; r++) {
         int32_t acc[BLOCK] = {0};
@@ -110,7 +137,7 @@ INLINE void int8_rows(const uint8_t *w, const int8_t *x, int64_t stride, int64_t
     }
 }
 
-/* What the shift of the weights adds to every sum of this row is 128 times this. */
+/* What the shift of the weights adds to every sum of this row is INT8_SHIFT times this. */
 INLINE int32_t sum_int8(const int8_t *x, int64_t n)
 {
     int32_t sum = 0;
@@ -149,7 +176,7 @@ static void int8_linear(void *data, int thread, int threads)
                 for (int64_t r = 0; r < rows; r++) {
                     int64_t at = (row + r) * a->n + column;
                     /* Unsigned, because the shifted sum may pass 2^31 and come back. */
-                    uint32_t shift = 128u * (uint32_t)x_sum[row + r - panel];
+                    uint32_t shift = INT8_SHIFT * (uint32_t)x_sum[row + r - panel];
                     for (int j = 0; j < BLOCK; j++)
                         sums[r][j] = (int32_t)((uint32_t)sums[r][j] - shift);
                     if (a->accumulators) {

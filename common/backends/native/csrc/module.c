@@ -10,6 +10,9 @@
 #include <string.h>
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif HAVE_DOTPROD
+#include <sys/auxv.h>
+#define DOT_PRODUCTS (1UL << 20) /* HWCAP_ASIMDDP, which older headers lack */
 #endif
 
 static const struct kernels *isa = &kernels_plain;
@@ -31,6 +34,9 @@ static int supported(const struct kernels *k)
         return avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
     if (k == &kernels_avx2)
         return avx2;
+#elif HAVE_DOTPROD
+    if (k == &kernels_dotprod)
+        return (getauxval(AT_HWCAP) & DOT_PRODUCTS) != 0;
 #endif
     return k == &kernels_plain;
 }
@@ -38,6 +44,8 @@ static int supported(const struct kernels *k)
 static const struct kernels *const all_kernels[] = {
 #if defined(__x86_64__)
     &kernels_avx512bf16, &kernels_avx512, &kernels_avxvnni, &kernels_avx2,
+#elif HAVE_DOTPROD
+    &kernels_dotprod,
 #endif
     &kernels_plain,
 };

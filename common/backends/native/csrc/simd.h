@@ -8,6 +8,8 @@
 #include <string.h>
 #if ISA_AVX512 || ISA_AVX2
 #include <immintrin.h>
+#elif ISA_DOTPROD
+#include <arm_neon.h>
 #endif
 
 #if ISA_AVX512
@@ -63,6 +65,8 @@ INLINE vf fma_(vf a, vf b, vf c)
     return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif ISA_AVX2
     return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif ISA_DOTPROD
+    return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
     return a * b + c;
 #endif

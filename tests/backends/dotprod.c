@@ -1,0 +1,170 @@
+/* The kernels for aarch64's dot products against those in plain C, which the test suite checks on every machine.
+ * Prints what was wrong and how many comparisons were right. */
+#include "kernels.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define MOST (40 * 1100)
+
+static int right, wrong;
+
+static void check(int ok, const char *what, int64_t m, int64_t n, int64_t k)
+{
+    ok ? right++ : wrong++;
+    if (!ok)
+        printf("%s is wrong: m=%d n=%d k=%d\n", what, (int)m, (int)n, (int)k);
+}
+
+static float uniform(void) { return (float)rand() / (float)RAND_MAX * 2 - 1; }
+static int8_t byte(void) { return (int8_t)(rand() % 256 - 128); }
+
+static void run(task_fn task, void *args) { task(args, 0, 1); }
+
+/* int32 sums, and floats made of them, to the bit. */
+static void int8_linear(int64_t m, int64_t n, int64_t k4)
+{
+    static int8_t x[MOST], weight[MOST];
+    static uint8_t packed[MOST * 2];
+    static float scale[MOST], outs[2][MOST];
+    static int32_t sums[MOST];
+    int64_t k = 4 * k4;
+    for (int i = 0; i < MOST; i++) {
+        int extreme = k4 == 64; /* where sums are largest */
+        x[i] = extreme ? -128 : byte();
+        weight[i] = extreme ? (i % 3 ? -128 : 127) : byte();
+        scale[i] = uniform();
+    }
+    pack_int8(weight, packed, n, k);
+    struct int8_linear_args a = {
+        .x = x, .x_scale = scale, .weight = packed, .w_scale = scale + m, .bias = scale + m + n, .accumulators = sums,
+        .m = m, .n = n, .k4 = k4,
+    };
+    run(kernels_dotprod.int8_linear, &a);
+    int same = 1;
+    for (int64_t row = 0; row < m; row++)
+        for (int64_t j = 0; j < n; j++) {
+            int32_t sum = 0;
+            for (int64_t i = 0; i < k; i++)
+                sum += x[row * k + i] * weight[j * k + i];
+            same &= sums[row * n + j] == sum;
+        }
+    check(same, "int8 sum", m, n, k);
+    a.accumulators = NULL;
+    a.out = outs[0];
+    run(kernels_dotprod.int8_linear, &a);
+    a.out = outs[1];
+    run(kernels_plain.int8_linear, &a);
+    check(!memcmp(outs[0], outs[1], (size_t)(m * n) * sizeof(float)), "int8_linear", m, n, k);
+}
+
+/* Against float64, to the roundings of a chain of 256; and each row alone, to the bit. */
+static void float_linear(int64_t m, int64_t n, int64_t k, int bf16)
+{
+    static float x[MOST], weight[MOST], packed[MOST * 2], out[MOST], alone[MOST];
+    static uint16_t half[MOST];
+    for (int i = 0; i < MOST; i++) {
+        x[i] = uniform();
+        weight[i] = uniform();
+        uint32_t bits;
+        memcpy(&bits, weight + i, 4);
+        half[i] = (uint16_t)(bits >> 16);
+        bits &= 0xffff0000u;
+        if (bf16)
+            memcpy(weight + i, &bits, 4);
+    }
+    bf16 ? pack_bf16(half, (uint16_t *)packed, n, k) : pack_f32(weight, packed, n, k);
+    task_fn task = bf16 ? kernels_dotprod.bf16_linear : kernels_dotprod.f32_linear;
+    struct float_linear_args a = {.x = x, .weight = packed, .out = out, .m = m, .n = n, .k = k};
+    run(task, &a);
+    int close = 1, same = 1;
+    for (int64_t row = 0; row < m; row++) {
+        for (int64_t j = 0; j < n; j++) {
+            double sum = 0, bound = 0;
+            for (int64_t i = 0; i < k; i++) {
+                double product = (double)x[row * k + i] * weight[j * k + i];
+                sum += product;
+                bound += fabs(product);
+            }
+            close &= fabs(out[row * n + j] - sum) <= 256 * 0x1p-24 * bound;
+        }
+        a = (struct float_linear_args){.x = x + row * k, .weight = packed, .out = alone, .m = 1, .n = n, .k = k};
+        run(task, &a);
+        same &= !memcmp(alone, out + row * n, (size_t)n * sizeof(float));
+    }
+    check(close, bf16 ? "bf16_linear" : "f32_linear", m, n, k);
+    check(same, "a row alone", m, n, k);
+}
+
+static int all_close(const float *a, const float *b, int64_t n, float tolerance)
+{
+    int close = 1;
+    for (int64_t i = 0; i < n; i++)
+        close &= fabsf(a[i] - b[i]) <= tolerance * (1 + fabsf(b[i]));
+    return close;
+}
+
+/* Rows by themselves: what is fused here and not in plain C differs in the last bits. */
+static void row_kernels(int64_t m, int64_t k)
+{
+    const struct kernels *const tables[2] = {&kernels_dotprod, &kernels_plain};
+    static float x[MOST], weight[MOST], normed[2][MOST], gated[2][MOST], rounded[2][MOST], scale[2][MOST];
+    static int8_t q[2][MOST];
+    for (int i = 0; i < MOST; i++) {
+        x[i] = 8 * uniform();
+        weight[i] = uniform();
+    }
+    for (int i = 0; i < 2; i++) {
+        struct norm_args a = {.x = x, .weight = weight, .eps = 1e-6f, .y = normed[i], .m = m, .k = k};
+        run(tables[i]->norm, &a);
+        run(tables[i]->swiglu, &(struct swiglu_args){.x = x, .y = gated[i], .m = m, .k = k / 2});
+        run(tables[i]->round_bf16, &(struct round_args){.x = x, .rounded = rounded[i], .m = m, .k = k});
+        run(tables[i]->quantize, &(struct quantize_args){.x = x, .q = q[i], .scale = scale[i], .m = m, .k = k});
+    }
+    check(all_close(normed[0], normed[1], m * k, 1e-6f), "norm", m, 0, k);
+    check(all_close(gated[0], gated[1], m * (k / 2), 1e-6f), "swiglu", m, 0, k / 2);
+    check(!memcmp(rounded[0], rounded[1], (size_t)(m * k) * sizeof(float)), "round_bf16", m, 0, k);
+    check(!memcmp(q[0], q[1], (size_t)(m * k)), "quantize", m, 0, k);
+    check(!memcmp(scale[0], scale[1], (size_t)m * sizeof(float)), "scale", m, 0, k);
+}
+
+static void attention(int64_t m, int64_t start)
+{
+    const int64_t heads = 4, kv_heads = 2, dim = 32, capacity = 200;
+    static float q[MOST], k[MOST], v[MOST], outs[2][MOST];
+    for (int i = 0; i < MOST; i++) {
+        q[i] = uniform();
+        k[i] = uniform();
+        v[i] = uniform();
+    }
+    const struct kernels *const tables[2] = {&kernels_dotprod, &kernels_plain};
+    for (int i = 0; i < 2; i++) {
+        int64_t bytes = attention_scratch_bytes(2 * m, dim);
+        char *scratch = aligned_alloc(64, (size_t)(bytes + 63) / 64 * 64);
+        struct attention_args a = {
+            .q = q, .k_cache = k, .v_cache = v, .out = outs[i], .scale = 0.2f, .scratch = scratch, .m = m,
+            .heads = heads, .kv_heads = kv_heads, .dim = dim, .start = start, .capacity = capacity, .tokens_per_item = m,
+            .scratch_bytes = bytes,
+        };
+        run(tables[i]->attention, &a);
+        free(scratch);
+    }
+    check(all_close(outs[0], outs[1], m * heads * dim, 2e-6f), "attention", m, heads, start);
+}
+
+int main(void)
+{
+    for (int64_t m = 1; m <= 17; m++) {
+        int8_linear(m, 33, m);
+        int8_linear(m, 64, 64);
+        float_linear(m, 37, 30 + m, 1);
+        float_linear(m, 64, 600, 1);
+        float_linear(m, 40, 30 + m, 0);
+        row_kernels(m, 90 + m);
+        attention(m, 60 + 3 * m);
+    }
+    printf("%d right, %d wrong\n", right, wrong);
+    return wrong > 0;
+}
