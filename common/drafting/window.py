@@ -107,6 +107,7 @@ class AdaptiveWindow(Window):
         for hit in [1.0] * accepted + [0.0] * (accepted < drafted):
             self._tested += 1
             self._acceptance += max(self.RATE, 1 / self._tested) * (hit - self._acceptance)  # at first a plain average
-        self._best = self._most_per_second()
+        if self._best or accepted:  # a miss opens no closed window
+            self._best = self._most_per_second()
         if self._best:
             self._cooldown = self._least * self.COOLDOWN[0]
