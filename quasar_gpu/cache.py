@@ -7,7 +7,6 @@ long as ten tokens do.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from common.backends.base import Forward, KVCache
+from common.backends.buffers import unused
 from common.backends.reference import MAX_WINDOW
 
 if TYPE_CHECKING:
@@ -92,11 +92,11 @@ class CachePool:
 
     def idle(self, layers: int, kv_heads: int, capacity: int, head_dim: int) -> CacheMemory | None:
         """Memory that fits and is not in use. Where there is none, what is not in use is let go."""
-        unused = [i for i in range(len(self._memories)) if _references(self._memories, i) == _UNUSED]
-        for i in unused:
+        idle = [i for i in range(len(self._memories)) if unused(self._memories, i)]
+        for i in idle:
             if self._memories[i].fits(layers, kv_heads, capacity, head_dim):
                 return self._memories[i]
-        for i in reversed(unused):
+        for i in reversed(idle):
             del self._memories[i]
         return None
 
@@ -110,10 +110,3 @@ class CachePool:
 def rounded(capacity: int) -> int:
     """The positions that are allocated for `capacity`."""
     return -(-capacity // _STEP) * _STEP
-
-
-def _references(objects: list[object], index: int) -> int:
-    return sys.getrefcount(objects[index])
-
-
-_UNUSED = _references([object()], 0)  # differs between Python versions

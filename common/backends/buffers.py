@@ -8,6 +8,7 @@ handed out again, so that a pass of any depth holds a handful and they stay in t
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ class Buffers:
         """A contiguous tensor of unknown contents."""
         tensors = self._tensors.setdefault((shape, dtype), [])
         for index in range(len(tensors)):
-            if _references(tensors, index) == _UNUSED:
+            if unused(tensors, index):
                 return tensors[index]
         tensor = torch.empty(shape, dtype=dtype, device=self._device)
         tensors.append(tensor)
@@ -39,7 +40,12 @@ class Buffers:
         return sum(t.nbytes for tensors in self._tensors.values() for t in tensors)
 
 
-def _references(objects: list[object], index: int) -> int:
+def unused(objects: Sequence[object], index: int) -> bool:
+    """Whether nothing but the list refers to that object."""
+    return _references(objects, index) == _UNUSED
+
+
+def _references(objects: Sequence[object], index: int) -> int:
     return sys.getrefcount(objects[index])
 
 
