@@ -41,9 +41,10 @@ INLINE void float_step(const word *weight, const enum operands operands, const w
         vi w[NV];
         UNROLL for (int v = 0; v < NV; v++) w[v] = *(const vi_any *)(weight + v * VL);
         UNROLL for (int r = 0; r < rows; r++) {
-            __m512bh xr = (__m512bh)splat_int(x[r * stride]);
+            vi xr = splat_int(x[r * stride]);
+            __asm__("" : "+v"(xr)); /* hides the broadcast from clang 16, which crashes on one of bf16 */
             UNROLL for (int v = 0; v < NV; v++)
-                acc[r][v] = (vf)_mm512_dpbf16_ps((__m512)acc[r][v], (__m512bh)w[v], xr);
+                acc[r][v] = (vf)_mm512_dpbf16_ps((__m512)acc[r][v], (__m512bh)w[v], (__m512bh)xr);
         }
 #endif
         return;
