@@ -54,9 +54,10 @@ INLINE void int4_bf16_tile(const struct int4_linear_args *a, const uint8_t *w, c
             }
             UNROLL for (int r = 0; r < rows; r++) UNROLL for (int p = 0; p < 4; p++)
             {
-                __m512bh xr = (__m512bh)broadcast_word(x + r * a->k + k + 2 * p);
-                acc[r][0] = _mm512_dpbf16_ps(acc[r][0], (__m512bh)d0[p], xr);
-                acc[r][1] = _mm512_dpbf16_ps(acc[r][1], (__m512bh)d1[p], xr);
+                __m512i xr = (__m512i)broadcast_word(x + r * a->k + k + 2 * p);
+                __asm__("" : "+v"(xr)); /* hides the broadcast from clang 16, which crashes on one of bf16 */
+                acc[r][0] = _mm512_dpbf16_ps(acc[r][0], (__m512bh)d0[p], (__m512bh)xr);
+                acc[r][1] = _mm512_dpbf16_ps(acc[r][1], (__m512bh)d1[p], (__m512bh)xr);
             }
         }
         UNROLL for (int r = 0; r < rows; r++) add_group(totals[r], acc[r][0], acc[r][1], scale);
