@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from common.backends.base import (
     ActivationQuant,
@@ -76,7 +77,8 @@ class NpuBackend(Backend):
         self.device, self.dtype, self.soc = device, dtype, soc
         self.graphs = self.graphs and graphs_wanted()
         self._gains: dict[AttentionSpec, LayerGains] = {}
-        self._tables: RopeTables | None = None
+        # Of every decoder in use: a self-drafter's passes come between its verifier's, whose graphs read these tables.
+        self._tables = WeakTensorKeyDictionary()  # the decoder's cos -> RopeTables
         self._zeros = torch.zeros(0, 0, dtype=dtype, device=device)
         self._triangle: Tensor | None = None
 
@@ -149,9 +151,10 @@ class NpuBackend(Backend):
     def rope_rows(
         self, cos: Tensor, sin: Tensor, specs: Sequence[AttentionSpec], cache: KVCache, tokens: int
     ) -> Iterable[tuple[Tensor, Tensor]]:
-        if self._tables is None or self._tables.cos is not cos:
-            self._tables = RopeTables(cos, sin, [self._gains_of(spec) for spec in specs], self.dtype)
-        return self._tables.rows(cache.length, tokens, cache.places(tokens).positions)
+        tables = self._tables.get(cos)
+        if tables is None:
+            tables = self._tables[cos] = RopeTables(cos, sin, [self._gains_of(spec) for spec in specs], self.dtype)
+        return tables.rows(cache.length, tokens, cache.places(tokens).positions)
 
     def _gains_of(self, spec: AttentionSpec) -> LayerGains:
         if spec not in self._gains:
