@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from common.backends.base import (
     ActivationQuant,
@@ -42,6 +43,7 @@ from common.errors import QuasarError
 from quasar_npu.cache import NpuCache, to_device
 from quasar_npu.device import is_inference_card, open_npu
 from quasar_npu.graphs import WindowGraphs, graphs_wanted
+from quasar_npu.int4 import Int4Weight, int4_packed, quantize_rows_int4
 from quasar_npu.rope import LayerGains, RopeTables
 from quasar_npu.weights import Int8Part, bias_of, fractal, int8_parts, joined
 
@@ -76,7 +78,8 @@ class NpuBackend(Backend):
         self.device, self.dtype, self.soc = device, dtype, soc
         self.graphs = self.graphs and graphs_wanted()
         self._gains: dict[AttentionSpec, LayerGains] = {}
-        self._tables: RopeTables | None = None
+        # Of every decoder in use: a self-drafter's passes come between its verifier's, whose graphs read these tables.
+        self._tables = WeakTensorKeyDictionary()  # the decoder's cos -> RopeTables
         self._zeros = torch.zeros(0, 0, dtype=dtype, device=device)
         self._triangle: Tensor | None = None
 
@@ -108,6 +111,30 @@ class NpuBackend(Backend):
                 for part in weight
             ]
         )
+
+    # int4 weights.
+
+    def int4_weight(self, values: Tensor, scale: Tensor) -> Int4Weight:
+        return int4_packed(values.to(self.device), scale.to(self.device), self.dtype)
+
+    def int4_linear(self, x: Tensor | Quantized, weight: Any, bias: Tensor | None) -> Tensor:
+        if isinstance(x, Quantized):
+            # int4 values are exact in 16 bits: the numbers of W4A4, at the speed of W4A16.
+            y = self._int4_matmul(x.values.to(self.dtype), weight, None) * x.scale[:, None]
+            return (y if bias is None else y + bias).to(self.dtype)
+        # The operator's bias is float32 with bfloat16 activations, float16 with float16 ones.
+        return self._int4_matmul(x, weight, bias if bias is None or self.dtype == torch.bfloat16 else bias.half())
+
+    def _int4_matmul(self, x: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
+        return self.ops.npu_weight_quant_batchmatmul(
+            x, weight.values, weight.scale, bias=bias, antiquant_group_size=weight.group
+        )
+
+    def quantize_int4(self, x: Tensor) -> Quantized:
+        return quantize_rows_int4(x)
+
+    def rotate(self, x: Tensor, hadamard: Tensor) -> Tensor:
+        return (x.view(-1, len(hadamard)) @ hadamard).view(x.shape)
 
     # Between the matmuls.
 
@@ -149,9 +176,10 @@ class NpuBackend(Backend):
     def rope_rows(
         self, cos: Tensor, sin: Tensor, specs: Sequence[AttentionSpec], cache: KVCache, tokens: int
     ) -> Iterable[tuple[Tensor, Tensor]]:
-        if self._tables is None or self._tables.cos is not cos:
-            self._tables = RopeTables(cos, sin, [self._gains_of(spec) for spec in specs], self.dtype)
-        return self._tables.rows(cache.length, tokens, cache.places(tokens).positions)
+        tables = self._tables.get(cos)
+        if tables is None:
+            tables = self._tables[cos] = RopeTables(cos, sin, [self._gains_of(spec) for spec in specs], self.dtype)
+        return tables.rows(cache.length, tokens, cache.places(tokens).positions)
 
     def _gains_of(self, spec: AttentionSpec) -> LayerGains:
         if spec not in self._gains:

@@ -7,7 +7,7 @@ bias in units of that product.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +55,9 @@ class InferenceCardBackend(NpuBackend):
         product = part.scale * static_scale
         units = None if bias is None else (bias / product).round().to(torch.int32)
         return self.ops.npu_trans_quant_param(product), units
+
+    def int4_weight(self, values: Tensor, scale: Tensor) -> NoReturn:
+        raise QuasarError(f"{self.soc} has no int4 weights (Atlas A2 and A3 do); use --precision w8a8 or full")
 
     def quantize(self, x: Tensor, quant: ActivationQuant) -> Quantized:
         if quant.static_scale is None:

@@ -56,7 +56,6 @@ class RopeTables:
     """For one decoder: cos, sin float32 [positions, head_dim / 2] and the gains of its layers."""
 
     def __init__(self, cos: Tensor, sin: Tensor, gains: Sequence[LayerGains], dtype: torch.dtype) -> None:
-        self.cos = cos  # the decoder's own, by which it is recognised
         self._dtype, self._layers = dtype, len(gains)
         self._table = doubled(cos, sin)  # [2, positions, head_dim]
         self._shared = all(layer is gains[0] for layer in gains)  # without norms every layer has the same rows

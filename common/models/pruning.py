@@ -28,7 +28,7 @@ def layer_influence(decoder: Decoder, sequences: Sequence[Sequence[int]]) -> lis
         def observe(_module: torch.nn.Module, _args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
             after = output[0] + output[1]
             similarity = torch.cosine_similarity(before.pop(position).float(), after.float(), dim=-1)
-            total[position] += similarity.double().sum().cpu()
+            total[position] += similarity.cpu().double().sum()
 
         return observe
 

@@ -69,8 +69,10 @@ def quantize_int4(decoder: Decoder, linear: type[W4A16Linear], progress: bool = 
     """Turns an unpacked full-precision decoder into W4A16 or W4A4 (the class of its linear layers) in place:
     Hadamard rotation, then int4 weights, layer by layer. Needs no calibration.
 
-    lm_head, embedding and norms stay in full precision, rotated.
+    lm_head, embedding and norms stay in full precision, rotated. Raises QuasarError where the device has no int4.
     """
+    # The smallest layer there is: a device that has no int4 says so before anything is rotated.
+    decoder.backend.int4_weight(torch.zeros(16, 32, dtype=torch.int8), torch.ones(16, 1, dtype=torch.bfloat16))
     online = rotate_decoder(decoder)
     for layer in tqdm(decoder.layers, desc="quantising", unit="layer", disable=not progress, leave=False):
         for name in SMOOTHED:

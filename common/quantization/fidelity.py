@@ -52,7 +52,7 @@ class FidelityTally:
 
     def figures(self) -> Fidelity:
         """Over all that was added."""
-        kl = torch.cat(self._divergences)
+        kl = torch.cat(self._divergences).cpu()  # an NPU has no float64
         n = len(kl)
         full, changed = (torch.tensor(total / n).exp().item() for total in (self._loss_full, self._loss))
         return Fidelity(n, kl.double().mean().item(), self._agree / n, full, changed, kl.quantile(0.99).item())

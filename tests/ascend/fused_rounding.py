@@ -14,6 +14,9 @@ The differences, all of them:
                     activations' type; the norm is rounded before its weight is applied, not after
     attention       scores and probabilities are not rounded, the output is, once
     linear          the sum is exact, with the bias, and rounded once (the reference sums in float32)
+    int4_linear     the same; scales (and, with float16, the bias) are of the activations' type. int4 activations: the
+                    sum is rounded before their scale and the bias are applied, and again after
+    rotate          the sum is exact and rounded once
 """
 
 from __future__ import annotations
@@ -39,6 +42,19 @@ class FusedRounding(ReferenceBackend):
         values, scale = weight
         y = self.int8_matmul(x.values, values).float() * scale * x.scale[:, None]
         return (y if bias is None else y + bias).to(self.dtype)
+
+    def int4_weight(self, values: Tensor, scale: Tensor) -> Tensor:
+        group = values.shape[1] // scale.shape[1]
+        return values.double() * scale.to(self.dtype).double().repeat_interleave(group, dim=1)
+
+    def int4_linear(self, x: Tensor | Quantized, weight: Any, bias: Tensor | None) -> Tensor:
+        if isinstance(x, Quantized):
+            y = self.linear(x.values, weight, None).float() * x.scale[:, None]
+            return (y if bias is None else y + bias).to(self.dtype)
+        return self.linear(x, weight, bias if bias is None or self.dtype == torch.bfloat16 else bias.half())
+
+    def rotate(self, x: Tensor, hadamard: Tensor) -> Tensor:
+        return (x.double().view(-1, len(hadamard)) @ hadamard.double()).view(x.shape).to(self.dtype)
 
     def quantize(self, x: Tensor, quant: ActivationQuant) -> Quantized:
         if quant.static_scale is None:

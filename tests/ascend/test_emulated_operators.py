@@ -96,6 +96,39 @@ def test_trans_quant_param_keeps_nineteen_bits_and_the_offset():
     assert ((offsets >> 37) & 0x1FF).tolist() == [3, 256]  # -300 clamps to -256, in nine bits
 
 
+# --- int4 weights -------------------------------------------------------------------------------------------
+
+
+def int4(*shape: int) -> torch.Tensor:
+    return torch.randint(-8, 8, shape, dtype=torch.int32)
+
+
+def test_int4pack_lays_eight_in_a_word_the_first_lowest():
+    weight = torch.tensor([[1, 2, 3, 4, 5, 6, 7, -8], [-1] * 8], dtype=torch.int32)
+    packed = torch_npu.npu_convert_weight_to_int4pack(weight.npu()).cpu()
+    assert packed.dtype == torch.int32
+    assert [word & 0xFFFFFFFF for word in packed.flatten().tolist()] == [0x87654321, 0xFFFFFFFF]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("group", [0, 32, 64])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_weight_quant_batchmatmul(dtype, group, transposed):
+    weight, x = int4(160, 24), torch.randn(5, 160, dtype=dtype)
+    scale = torch.rand(-(-160 // group) if group else 1, 24).to(dtype)  # the last group of 64 is half a one
+    bias = torch.randn(24).to(torch.float32 if dtype == torch.bfloat16 else dtype)
+    if transposed:
+        packed = torch_npu.npu_convert_weight_to_int4pack(weight.t().contiguous().npu()).t()
+    else:
+        packed = torch_npu.npu_convert_weight_to_int4pack(weight.npu())
+    y = torch_npu.npu_weight_quant_batchmatmul(
+        x.npu(), packed, scale.npu(), bias=bias.npu(), antiquant_group_size=group
+    )
+    wide = scale.double().repeat_interleave(group or 160, dim=0)[:160]
+    assert y.dtype == dtype
+    assert near(y, x.double() @ (weight.double() * wide) + bias.double())
+
+
 # --- the int8 matrix product --------------------------------------------------------------------------------
 
 

@@ -36,6 +36,19 @@ def matmul(x1=None, x2=None, scale=None, *, output_dtype=torch.bfloat16, **optio
     return torch_npu.npu_quant_matmul(x1, x2, scale, output_dtype=output_dtype, **options)
 
 
+def int4_matmul(x=None, weight=None, scale=None, *, antiquant_group_size=32, **options):
+    """x [4, 64] by a packed [64, 16]."""
+    x, weight = bf16(4, 64) if x is None else x, i32(64, 2) if weight is None else weight
+    scale = bf16(2, 16) if scale is None else scale
+    return torch_npu.npu_weight_quant_batchmatmul(
+        x, weight, scale, antiquant_group_size=antiquant_group_size, **options
+    )
+
+
+def int4_pack(weight=None, inner_k_tiles=0):
+    return torch_npu.npu_convert_weight_to_int4pack(i32(4, 16) if weight is None else weight, inner_k_tiles)
+
+
 def fia(q=None, k=None, v=None, *, num_heads=2, input_layout="BSND", **options):
     q = half(1, 3, 2, 16) if q is None else q
     k = half(1, 5, 2, 16) if k is None else k
@@ -153,6 +166,41 @@ REFUSED = {
     "matmul host x2": (lambda: matmul(x2=torch.ones(16, 8, dtype=torch.int8)), "x2 is a CPU tensor"),
     "matmul host scale": (lambda: matmul(scale=torch.ones(8)), "scale is a CPU tensor"),
     "matmul k over 65535": (lambda: matmul(x1=i8(1, 65536), x2=i8(65536, 8)), "65535"),
+    # npu_convert_weight_to_int4pack
+    "int4pack int8": (lambda: int4_pack(i8(4, 16)), "weight is torch.int8"),
+    "int4pack three dimensions": (lambda: int4_pack(i32(2, 4, 16)), "two dimensions"),
+    "int4pack columns": (lambda: int4_pack(i32(4, 12)), "multiple of 8"),
+    "int4pack range": (lambda: int4_pack(i32(4, 16) * 8), "outside int4"),
+    "int4pack strided": (lambda: int4_pack(i32(16, 4).t()), "weight is not contiguous"),
+    # npu_weight_quant_batchmatmul
+    "int4 float32": (lambda: int4_matmul(f32(4, 64), scale=f32(2, 16)), "x is torch.float32"),
+    "int4 mixed scale": (lambda: int4_matmul(scale=half(2, 16)), "dtypes must agree"),
+    "int4 int64 scale": (lambda: int4_matmul(scale=torch.ones(2, 16, dtype=torch.int64).npu()), "dtypes must agree"),
+    "int4 float weight": (lambda: int4_matmul(weight=bf16(64, 16)), "weight is torch.bfloat16"),
+    "int4 three dimensions": (lambda: int4_matmul(bf16(1, 4, 64)), "two dimensions"),
+    "int4 inner sizes": (lambda: int4_matmul(bf16(4, 32)), "x has 32 columns, weight 64 rows"),
+    "int4 empty": (lambda: int4_matmul(bf16(0, 64)), "may not be empty"),
+    "int4 group of all": (lambda: int4_matmul(scale=bf16(1, 16), antiquant_group_size=64), "antiquant_group_size 64"),
+    "int4 group of 16": (lambda: int4_matmul(scale=bf16(4, 16), antiquant_group_size=16), "antiquant_group_size 16"),
+    "int4 group of 48": (lambda: int4_matmul(scale=bf16(2, 16), antiquant_group_size=48), "antiquant_group_size 48"),
+    "int4 scale shape": (lambda: int4_matmul(scale=bf16(16, 2)), "antiquant_scale has shape"),
+    "int4 scales without groups": (lambda: int4_matmul(antiquant_group_size=0), "antiquant_scale has shape"),
+    "int4 bias bf16": (lambda: int4_matmul(bias=bf16(16)), "bias is torch.bfloat16"),
+    "int4 bias float32 float16": (
+        lambda: int4_matmul(half(4, 64), scale=half(2, 16), bias=f32(16)),
+        "bias is torch.float32",
+    ),
+    "int4 bias shape": (lambda: int4_matmul(bias=f32(8)), "bias has shape"),
+    "int4 strided x": (lambda: int4_matmul(bf16(4, 128)[:, ::2]), "x is neither contiguous nor a transpose"),
+    "int4 strided bias": (lambda: int4_matmul(bias=f32(32)[::2]), "bias is not contiguous"),
+    "int4 n over 65535": (
+        lambda: int4_matmul(weight=i32(64, 8192), scale=bf16(1), antiquant_group_size=0),
+        "65535",
+    ),
+    "int4 fractal": (
+        lambda: with_fractal(lambda _: int4_matmul(weight=torch_npu.npu_format_cast(i32(64, 2), 29))),
+        "compiled graphs only",
+    ),
     "matmul n over 65535": (lambda: matmul(x2=i8(16, 65536), scale=f32(1)), "65535"),
     # formats
     "fractal slice": (lambda: with_fractal(lambda w: w[1:]), "FRACTAL_NZ"),
@@ -356,6 +404,8 @@ REFUSED_ON_INFERENCE_CARDS = {
         "no pertoken_scale",
     ),
     "bfloat16 output": (lambda: matmul(), "output_dtype"),
+    "int4 weight": (lambda: int4_matmul(half(4, 64), scale=half(2, 16)), "weight is torch.int32"),
+    "int4 packing": (lambda: int4_pack(), "does not exist"),
     "int32 output": (lambda: matmul(output_dtype=torch.int32), "output_dtype"),
     "float32 bias": (lambda: matmul(bias=f32(8), output_dtype=torch.float16), "bias"),
     "untransposed fractal weight": (
@@ -421,6 +471,10 @@ def test_an_unknown_chip_has_no_limits_to_apply():
     "call",
     [
         lambda: torch_npu.npu_dynamic_quant(half(2, 8), dst_type=torch.quint4x2),
+        lambda: int4_pack(inner_k_tiles=1),
+        lambda: int4_matmul(weight=i8(64, 16)),
+        lambda: int4_matmul(inner_precise=1),
+        lambda: int4_matmul(antiquant_offset=bf16(2, 16)),
         lambda: dequant_swiglu(quant_mode=0),
         lambda: fia(softmax_lse_flag=True),
         lambda: torch_npu.npu_rotary_mul(half(1, 3, 2, 16), half(1, 3, 1, 16), half(1, 3, 1, 16), "interleave"),

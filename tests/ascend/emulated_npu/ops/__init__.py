@@ -12,6 +12,7 @@ from emulated_npu.ops.attention import (
     fused_infer_attention_workspace,
     npu_fusion_attention_v3,
 )
+from emulated_npu.ops.int4 import npu_convert_weight_to_int4pack, npu_weight_quant_batchmatmul
 from emulated_npu.ops.norms import npu_add_rms_norm, npu_add_rms_norm_dynamic_quant, npu_rms_norm
 from emulated_npu.ops.operator import Operator
 from emulated_npu.ops.quantised import (
@@ -28,6 +29,10 @@ OPERATORS = {
     "npu_quantize": Operator(npu_quantize, strided=("input", "scales", "zero_points")),
     "npu_trans_quant_param": Operator(npu_trans_quant_param),
     "npu_quant_matmul": Operator(npu_quant_matmul, any_layout=("x2",)),
+    "npu_convert_weight_to_int4pack": Operator(npu_convert_weight_to_int4pack, meta=False),
+    "npu_weight_quant_batchmatmul": Operator(
+        npu_weight_quant_batchmatmul, any_layout=("x", "weight", "antiquant_scale")
+    ),
     "npu_rms_norm": Operator(npu_rms_norm, strided=("input", "gamma")),
     "npu_add_rms_norm": Operator(npu_add_rms_norm, strided=("x1", "x2", "gamma")),
     "npu_add_rms_norm_dynamic_quant": Operator(npu_add_rms_norm_dynamic_quant, strided=("x1", "x2", "gamma")),

@@ -1,0 +1,233 @@
+"""int4 on the NPU: each operation, then whole models by W4A16 and W4A4, QSpec and window graphs included.
+
+The bounds are those of test_npu_backend.py: `rounding` is half a unit in the last place of the activations' type.
+"""
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from emulated_npu import counting
+from fused_rounding import FusedRounding
+from npu_models import CALIBRATION, on_backend
+from test_npu_backend import assert_near, assert_same, random, sides
+from test_npu_ids import logits_of
+from test_npu_passes import AROUND, WINDOW, verifier_of
+
+from common import QuasarError, generate, load, quantize
+from common.backends import get_backend
+from common.backends.base import Quantized
+from common.backends.reference import ReferenceBackend
+from common.quantization import quantize_int4
+from common.quantization.int4 import W4A4Linear, W4A16Linear, quantize_weight_int4
+from common.quantization.rotation import hadamard
+from quasar_npu.graphs import WindowGraphs
+from quasar_npu.inference_card import InferenceCardBackend
+from tests.conftest import FAMILIES, TINY
+
+__all__ = ["sides"]  # the fixture
+LAYERS = {"w4a16": W4A16Linear, "w4a4": W4A4Linear}
+
+
+@cache
+def model_on(family, precision, backend):
+    """Rotated and quantised on that backend."""
+    model = replace(on_backend(family, "full", backend), precision=precision, draft_decoders={})
+    quantize_int4(model.decoder, LAYERS[precision])
+    model.decoder.pack()
+    return model
+
+
+@cache
+def npu():
+    return get_backend("npu", torch.bfloat16)
+
+
+@cache
+def oracle():
+    return FusedRounding("cpu", torch.bfloat16)
+
+
+@pytest.mark.parametrize("tokens", [1, 6, 40])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("inputs", [384, 192, 96, 128], ids=["groups of 128", "of 64", "of 32", "one group"])
+def test_w4a16_linear(sides, inputs, with_bias, tokens):
+    npu, oracle, reference, rounding = sides
+    values, scale = quantize_weight_int4(random(48, inputs, dtype=torch.float32, seed=1))
+    x, bias = random(tokens, inputs, dtype=npu.dtype), torch.randn(48) if with_bias else None
+    got = npu.int4_linear(x.npu(), npu.int4_weight(values, scale), None if bias is None else bias.npu())
+    assert_same(got, oracle.int4_linear(x, oracle.int4_weight(values, scale), bias))
+    expected = reference.int4_linear(x, reference.int4_weight(values, scale), bias)
+    # The reference's kernel takes and gives bfloat16, whatever the activations are.
+    assert_near(got, expected, 4 * rounding + 4 * 2.0**-9)
+
+
+@pytest.mark.parametrize("tokens", [1, 6])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_w4a4_linear(sides, with_bias, tokens):
+    npu, oracle, reference, rounding = sides
+    values, scale = quantize_weight_int4(random(48, 384, dtype=torch.float32, seed=1))
+    bias, x = torch.randn(48) if with_bias else None, reference.quantize_int4(random(tokens, 384, dtype=npu.dtype))
+    got = npu.int4_linear(
+        Quantized(x.values.npu(), x.scale.npu()), npu.int4_weight(values, scale), None if bias is None else bias.npu()
+    )
+    assert_same(got, oracle.int4_linear(x, oracle.int4_weight(values, scale), bias))
+    expected = reference.int4_linear(x, reference.int4_weight(values, scale), bias)
+    assert_near(got, expected, 4 * rounding + 2 * 2.0**-9)
+
+
+def test_quantize_int4_is_the_reference_s(sides):
+    npu, _, reference, _ = sides
+    x = random(6, 96, dtype=npu.dtype)
+    x[2] = 0
+    expected = reference.quantize_int4(x)
+    assert_same(npu.quantize_int4(x.npu()), expected)
+    assert expected.scale[2] == 1
+
+
+def test_rotate(sides):
+    npu, oracle, reference, rounding = sides
+    x, matrix = random(6, 768, dtype=npu.dtype), hadamard(768, 128).to(npu.dtype)
+    got = npu.rotate(x.npu(), matrix.npu())
+    assert_same(got, oracle.rotate(x, matrix))
+    assert_near(got, reference.rotate(x, matrix), 4 * rounding)
+
+
+def test_four_bits_a_weight(sides):
+    weight = sides[0].int4_weight(torch.zeros(64, 256, dtype=torch.int8), torch.ones(64, 2, dtype=torch.bfloat16))
+    assert weight.values.nbytes == 64 * 256 // 2
+    assert (weight.scale.shape, weight.scale.dtype, weight.group) == ((2, 64), sides[0].dtype, 128)
+
+
+def test_a_layer_beyond_the_operator_s_limit_is_refused_in_one_line():
+    with pytest.raises(QuasarError, match="a linear layer of 32 inputs and 65536 outputs cannot be int4 on Ascend"):
+        npu().int4_weight(torch.zeros(65536, 32, dtype=torch.int8), torch.ones(65536, 1, dtype=torch.bfloat16))
+
+
+def test_inference_cards_refuse_in_one_line(inference_card):
+    card = InferenceCardBackend(torch.device("npu", 0), torch.float16, "Ascend310P3")
+    with pytest.raises(QuasarError, match=r"Ascend310P3 has no int4 weights .*; use --precision w8a8 or full"):
+        quantize_int4(on_backend("qwen3", "full", card).decoder, W4A16Linear)
+
+
+PROMPT = "class Stack:\n    def push(self, item):\n        self.items.append(item)\n    def push"
+GREEDY = {"temperature": 0.0}
+SAMPLED = {"temperature": 0.9, "top_k": 50, "top_p": 0.95, "seed": 7}
+
+
+def result_of(model, **options):
+    return generate(model, PROMPT, max_new_tokens=16, ignore_eos=True, **options).result()
+
+
+@cache
+def plain_ids(family, precision):
+    """Of the oracle, without drafts: those must not matter."""
+    return result_of(model_on(family, precision, oracle()), draft="none", **GREEDY).token_ids
+
+
+@pytest.mark.parametrize("draft", [{"draft": "none"}, {"draft": "ngram", "gamma": 4}], ids=["plain", "ngram"])
+@pytest.mark.parametrize("precision", LAYERS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_same_ids_as_the_cpu_with_the_same_rounding(family, precision, draft):
+    result = result_of(model_on(family, precision, npu()), **GREEDY, **draft)
+    assert result.token_ids == plain_ids(family, precision)
+    if "gamma" in draft:
+        assert result.stats.accepted > 0  # or the drafts would have been compared with nothing
+
+
+def test_a_seed_says_the_same_with_and_without_drafts():
+    model = model_on("openpangu", "w4a16", npu())
+    drafted = result_of(model, draft="ngram", gamma=4, **SAMPLED)
+    assert drafted.token_ids == result_of(model, draft="none", **SAMPLED).token_ids
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_qspec_drafts_in_w4a4_and_says_what_w4a16_says(family):
+    """Both decoders' graphs replay in turns on one KV cache, and the drafts are as good as the oracle's."""
+    got, expected = (
+        result_of(model_on(family, "w4a16", backend), draft="self:w4a4", gamma=3, **GREEDY)
+        for backend in (npu(), oracle())
+    )
+    assert got.token_ids == plain_ids(family, "w4a16")
+    assert got.stats.accepted == expected.stats.accepted > 0
+
+
+def test_layers_are_skipped_on_the_npu_as_on_the_cpu():
+    """self:skip drafts from W4A16: which layers go is measured on the device."""
+    got, expected = (
+        result_of(model_on("qwen3", "w4a16", backend), draft="self:skip=1", gamma=3, **GREEDY)
+        for backend in (npu(), oracle())
+    )
+    assert got.token_ids == expected.token_ids
+    assert got.stats.accepted == expected.stats.accepted > 0
+
+
+@pytest.mark.parametrize("precision", LAYERS)
+def test_as_near_to_float32_as_the_reference_backend_in_bfloat16(precision):
+    exact, plain, got = (
+        logits_of(model_on("openpangu", precision, backend))
+        for backend in (ReferenceBackend("cpu", torch.float32), ReferenceBackend("cpu", torch.bfloat16), npu())
+    )
+    assert (got - exact).abs().mean() <= 1.15 * (plain - exact).abs().mean()
+
+
+def test_quantised_from_a_checkpoint_and_measured_on_the_npu():
+    model = load(TINY["qwen3"], device="npu", precision="full")
+    fidelity = quantize(model, heldout=[PROMPT, CALIBRATION], precision="w4a16")
+    assert 0 < fidelity.mean_kl < 0.2
+    assert fidelity.top1_agreement > 0.7
+    assert result_of(model, draft="none", **GREEDY).token_ids == plain_ids("qwen3", "w4a16")
+
+
+# (family, precision) -> launches per layer of a window of 6 tokens, and of a plain step.
+LAUNCHES = {
+    ("openpangu", "w4a16"): (12, 11),
+    ("qwen3", "w4a16"): (14, 13),
+}
+
+
+@pytest.mark.parametrize("family_precision", LAUNCHES, ids="-".join)
+def test_launches_per_layer(family_precision):
+    decoder = model_on(*family_precision, npu()).decoder
+    cache, layers = decoder.new_cache(64), len(decoder.layers)
+    decoder.prefill([1, 2, 3], cache, keep=0)
+    for tokens, per_layer in zip((6, 1), LAUNCHES[family_precision], strict=True):
+        ids = torch.arange(tokens, device="npu")
+        decoder(ids, cache, tokens)
+        with counting() as counts:
+            decoder(ids, cache, tokens)
+        print(
+            f"\n{' '.join(family_precision)}, {tokens} tokens: {per_layer} launches per layer, {dict(counts.launches)}"
+        )
+        assert counts.total_launches == per_layer * layers + AROUND
+        assert not any(name.endswith("/contiguous") for name in counts.launches)
+        assert counts.host_waits == counts.device_to_host == 0
+
+
+@pytest.mark.parametrize("precision", LAYERS)
+def test_window_graphs_and_plain_windows_give_the_same_logits(precision):
+    decoder = model_on("qwen3", precision, npu()).decoder
+    with_graphs, plain = decoder.new_cache(40), decoder.new_cache(40)
+    for either in (with_graphs, plain):
+        decoder.prefill(range(1, 9), either, keep=0)
+    run = decoder.backend.window_pass(decoder, with_graphs)
+    assert isinstance(run, WindowGraphs)
+    for step in range(4):
+        ids = [(7 * step + i) % 100 for i in range(4)]
+        with counting() as counts:
+            logits = run(ids, 4).cpu()
+        assert counts.graph_replays == (step >= 1)  # run plainly once, then captured
+        assert torch.equal(logits, decoder(torch.tensor(ids).npu(), plain, 4).cpu())
+        for either in (with_graphs, plain):
+            either.commit(2)
+
+
+def test_a_window_is_one_replay_one_copy_and_one_wait():
+    verifier = verifier_of(model_on("openpangu", "w4a16", npu()).decoder)
+    position = 1
+    for _ in range(2):  # run plainly, then captured
+        position += len(verifier.step([5], WINDOW, position))
+    with counting() as counts:
+        verifier.step([5], WINDOW, position)
+    assert (counts.graph_replays, counts.device_to_host, counts.host_waits) == (1, 1, 1)
