@@ -65,7 +65,9 @@ def int4_config(rows: int, outputs: int, group: int, dtype: torch.dtype) -> Int4
         return Int4Config(outputs=32, rows=WINDOW, step=32, warps=4, stages=2)
     if rows > WINDOW:
         return Int4Config(outputs=64, rows=_TALL, step=group, warps=8, stages=2)
-    if outputs >= 16384:  # 256 programs or more; 64 outputs fill the large instruction
+    if outputs >= 16384 and dtype == torch.int8:
+        # 256 programs or more, and 64 outputs fill the large instruction. With 16-bit inputs, unpacking for that one
+        # takes 5 instructions a nibble, for the small one 3, which is what memory leaves time for.
         return Int4Config(outputs=64, rows=WINDOW, step=group, warps=4, stages=5)
     if outputs >= 3072:
         return Int4Config(outputs=32, rows=WINDOW, step=group, warps=4, stages=7)
@@ -90,6 +92,7 @@ def int4_linear(x: Tensor, scale: Tensor | None, weight: Int4Weight, bias: Tenso
         *(weight.scale if bias is None else bias, out, rows, outputs, inner),
         warps=config.warps,
         stages=config.stages,
+        ASSEMBLY=x.device.type != "cpu",  # Triton's interpreter has none
         QUANTIZED=scale is not None,
         HAS_BIAS=bias is not None,
         EVEN=inner % (2 * weight.group) == 0,
@@ -122,7 +125,7 @@ def rotate(x: Tensor, hadamard: Tensor, out: Tensor) -> None:
 @jit(varying=("rows",))
 def _int4_linear(
     x, weight, row_scale, scale, bias, out, rows, outputs, inner,
-    QUANTIZED: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr, EVICTION: tl.constexpr,
+    ASSEMBLY: tl.constexpr, QUANTIZED: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr, EVICTION: tl.constexpr,
     OUTPUTS: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, STEP: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     pairs = tl.cdiv(inner, 2 * GROUP)
@@ -152,8 +155,10 @@ def _int4_linear(
             else:
                 inside = (k < inner - (2 * pair + 1) * GROUP)[:, None]  # all or none: the last pair may have one group
                 high_x = tl.load(x_at + GROUP + step, mask=there & inside, other=0)
-            low = tl.dot((w << 4).to(x.dtype.element_ty), low_x, low, input_precision="ieee", out_dtype=SUM)
-            high = tl.dot((w & -16).to(x.dtype.element_ty), high_x, high, input_precision="ieee", out_dtype=SUM)
+            low_w = _low_nibbles(w, ASSEMBLY).to(x.dtype.element_ty)
+            high_w = _high_nibbles(w, ASSEMBLY).to(x.dtype.element_ty)
+            low = tl.dot(low_w, low_x, low, input_precision="ieee", out_dtype=SUM)
+            high = tl.dot(high_w, high_x, high, input_precision="ieee", out_dtype=SUM)
         totals += low.to(tl.float32) * low_scale[:, None]
         totals += high.to(tl.float32) * high_scale[:, None]
         weight_at += GROUP
@@ -163,6 +168,28 @@ def _int4_linear(
         y *= tl.load(row_scale + m, mask=m < rows, other=0)[None, :]
     n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     store_outputs(y, bias, out, n, m, rows, outputs, HAS_BIAS)
+
+
+@triton.jit
+def _low_nibbles(w, ASSEMBLY: tl.constexpr):
+    """Of int8, times 16. In assembly four bytes a word: the compiler would take them apart one by one."""
+    if ASSEMBLY:
+        nibbles = tl.inline_asm_elementwise(
+            "{ .reg .b32 t; shl.b32 t, $1, 4; and.b32 $0, t, 0xF0F0F0F0; }", "=r,r", [w], tl.int8, is_pure=True, pack=4
+        )
+    else:
+        nibbles = w << 4
+    return nibbles
+
+
+@triton.jit
+def _high_nibbles(w, ASSEMBLY: tl.constexpr):
+    """Of int8, times 16."""
+    if ASSEMBLY:
+        nibbles = tl.inline_asm_elementwise("and.b32 $0, $1, 0xF0F0F0F0;", "=r,r", [w], tl.int8, is_pure=True, pack=4)
+    else:
+        nibbles = w & -16
+    return nibbles
 
 
 @jit(varying=("vectors",))

@@ -219,10 +219,10 @@ def test_replayed_windows_are_plain_ones(recording):
 
 def test_qspec_says_what_its_verifier_says(recording):
     """Drafts in W4A4 and windows in W4A16 over one copy of the weights and one cache, each with graphs of its own."""
-    settings = {"max_new_tokens": 8, "ignore_eos": True}
+    settings = {"max_new_tokens": 6, "ignore_eos": True}
     model = on("qwen3", "w4a16", recording())
     drafted = generate(model, PROMPT, draft="self:w4a4", gamma=2, **settings).result()
-    assert drafted.stats.passes < 7  # some drafts were right
+    assert drafted.stats.passes < 5  # some drafts were right
     assert drafted.token_ids == generate(model, PROMPT, draft="none", **settings).result().token_ids
 
 

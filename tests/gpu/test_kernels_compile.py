@@ -56,8 +56,10 @@ def test_matmuls_stream_their_weights_through_tensor_cores(compiled):
     if capability == 90:
         assert ["wgmma.mma_async.sync.aligned.m64n16k32.s32.s8.s8"] in wide
         assert ["wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16"] in wide
-        assert ["wgmma.mma_async.sync.aligned.m64n16k32.s32.s8.s8"] in int4_wide
-        assert ["wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16"] in int4_wide
+        assert int4_wide == [["wgmma.mma_async.sync.aligned.m64n16k32.s32.s8.s8"]]  # W4A4's
+    int4 = [kernel for kernel in kernels if kernel["kernel"] == "_int4_linear"]
+    assert all("0x10" in kernel["copies"] for kernel in int4)
+    assert [bool(kernel["tensor_core"]) for kernel in int4] == [True] * 8 + [False] * (capability == 90)  # float32's
     # float32 stays float32: no TF32.
     assert not any("tf32" in name for kernel in kernels for name in kernel["tensor_core"])
 
