@@ -15,6 +15,7 @@ At batch 1 a pass costs what reading its weights costs, if nothing else gets in 
 Results of a window lie in reused buffers, so a pass allocates nothing; positions are read from device memory, so a
 captured pass serves every position. Longer passes (prompts) are bound by arithmetic and use PyTorch's matmuls and
 attention, but in float32, which is for exactness: there they are cut into windows, whose sums are never TF32.
+int4 layers run prompts through their own kernel, in taller tiles.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from quasar_gpu.cache import CachePool, CudaCache, reach_bucket, rounded
 from quasar_gpu.device import require_free
 from quasar_gpu.graphs import WindowGraphs
 from quasar_gpu.kernels import attention as attention_kernels
+from quasar_gpu.kernels import int4 as int4_kernels
 from quasar_gpu.kernels import linear as linear_kernels
 from quasar_gpu.kernels import rows as row_kernels
 from quasar_gpu.kernels.launch import use_dependent_launch
@@ -93,6 +95,27 @@ class CudaBackend(Backend):
             return super().logits(lm_head, x)
         finally:
             self._out_dtype = self.dtype
+
+    # int4.
+
+    def int4_weight(self, values: Tensor, scale: Tensor) -> int4_kernels.Int4Weight:
+        return int4_kernels.pack_int4(values.to(self.device), scale.to(self.device))
+
+    def int4_linear(self, x: Tensor | Quantized, weight: Any, bias: Tensor | None) -> Tensor:
+        values, scale = (x.values, x.scale) if isinstance(x, Quantized) else (x, None)
+        out = self._new((values.shape[0], weight.values.shape[0]), self._out_dtype)
+        int4_kernels.int4_linear(values, scale, weight, bias, out)
+        return out
+
+    def quantize_int4(self, x: Tensor) -> Quantized:
+        y = self._quantized(x.shape)
+        row_kernels.quantize(x, y.values, y.scale, row_kernels.INT4)
+        return y
+
+    def rotate(self, x: Tensor, hadamard: Tensor) -> Tensor:
+        out = self._new(x.shape, x.dtype)
+        int4_kernels.rotate(x, hadamard, out)
+        return out
 
     # Between the matmuls.
 

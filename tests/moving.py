@@ -4,23 +4,44 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
+from torch import Tensor
 
 from common.backends.base import Backend, Quantized
+from common.backends.reference import ReferenceBackend
 from common.models.decoder import Decoder, DecoderLayer
+from common.quantization.int4 import W4A16Linear
 from common.quantization.linear import FullLinear, Linear, W8A8Linear
 
 
-def moved(decoder: Decoder, backend: Backend) -> Decoder:
-    """`decoder` of the reference backend, which keeps weights as checkpoints have them, on `backend`."""
+class PlainInt4(ReferenceBackend):
+    """The reference, but int4 weights stay as they were given and meet inputs in float64 (PyTorch's kernel takes
+    bfloat16 and gives it)."""
 
-    def place(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    def int4_weight(self, values: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        return values, scale
+
+    def int4_linear(self, x: Tensor | Quantized, weight: tuple[Tensor, Tensor], bias: Tensor | None) -> Tensor:
+        values, scale = weight
+        dense = values.double() * scale.double().repeat_interleave(values.shape[1] // scale.shape[1], 1)
+        y = x.values.double() @ dense.t() * x.scale[:, None] if isinstance(x, Quantized) else x.double() @ dense.t()
+        return (y if bias is None else y + bias).to(self.dtype)
+
+
+def moved(decoder: Decoder, backend: Backend) -> Decoder:
+    """`decoder` of the reference backend, which keeps weights as checkpoints have them, on `backend`.
+
+    int4 weights need a backend of class PlainInt4, which keeps those too.
+    """
+
+    def place(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.to(backend.device, backend.dtype)
 
     def linear(old: Linear) -> Linear:
         if isinstance(old, FullLinear):
             weight = old.weight if old.weight is not None else old.packed  # the reference packs nothing
             return FullLinear(backend, backend.place(weight), place(old.bias))
+        if isinstance(old, W4A16Linear):
+            return type(old)(backend, backend.int4_weight(*old.packed), old.nbytes, old.bias, place(old.hadamard))
         scale = old.activation_quant.static_scale
         return W8A8Linear(backend, *old.packed, old.bias, None if scale is None else scale.to(backend.device))
 
@@ -51,7 +72,7 @@ def moved(decoder: Decoder, backend: Backend) -> Decoder:
 
 def make_static(decoder: Decoder, ids: list[int]) -> None:
     """Gives every W8A8 layer the largest scale that one of these tokens had."""
-    scales: dict[Linear, torch.Tensor] = {}
+    scales: dict[Linear, Tensor] = {}
 
     def observe(module: Linear, args: tuple) -> None:
         scale = args[0].scale if isinstance(args[0], Quantized) else args[0].abs().amax(-1) / 127

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quasar_gpu.kernels.launch import WINDOW, await_inputs, check_window, int8_scale, jit, launch, round_to_int8
+from quasar_gpu.kernels.launch import WINDOW, await_inputs, check_window, jit, launch, round_to_int8, row_scale_of
 from quasar_gpu.kernels.rows import quantize
 
 SPLIT = 128  # keys of a partial sum
@@ -274,7 +274,7 @@ def _combine_splits(
     if QUANTIZE:
         y = y.to(tl.float32)
         peak = tl.max(tl.max(tl.abs(y), axis=1), axis=0)
-        row_scale = int8_scale(peak)
+        row_scale = row_scale_of(peak, 127)
         tl.store(out + at, round_to_int8(tl.div_rn(y, row_scale)), mask=inside)
         tl.store(scale + row, row_scale)
     else:

@@ -81,6 +81,6 @@ def round_to_int8(x):
 
 
 @triton.jit
-def int8_scale(peak):
-    """A row's scale from max|row|, float32: peak / 127, 1 for a row of zeros."""
-    return tl.where(peak > 0, tl.div_rn(peak, 127.0), 1.0)
+def row_scale_of(peak, LIMIT: tl.constexpr):
+    """A row's scale from max|row|, float32: peak / LIMIT (127 for int8, 7 for int4), 1 for a row of zeros."""
+    return tl.where(peak > 0, tl.div_rn(peak, LIMIT * 1.0), 1.0)

@@ -125,13 +125,13 @@ def _int8_linear(
     x, weight, scale, weight_scale, bias, out, rows, outputs, inner, HAS_BIAS: tl.constexpr,
     EVEN: tl.constexpr, OUTPUTS: tl.constexpr, BLOCK: tl.constexpr, WINDOW: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    _prefetch(weight, outputs, inner, OUTPUTS, DEPENDENT)
+    prefetch_weights(weight, outputs, inner, OUTPUTS, DEPENDENT)
     await_inputs(DEPENDENT)
     sums = _dot(x, weight, rows, outputs, inner, tl.int32, EVEN, OUTPUTS, BLOCK, WINDOW)
     n, m = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS), tl.arange(0, WINDOW)
     row_scale = tl.load(scale + m, mask=m < rows, other=0)
     y = sums.to(tl.float32) * row_scale[None, :] * tl.load(weight_scale + n, mask=n < outputs, other=0)[:, None]
-    _store_outputs(y, bias, out, n, m, rows, outputs, HAS_BIAS)
+    store_outputs(y, bias, out, n, m, rows, outputs, HAS_BIAS)
 
 
 @jit(varying=("rows",))
@@ -139,11 +139,11 @@ def _float_linear(
     x, weight, bias, out, rows, outputs, inner, HAS_BIAS: tl.constexpr,
     EVEN: tl.constexpr, OUTPUTS: tl.constexpr, BLOCK: tl.constexpr, WINDOW: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    _prefetch(weight, outputs, inner, OUTPUTS, DEPENDENT)
+    prefetch_weights(weight, outputs, inner, OUTPUTS, DEPENDENT)
     await_inputs(DEPENDENT)
     sums = _dot(x, weight, rows, outputs, inner, tl.float32, EVEN, OUTPUTS, BLOCK, WINDOW)
     n, m = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS), tl.arange(0, WINDOW)
-    _store_outputs(sums, bias, out, n, m, rows, outputs, HAS_BIAS)
+    store_outputs(sums, bias, out, n, m, rows, outputs, HAS_BIAS)
 
 
 @triton.jit
@@ -173,7 +173,7 @@ def _dot(
 
 
 @triton.jit
-def _prefetch(weight, outputs, inner, OUTPUTS: tl.constexpr, DEPENDENT: tl.constexpr):
+def prefetch_weights(weight, outputs, inner, OUTPUTS: tl.constexpr, DEPENDENT: tl.constexpr):
     """Starts this program's first 32 KB of weights on their way into L2, while the previous kernel still runs."""
     if DEPENDENT:
         line: tl.constexpr = 128 * 8 // weight.dtype.element_ty.primitive_bitwidth
@@ -186,7 +186,7 @@ def _prefetch(weight, outputs, inner, OUTPUTS: tl.constexpr, DEPENDENT: tl.const
 
 
 @triton.jit
-def _store_outputs(y, bias, out, n, m, rows, outputs, HAS_BIAS: tl.constexpr):
+def store_outputs(y, bias, out, n, m, rows, outputs, HAS_BIAS: tl.constexpr):
     if HAS_BIAS:
         y += tl.load(bias + n, mask=n < outputs, other=0).to(tl.float32)[:, None]
     inside = (n < outputs)[:, None] & (m < rows)[None, :]

@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quasar_gpu.kernels.launch import await_inputs, int8_scale, jit, launch, round_to_int8
+from quasar_gpu.kernels.launch import await_inputs, jit, launch, round_to_int8, row_scale_of
 
+INT8, INT4 = 127, 7  # the largest value of each
 _EMBED_BLOCK = 1024
 
 
@@ -48,20 +49,19 @@ def swiglu(gate_up: Tensor, out: Tensor) -> None:
     silu is computed in float32 and rounded to gate_up's type, as in the reference; its exponential is the card's,
     within 2 units in the last place of float32.
     """
-    _launch_rows(_swiglu, gate_up, out, out)
+    _launch_rows(_swiglu, gate_up, out, out, 0)
 
 
 def swiglu_quantize(gate_up: Tensor, values: Tensor, scale: Tensor) -> None:
     """swiglu, then quantize: values int8 [rows, inter], scale float32 [rows]."""
-    _launch_rows(_swiglu, gate_up, values, scale)
+    _launch_rows(_swiglu, gate_up, values, scale, INT8)
 
 
-def quantize(x: Tensor, values: Tensor, scale: Tensor) -> None:
-    """x [rows, n] -> values int8 [rows, n], scale float32 [rows]: max|row| / 127, 1 for zeros; rounds half to even.
-
-    Bit for bit the reference's.
+def quantize(x: Tensor, values: Tensor, scale: Tensor, limit: int = INT8) -> None:
+    """x [rows, n] -> values int8 [rows, n] between -limit and limit, 127 or 7 for int4, scale float32 [rows]:
+    max|row| / limit, 1 for zeros; rounds half to even. Bit for bit the reference's.
     """
-    _launch_rows(_quantize, x, values, scale)
+    _launch_rows(_quantize, x, values, scale, limit)
 
 
 def _warps(block: int) -> int:
@@ -80,15 +80,15 @@ def _launch_norm(
         *(x, x if residual is None else residual, weight, eps, total, out, scale, hidden),
         warps=_warps(block),
         ADD=residual is not None,
-        QUANTIZE=out is not scale,
+        QUANTIZE=0 if out is scale else INT8,
         BLOCK=block,
     )
 
 
-def _launch_rows(kernel: triton.JITFunction, x: Tensor, out: Tensor, scale: Tensor) -> None:
+def _launch_rows(kernel: triton.JITFunction, x: Tensor, out: Tensor, scale: Tensor, limit: int) -> None:
     rows, size = out.shape
     block = triton.next_power_of_2(size)
-    launch(kernel, (rows,), x, out, scale, size, warps=_warps(block), QUANTIZE=out is not scale, BLOCK=block)
+    launch(kernel, (rows,), x, out, scale, size, warps=_warps(block), QUANTIZE=limit, BLOCK=block)
 
 
 @jit()
@@ -142,9 +142,10 @@ def _quantize(x, out, scale, size, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr, 
 
 @triton.jit
 def _store_row(y, out, scale, row, here, inside, QUANTIZE: tl.constexpr):
+    """As it is, or, where QUANTIZE is the largest integer to use, quantised."""
     if QUANTIZE:
         y = y.to(tl.float32)
-        row_scale = int8_scale(tl.max(tl.abs(y), axis=0))
+        row_scale = row_scale_of(tl.max(tl.abs(y), axis=0), QUANTIZE)
         tl.store(out + here, round_to_int8(tl.div_rn(y, row_scale)), mask=inside)
         tl.store(scale + row, row_scale)
     else:

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from quasar_gpu.kernels import attention, linear, rows
+from quasar_gpu.kernels import attention, int4, linear, rows
 from quasar_gpu.kernels.launch import use_dependent_launch
 
 WINDOW, HIDDEN, INTER, VOCAB, HEADS, KV_HEADS, HEAD_DIM = 6, 4096, 12288, 151936, 32, 8, 128
@@ -51,10 +51,11 @@ def main(capability: int) -> None:
 
     JITFunction.run = compile_only
     matmuls(torch.bfloat16)
+    int4_matmuls(torch.bfloat16)
     window_attention(torch.bfloat16)
     if capability == 90:  # the rest is much the same everywhere
         rows_and_rope(torch.bfloat16)
-        for everything in (matmuls, window_attention, rows_and_rope):
+        for everything in (matmuls, int4_matmuls, window_attention, rows_and_rope):
             everything(torch.float32)
 
 
@@ -95,6 +96,25 @@ def matmuls(dtype: torch.dtype) -> None:
         x, weight = x.to(torch.int8), weight.to(torch.int8)
         scale, weight_scale = (empty(size, dtype=torch.float32) for size in (WINDOW, outputs))
         linear.int8_linear(x, scale, weight, weight_scale, None, out)
+
+
+def int4_matmuls(dtype: torch.dtype) -> None:
+    """Every cut at W4A16 and W4A4, a prompt's among them, and down's rotation."""
+    for tokens, outputs, inner in (
+        (WINDOW, 2 * INTER, HIDDEN),
+        (WINDOW, HIDDEN, INTER),
+        (WINDOW, 1024, HIDDEN),
+        (512, HIDDEN, INTER),
+    ):
+        x, out = empty(tokens, inner, dtype=dtype), empty(tokens, outputs, dtype=dtype)
+        values, scale = empty(outputs, inner // 2, dtype=torch.int8), empty(outputs, inner // 128, dtype=torch.bfloat16)
+        weight = int4.Int4Weight(values, scale, 128)
+        int4.int4_linear(x, None, weight, None, out)
+        if dtype == torch.float32:  # a single cut
+            return
+        int4.int4_linear(x.to(torch.int8), empty(tokens, dtype=torch.float32), weight, None, out)
+    x = empty(WINDOW, INTER, dtype=dtype)
+    int4.rotate(x, empty(128, 128, dtype=dtype), x)
 
 
 def rows_and_rope(dtype: torch.dtype) -> None:

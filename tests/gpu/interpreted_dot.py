@@ -1,6 +1,6 @@
 """Puts right what Triton's interpreter does unlike a card: it truncates to bfloat16 where cards round, multiplies
-bfloat16's bit patterns (it keeps them as uint16), and leaves the order of sums to numpy's BLAS, which goes by a row's
-place."""
+bfloat16's bit patterns (it keeps them as uint16), takes integers for such patterns, and leaves the order of sums to
+numpy's BLAS, which goes by a row's place."""
 
 import numpy as np
 import triton.language as tl
@@ -13,6 +13,8 @@ def install() -> None:
     def rounding_cast(self, source, to):
         if source.dtype.scalar == tl.float32 and to.scalar == tl.bfloat16:
             return TensorHandle(_rounded(source.data), to.scalar)
+        if source.dtype.scalar.is_int() and to.scalar == tl.bfloat16:
+            return TensorHandle(_rounded(source.data.astype(np.float32)), to.scalar)
         return cast(self, source, to)
 
     def orderless_dot(self, a, b, sums, *how):

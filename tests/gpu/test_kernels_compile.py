@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 # Compute capability -> shared memory that one program may have (A100, H100, B200).
 CARDS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-LINEAR = ("_int8_linear", "_float_linear")
+LINEAR = ("_int8_linear", "_float_linear", "_int4_linear")
 
 
 @pytest.fixture(scope="module", params=CARDS)
@@ -33,7 +33,8 @@ def compiled(request, tmp_path_factory):
 def test_all_were_compiled(compiled):
     capability, kernels = compiled
     rows = {"_embed", "_add_rms_norm", "_swiglu", "_append_rotated"} if capability == 90 else set()
-    assert {kernel["kernel"] for kernel in kernels} == {*LINEAR, *rows, "_quantize", "_attend_split", "_combine_splits"}
+    always = ("_rotate", "_quantize", "_attend_split", "_combine_splits")
+    assert {kernel["kernel"] for kernel in kernels} == {*LINEAR, *rows, *always}
 
 
 def test_nothing_spills_and_all_fits(compiled):
@@ -51,9 +52,14 @@ def test_matmuls_stream_their_weights_through_tensor_cores(compiled):
         assert any(".s8" in name or "kind::i8" in name for name in kernel["tensor_core"]), kernel
     # The large instruction for the large weights.
     wide = [kernel["tensor_core"] for kernel in kernels if kernel["grid"] == [384]]
+    int4_wide = [kernel["tensor_core"] for kernel in kernels if kernel["grid"] == [384, 1]]
     if capability == 90:
         assert ["wgmma.mma_async.sync.aligned.m64n16k32.s32.s8.s8"] in wide
         assert ["wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16"] in wide
+        assert int4_wide == [["wgmma.mma_async.sync.aligned.m64n16k32.s32.s8.s8"]]  # W4A4's
+    int4 = [kernel for kernel in kernels if kernel["kernel"] == "_int4_linear"]
+    assert all("0x10" in kernel["copies"] for kernel in int4)
+    assert [bool(kernel["tensor_core"]) for kernel in int4] == [True] * 8 + [False] * (capability == 90)  # float32's
     # float32 stays float32: no TF32.
     assert not any("tf32" in name for kernel in kernels for name in kernel["tensor_core"])
 

@@ -109,4 +109,4 @@ def test_a_longer_window_is_refused(kernel_device):
 def test_configs_suit_the_types(dtype):
     for config in (*linear.linear_configs(), *(linear.linear_config(out, dtype) for out in (256, 4096, 151936))):
         assert config.bytes_inside // dtype.itemsize >= 32  # the least that the instruction takes of int8
-        assert 256 % config.outputs == 0  # _prefetch cuts 256 lines by outputs
+        assert 256 % config.outputs == 0  # prefetch_weights cuts 256 lines by outputs
