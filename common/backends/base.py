@@ -135,9 +135,8 @@ class Backend(ABC):
     def int4_weight(self, values: Tensor, scale: Tensor) -> Any:
         """Takes int8 [out, in] between -8 and 7 and bfloat16 [out, in / group], group 32, 64 or 128; returns the
         handle that `int4_linear` wants. Raises QuasarError where the device has no kernel for it."""
-        raise QuasarError(
-            f"int4 weights run on cpu, cuda and Atlas A2 and A3; --device {self.device.type} has --precision full and w8a8"
-        )
+        where = "cpu, cuda and Atlas A2 and A3"
+        raise QuasarError(f"int4 weights run on {where}; --device {self.device.type} has --precision full and w8a8")
 
     def int4_linear(self, x: Tensor | Quantized, weight: Any, bias: Tensor | None) -> Tensor:
         """[tokens, in], 16-bit or int4, -> [tokens, out] of `dtype`."""
