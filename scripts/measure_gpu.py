@@ -174,6 +174,16 @@ def decode(report: Report) -> None:
         report.add(f"bench decode, {SHAPE}", row)
 
 
+def int4(report: Report) -> None:
+    """Passes with int4 weights beside full precision's."""
+    from common import load
+    from common.evaluation import speed
+
+    models = {p: load(f"dummy:{SHAPE}", device="cuda", precision=p) for p in ("full", "w4a16", "w4a4")}
+    steps = {p: speed.decoder_step(model.decoder, 128, 16) for p, model in models.items()}
+    time_table(report, steps, [1, 6, 16], models["full"].config.vocab_size, models["full"].decoder.backend)
+
+
 def kernels(report: Report) -> None:
     """Each kernel alone, with and without dependent launch."""
     import torch
@@ -227,6 +237,7 @@ STEPS: dict[str, tuple[Callable[[Report], None], int]] = {
     "ids": (ids, 120),
     "step": (step, 150),
     "decode": (decode, 90),
+    "int4": (int4, 80),
     "kernels": (kernels, 110),
     "sweep": (sweep, 120),
     "tests": (tests, 120),
