@@ -39,7 +39,7 @@ class CpuBackend(ReferenceBackend):
 
     def int8_linear(self, x: Quantized, weight: Any, bias: Tensor | None) -> Tensor:
         scale, tokens = x.scale, x.values.shape[0]
-        if scale.shape[0] != tokens:  # one for all of them
+        if scale.shape[0] != tokens:  # one for all of them, quantised elsewhere
             scale = scale.expand(tokens).contiguous()
         return native.int8_linear(x.values, scale, weight, bias)
 
@@ -61,7 +61,7 @@ class CpuBackend(ReferenceBackend):
 
     def quantize(self, x: Tensor, quant: ActivationQuant) -> Quantized:
         if quant.static_scale is not None:
-            return super().quantize(x, quant)
+            return Quantized(*native.quantize_static(x, quant.static_scale))
         return Quantized(*native.quantize_per_token(x))
 
     def embed(self, table: Tensor, ids: Tensor) -> Tensor:

@@ -114,13 +114,17 @@ def test_a_recording_holds_the_results_of_few_operations(shipped):
     assert recording.buffers.nbytes < 6 * 4 * c.vocab_size + one_layer
 
 
-def test_what_computes_with_pytorch_runs_plainly():
-    """Static scales do: their windows are not recorded, and right all the same."""
-    model = load(GOLDEN / "msmodelslim-static", device="cpu")
-    decoder = model.decoder
+@pytest.mark.parametrize(("name", "recorded"), [("llm-compressor-static", True), ("msmodelslim-static", False)])
+def test_checkpoints_with_static_scales(name, recorded):
+    """Symmetric ones are recorded. Those with an offset compute with PyTorch and run plainly, right all the same."""
+    decoder = load(GOLDEN / name, device="cpu").decoder
     run, plain = windows(decoder, filled_cache(decoder)), filled_cache(decoder)
-    for ids in ([1, 2], [3, 4]):
-        assert torch.equal(run(ids, 2), decoder(torch.tensor(ids), plain, 2))
+    same_memory = []
+    for ids in ([1, 2], [3, 4], [5, 6]):
+        logits = run(ids, 2)
+        assert torch.equal(logits, decoder(torch.tensor(ids), plain, 2))
+        same_memory.append(logits)
+    assert (same_memory[1].data_ptr() == same_memory[2].data_ptr()) == recorded
 
 
 def test_ids_beyond_the_vocabulary_are_refused(shipped):

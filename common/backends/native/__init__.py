@@ -377,8 +377,18 @@ def quantize_per_token(x: Tensor, out: Quantized | None = None, limit: int = 127
     """
     m, k = x.shape
     q, scale, q_pointer, scale_pointer = _quantized(m, k, out)
-    _kernels.quantize(_pointer(x, _float32, m * k), q_pointer, scale_pointer, limit, m, k, _threads())
+    _kernels.quantize(_pointer(x, _float32, m * k), q_pointer, scale_pointer, limit, m, k, _threads(), 0)
     return q, scale
+
+
+def quantize_static(x: Tensor, scale: Tensor) -> Quantized:
+    """float32 [m, k] by one calibrated scale, float32 [1] -> int8 [m, k], clipped, and the scale for each row [m]."""
+    m, k = x.shape
+    q, scales, q_pointer, scales_pointer = _quantized(m, k, None)
+    _kernels.quantize(
+        _pointer(x, _float32, m * k), q_pointer, scales_pointer, 127, m, k, _threads(), _constant(scale, _float32, 1)
+    )
+    return q, scales
 
 
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:

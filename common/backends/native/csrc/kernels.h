@@ -56,7 +56,8 @@ struct quantize_args {
     const float *x;          /* [m, k] */
     int8_t *q;               /* [m, k] */
     float *scale;            /* [m] */
-    int64_t m, k, limit;     /* the largest magnitude of q: 127 or 7 */
+    const float *static_scale; /* [1], or NULL for each row's own */
+    int64_t m, k, limit;     /* the largest magnitude of q by a row's own scale: 127 or 7 */
 };
 
 struct hadamard_args {

@@ -208,11 +208,14 @@ FUNCTION(py_round_bf16, 5)
     return run(&call, INT(3), INT(4));
 }
 
-/* x, q, scale, limit, m, k, threads */
-FUNCTION(py_quantize, 7)
+/* x, q, scale, limit, m, k, threads, static_scale */
+FUNCTION(py_quantize, 8)
     struct call call = {
         .name = "quantize", .task = isa->quantize, .items = INT(4),
-        .quantize = {.x = ADDRESS(0), .q = ADDRESS(1), .scale = ADDRESS(2), .limit = INT(3), .m = INT(4), .k = INT(5)},
+        .quantize = {
+            .x = ADDRESS(0), .q = ADDRESS(1), .scale = ADDRESS(2), .limit = INT(3), .m = INT(4), .k = INT(5),
+            .static_scale = ADDRESS(7),
+        },
     };
     return run(&call, INT(5), INT(6));
 }

@@ -45,6 +45,17 @@ INLINE float quantize_row(const float *x, int8_t *q, int64_t n, float limit)
     return scale;
 }
 
+/* q = x / scale rounded half to even, by a scale that may be too small: then clipped to int8. */
+INLINE void quantize_row_by(const float *x, int8_t *q, int64_t n, float scale)
+{
+    vf scales = splat(scale), reciprocal = splat(1.0f / scale);
+    for (int64_t i = 0; i < n; i += VL) {
+        vf quotient = divide(load_up_to(x + i, n - i), scales, reciprocal);
+        vb values = __builtin_convertvector(round_to_int(min_(splat(127), max_(splat(-128), quotient))), vb);
+        memcpy(q + i, &values, n - i < VL ? (size_t)(n - i) : sizeof values);
+    }
+}
+
 static void embed_bf16(void *data, int thread, int threads)
 {
     const struct embed_args *a = data;
@@ -102,8 +113,14 @@ static void quantize(void *data, int thread, int threads)
     const struct quantize_args *a = data;
     int64_t from, to;
     share(a->m, thread, threads, &from, &to);
-    for (int64_t row = from; row < to; row++)
-        a->scale[row] = quantize_row(a->x + row * a->k, a->q + row * a->k, a->k, (float)a->limit);
+    for (int64_t row = from; row < to; row++) {
+        const float *x = a->x + row * a->k;
+        int8_t *q = a->q + row * a->k;
+        if (a->static_scale)
+            quantize_row_by(x, q, a->k, a->scale[row] = *a->static_scale);
+        else
+            a->scale[row] = quantize_row(x, q, a->k, (float)a->limit);
+    }
 }
 
 /* Sylvester's matrix without multiplying by it: sums and differences at distance 1, 2, 4 ... (fast Walsh-Hadamard). */
