@@ -106,7 +106,8 @@ static PyObject *run(struct call *call, int64_t cost, int64_t threads)
     Py_BEGIN_ALLOW_THREADS
     parallel_run(call->task, &call->int8_linear, items * cost < ALONE ? 1 : team(items, threads));
     Py_END_ALLOW_THREADS
-    call->items = items * cost < ALONE_IN_REPLAY ? 1 : items;
+    if (call->moving != ATTENTION && items * cost < ALONE_IN_REPLAY) /* attention costs more when the window has moved on */
+        call->items = 1;
     if (recorder && recording_add(recorder, call))
         Py_RETURN_NONE;
     free(call->scratch);
