@@ -26,6 +26,8 @@ SHAPE = "qwen3-8b"
 ROWS = [1, 2, 4, 6, 8, 16]
 ACCEPTANCE = 1.40  # the paper's, for Qwen3-8B
 
+NO_CARD = 2  # exit status: there is nothing to measure
+
 Row = dict[str, object]
 
 
@@ -246,6 +248,14 @@ STEPS: dict[str, tuple[Callable[[Report], None], int]] = {
 
 def run_step(name: str, path: Path) -> None:
     """In this process."""
+    from common.backends import get_backend
+    from common.errors import QuasarError
+
+    try:
+        get_backend("cuda")
+    except QuasarError as error:
+        print(f"measure_gpu: {error}", file=sys.stderr)
+        raise SystemExit(NO_CARD) from None
     try:
         STEPS[name][0](Report(path))
     except Exception:
@@ -271,6 +281,8 @@ def main() -> None:
         part = args.json.with_name(f"{args.json.name}.{name}")
         print(f"\n## {name}", flush=True)
         outcome = "not started: no time was left" if left < 5 else run_alone(name, part, left)
+        if outcome == outcome_of(NO_CARD):
+            sys.exit(NO_CARD)
         figures[name] = {"outcome": outcome, "seconds": round(time.monotonic() - clock, 1)}
         if part.exists():
             figures[name]["tables"] = json.loads(part.read_text(encoding="utf-8"))
@@ -286,6 +298,11 @@ def run_alone(name: str, part: Path, seconds: float) -> str:
         status = subprocess.run(command, cwd=ROOT, timeout=seconds).returncode
     except subprocess.TimeoutExpired:
         return "ran out of time"
+    return outcome_of(status)
+
+
+def outcome_of(status: int) -> str:
+    """What is reported of a step that ended with this exit status."""
     return "done" if status == 0 else f"failed with status {status}"
 
 

@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 from common.models.config import DUMMY_SHAPES
 from quasar_gpu.backend import CudaBackend
 from quasar_gpu.kernels.linear import linear_configs
+from scripts import measure_gpu
 from scripts.gpu import kernels, operators
 
 SHAPE = replace(
@@ -77,13 +78,25 @@ def test_every_kernel_is_timed(kernel_device):
     assert len(cuts) == len(linear_configs())
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="here the step would not fail")
-def test_a_step_that_fails_says_so_and_leaves_a_report(tmp_path):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_no_card_is_one_line_and_leaves_nothing(tmp_path):
     script = Path(__file__).parents[2] / "scripts" / "measure_gpu.py"
     figures = tmp_path / "figures.json"
     command = [sys.executable, str(script), "--steps", "device", "--json", str(figures)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=tmp_path)
-    assert done.returncode == 0
-    assert "## device" in done.stdout
-    assert json.loads(figures.read_text())["device"]["outcome"] == "failed with status 1"
-    assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
+    assert done.returncode == 2
+    assert done.stderr.startswith("measure_gpu: --device cuda: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_step_that_fails_says_so_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        measure_gpu, "run_alone", lambda name, part, seconds: measure_gpu.outcome_of(int(name == "step"))
+    )
+    figures = tmp_path / "figures.json"
+    monkeypatch.setattr(sys, "argv", ["measure_gpu.py", "--steps", "step,decode", "--json", str(figures)])
+    measure_gpu.main()
+    outcomes = {name: step["outcome"] for name, step in json.loads(figures.read_text()).items()}
+    assert outcomes == {"step": "failed with status 1", "decode": "done"}
+    assert "step: failed with status 1" in capsys.readouterr().out
