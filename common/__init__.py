@@ -2,7 +2,7 @@
 
 In Python:
 
-    from common import load, quantize, generate
+    from quasar import load, quantize, generate
     model = load("tiny-qwen3", precision="w8a8")
     for piece in generate(model, "def main():"):
         print(piece, end="", flush=True)
@@ -14,10 +14,10 @@ import os
 # and our small operations wait for a scheduler slice (measured: a pass of 15 ms took 1.8 s). It reads this when loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-from common.errors import QuasarError
-from common.generation import Generation, GenerationSettings, GenerationStats, Result, generate
-from common.loading import load, quantize
-from common.models.model import Model
+from quasar.errors import QuasarError
+from quasar.generation import Generation, GenerationSettings, GenerationStats, Result, generate
+from quasar.loading import load, quantize
+from quasar.models.model import Model
 
 __all__ = [
     "Generation",

@@ -7,20 +7,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from common.cascade import CascadeDrafter
-from common.drafting import DraftTarget, check_draft, new_drafter
-from common.drafting.base import Drafter
-from common.drafting.costs import pass_costs
-from common.drafting.window import AdaptiveWindow, FixedWindow, Window
-from common.errors import QuasarError
-from common.memory import out_of_memory_in_one_line
-from common.models.decoder import Decoder
-from common.models.model import Model
-from common.speculation import Speculator
-from common.text import TextStream
-from common.verification.acceptance import GreedyAcceptance, SamplingAcceptance
-from common.verification.sampling import Sampling
-from common.verification.verifier import Verifier
+from quasar.drafting import DraftTarget, check_draft, new_drafter
+from quasar.drafting.cascade import CascadeDrafter
+from quasar.drafting.costs import pass_costs
+from quasar.errors import QuasarError
+from quasar.memory import out_of_memory_in_one_line
+from quasar.models.decoder import Decoder
+from quasar.models.model import Model
+from quasar.speculation.acceptance import GreedyAcceptance, SamplingAcceptance
+from quasar.speculation.draft import Drafter
+from quasar.speculation.sampling import Sampling
+from quasar.speculation.speculator import Speculator
+from quasar.speculation.verifier import Verifier
+from quasar.speculation.window import AdaptiveWindow, FixedWindow, Window
+from quasar.text import TextStream
 
 MAX_FIXED_GAMMA = 32
 LEAST_BLOCK = 7  # tokens: a pass in full precision for fewer would cost more than it confirms
@@ -35,7 +35,7 @@ class GenerationSettings:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
-    draft: str = "ngram"  # one of common.drafting.DRAFTS
+    draft: str = "ngram"  # one of quasar.drafting.DRAFTS
     gamma: int | None = None  # tokens drafted per pass; None adapts to the measured acceptance and cost
     lossless: bool = False  # confirm what a quantised model says in full precision, block by block
     ignore_eos: bool = False

@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from os import PathLike, fspath
 from pathlib import Path
 
-from common.errors import QuasarError
-from common.memory import out_of_memory_in_one_line
-from common.models.decoder import Decoder
-from common.models.model import ASSETS, DEFAULT_MODEL, LoadOptions, Model, load_checkpoint
-from common.models.sharing import unpacked_copy
-from common.quantization import quantize_int4, quantize_w8a8
-from common.quantization.calibration import read_texts
-from common.quantization.fidelity import Fidelity, FidelityProbe
-from common.quantization.int4 import W4A4Linear, W4A16Linear
-from common.quantization.linear import FullLinear, W8A8Linear
+from quasar.errors import QuasarError
+from quasar.memory import out_of_memory_in_one_line
+from quasar.models.decoder import Decoder
+from quasar.models.linear import FullLinear, W8A8Linear
+from quasar.models.linear_int4 import W4A4Linear, W4A16Linear
+from quasar.models.model import ASSETS, DEFAULT_MODEL, LoadOptions, Model, load_checkpoint
+from quasar.models.sharing import unpacked_copy
+from quasar.quantization import quantize_int4, quantize_w8a8
+from quasar.quantization.calibration import read_texts
+from quasar.quantization.fidelity import Fidelity, FidelityProbe
 
 _INT4 = {"w4a16": W4A16Linear, "w4a4": W4A4Linear}
 PRECISIONS = ("full", "w8a8", *_INT4)

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-
-from common.errors import QuasarError
+from quasar.errors import QuasarError
 
 
 def gigabytes(nbytes: int) -> str:

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
+from quasar.backends.base import Forward, KVCache
+from quasar.backends.buffers import unused
+from quasar.backends.reference import MAX_WINDOW
 from torch import Tensor
-
-from common.backends.base import Forward, KVCache
-from common.backends.buffers import unused
-from common.backends.reference import MAX_WINDOW
 
 if TYPE_CHECKING:
     from quasar_gpu.graphs import Captured

@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 
 import torch
-
-from common.errors import QuasarError
-from common.memory import gigabytes
+from quasar.errors import QuasarError
+from quasar.memory import gigabytes
 
 _LEAST_CAPABILITY = (8, 0)  # Ampere: what Triton compiles for; int8 tensor cores and bfloat16 are there too
 

@@ -3,8 +3,7 @@
 import sys
 
 import torch
-
-from common.cli import main
+from quasar.cli import main
 
 
 def run(argv: list[str]) -> int:

@@ -27,10 +27,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
-
-from common.backends.base import (
+from quasar.backends.base import (
     ActivationQuant,
     AttentionSpec,
     Backend,
@@ -39,7 +36,10 @@ from common.backends.base import (
     Quantized,
     WindowPass,
 )
-from common.errors import QuasarError
+from quasar.errors import QuasarError
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
 from quasar_npu.cache import NpuCache, to_device
 from quasar_npu.device import is_inference_card, open_npu
 from quasar_npu.graphs import WindowGraphs, graphs_wanted

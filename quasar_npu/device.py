@@ -6,8 +6,7 @@ import importlib.util
 import warnings
 
 import torch
-
-from common.errors import QuasarError
+from quasar.errors import QuasarError
 
 _INFERENCE_CARDS = ("Ascend310P",)
 

@@ -2,8 +2,9 @@
 
 import sys
 
-from common.cli import main
-from common.errors import QuasarError
+from quasar.cli import main
+from quasar.errors import QuasarError
+
 from quasar_npu.device import open_npu
 
 

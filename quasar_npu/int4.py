@@ -8,10 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from quasar.backends.base import Quantized
+from quasar.errors import QuasarError
 from torch import Tensor
-
-from common.backends.base import Quantized
-from common.errors import QuasarError
 
 _MAX_FEATURES = 65535  # of either dimension of the weight
 

@@ -7,7 +7,7 @@ import argparse
 import random
 import time
 
-from common.drafting.ngram import MAX_NGRAM, NGramDrafter
+from quasar.drafting.ngram import MAX_NGRAM, NGramDrafter
 
 GAMMA = 5
 

@@ -18,9 +18,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from quasar.backends.cpu import kernels
 from torch import Tensor
-
-from common.backends import native
 
 Layer = Callable[[int], object]  # runs on the i-th copy of the weight
 Kernels = dict[str, tuple[int, Callable[[int], Layer]]]  # name -> bytes per weight, rows -> layer to time
@@ -61,7 +60,7 @@ def library_kernels(n: int, k: int, copies: int) -> Kernels:
         x = torch.randint(-127, 128, (m, k), dtype=torch.int8)
         return lambda i: torch._int_mm(x, packs[i][0].t())
 
-    kernels = {
+    candidates = {
         "F.linear float32": (4, linear),
         "F.linear bfloat16": (2, linear_bf16),
         "torch._int_mm": (1, int_mm),
@@ -82,7 +81,7 @@ def library_kernels(n: int, k: int, copies: int) -> Kernels:
             return run
 
         qlinear(1)
-        kernels["onednn.qlinear_pointwise uint8"] = (1, qlinear)
+        candidates["onednn.qlinear_pointwise uint8"] = (1, qlinear)
     except (RuntimeError, NotImplementedError) as error:
         print(f"onednn.qlinear_pointwise does not run here: {str(error).splitlines()[0]}")
     try:
@@ -100,37 +99,37 @@ def library_kernels(n: int, k: int, copies: int) -> Kernels:
             x = torch.randn(m, k)
             return lambda i: torch.ops.quantized.linear_dynamic(x, fbgemm[i])
 
-        kernels["quantized.linear_dynamic (FBGEMM)"] = (1, linear_dynamic)
+        candidates["quantized.linear_dynamic (FBGEMM)"] = (1, linear_dynamic)
     except (RuntimeError, NotImplementedError) as error:
         print(f"quantized.linear_dynamic does not run here: {str(error).splitlines()[0]}")
-    return kernels
+    return candidates
 
 
 def native_kernels(n: int, k: int, copies: int) -> Kernels:
     """The kernels of this package."""
-    int8 = [native.PackedInt8(*quantized(n, k)) for _ in range(copies)]
-    bf16 = [native.PackedBf16(torch.randn(n, k).bfloat16()) for _ in range(copies)]
-    full = [native.PackedFloat32(torch.randn(n, k)) for _ in range(copies)]
+    int8 = [kernels.PackedInt8(*quantized(n, k)) for _ in range(copies)]
+    bf16 = [kernels.PackedBf16(torch.randn(n, k).bfloat16()) for _ in range(copies)]
+    full = [kernels.PackedFloat32(torch.randn(n, k)) for _ in range(copies)]
 
     def int8_layer(m: int) -> Layer:
-        x, scale = native.quantize_per_token(torch.randn(m, k))
-        return lambda i: native.int8_linear(x, scale, int8[i])
+        x, scale = kernels.quantize_per_token(torch.randn(m, k))
+        return lambda i: kernels.int8_linear(x, scale, int8[i])
 
     def int8_quantising(m: int) -> Layer:
         x = torch.randn(m, k)
-        return lambda i: native.int8_linear(*native.quantize_per_token(x), int8[i])
+        return lambda i: kernels.int8_linear(*kernels.quantize_per_token(x), int8[i])
 
     def bf16_layer(m: int) -> Layer:
         x = torch.randn(m, k)
-        return lambda i: native.float_linear(x, bf16[i])
+        return lambda i: kernels.float_linear(x, bf16[i])
 
     def rounding_layer(m: int) -> Layer:
         x = torch.randn(m, k)
-        return lambda i: native.bf16_linear(x, bf16[i])
+        return lambda i: kernels.bf16_linear(x, bf16[i])
 
     def f32_layer(m: int) -> Layer:
         x = torch.randn(m, k)
-        return lambda i: native.float_linear(x, full[i])
+        return lambda i: kernels.float_linear(x, full[i])
 
     return {
         "native int8": (1, int8_layer),
@@ -141,9 +140,9 @@ def native_kernels(n: int, k: int, copies: int) -> Kernels:
     }
 
 
-def measure(kernels: Kernels, m: int, copies: int, repeats: int) -> dict[str, float]:
+def measure(candidates: Kernels, m: int, copies: int, repeats: int) -> dict[str, float]:
     """Median milliseconds of one layer, over every call, of each kernel for m rows."""
-    layers = {name: make(m) for name, (_, make) in kernels.items()}
+    layers = {name: make(m) for name, (_, make) in candidates.items()}
     times: dict[str, list[float]] = {name: [] for name in layers}
     for repeat in range(repeats + 1):  # the first is warm-up
         for name, layer in layers.items():
@@ -164,29 +163,29 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    if not native.available():
+    if not kernels.available():
         parser.error("the kernels are not built: pip install -e . with a C compiler")
     torch.set_num_threads(args.threads)
     report = {
         "torch": torch.__version__,
         "threads": args.threads,
-        "instruction_set": native.instruction_set(),
+        "instruction_set": kernels.instruction_set(),
         "shapes": [],
     }
-    print(f"torch {torch.__version__}, {args.threads} threads, {native.instruction_set()}; median ms per layer")
+    print(f"torch {torch.__version__}, {args.threads} threads, {kernels.instruction_set()}; median ms per layer")
     block = torch.ones(1 << 28)  # 1 GiB
     for k, n in args.shape or [(1024, 3072), (3072, 1024)]:
-        kernels = library_kernels(n, k, args.copies) | native_kernels(n, k, args.copies)
+        candidates = library_kernels(n, k, args.copies) | native_kernels(n, k, args.copies)
         speeds, columns = [], {}
         for m in args.rows:
             speeds += read_bandwidth(block, 2)
             # Long inputs are bound by arithmetic: a few copies say as much.
-            columns[m] = measure(kernels, m, args.copies if m <= 32 else 3, args.repeats)
+            columns[m] = measure(candidates, m, args.copies if m <= 32 else 3, args.repeats)
         bandwidth = statistics.median(speeds)
         print(f"\nread bandwidth {bandwidth:.1f} GB/s ({min(speeds):.1f} to {max(speeds):.1f}): 1 GiB, summed")
         print(f"| K={k} N={n} | floor | " + " | ".join(f"M={m}" for m in args.rows) + " |")
         print("|---" * (len(args.rows) + 2) + "|")
-        for name, (width, _) in kernels.items():
+        for name, (width, _) in candidates.items():
             floor = n * k * width / bandwidth / 1e6
             times = {m: columns[m][name] for m in args.rows}
             print(f"| {name} | {floor:.2f} | " + " | ".join(f"{t:.3f}" for t in times.values()) + " |")

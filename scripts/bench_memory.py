@@ -20,7 +20,7 @@ def peak_mib() -> float:
 
 def measure(name: str, precision: str, lm_head: str, tokens: int) -> None:
     """Prints the peak after each stage."""
-    from common import generate, load, quantize
+    from quasar import generate, load, quantize
 
     stages = [("imports", peak_mib())]
     model = load(name, device="cpu", precision="auto" if precision == "auto" else "full")

@@ -10,11 +10,12 @@ import argparse
 import statistics
 from collections.abc import Sequence
 
-from common import GenerationSettings, Model, drafting, generate, load
-from common.drafting.base import Draft, Drafter
-from common.loading import PRECISIONS
-from common.models.model import ASSETS
-from common.quantization.calibration import read_texts
+from quasar.loading import PRECISIONS
+from quasar.models.model import ASSETS
+from quasar.quantization.calibration import read_texts
+from quasar.speculation.draft import Draft, Drafter
+
+from quasar import GenerationSettings, Model, drafting, generate, load
 
 GAMMAS = (1, 2, 3, 5, 8, 15)
 

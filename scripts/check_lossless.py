@@ -9,13 +9,13 @@ import argparse
 import sys
 from dataclasses import replace
 
+from quasar.evaluation.tasks import SCHEMES, Scheme
+from quasar.models.model import ASSETS
+from quasar.quantization.calibration import read_texts
+from quasar.speculation.window import MAX_GAMMA, FixedWindow
 from tqdm import tqdm
 
-from common import GenerationSettings, Model, generate, generation, load
-from common.drafting.window import MAX_GAMMA, FixedWindow
-from common.evaluation.tasks import SCHEMES, Scheme
-from common.models.model import ASSETS
-from common.quantization.calibration import read_texts
+from quasar import GenerationSettings, Model, generate, generation, load
 
 NAMES = ("plain-full", "ngram-full", "quasar", "lossless")
 

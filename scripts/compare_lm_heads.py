@@ -10,11 +10,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from common import load, quantize
-from common.loading import LM_HEADS
-from common.models.model import ASSETS
-from common.quantization.calibration import read_texts
-from common.quantization.fidelity import Fidelity, FidelityProbe
+from quasar.loading import LM_HEADS
+from quasar.models.model import ASSETS
+from quasar.quantization.calibration import read_texts
+from quasar.quantization.fidelity import Fidelity, FidelityProbe
+
+from quasar import load, quantize
 
 ALLOWED_POINTS = 0.1  # percentage points of agreement
 

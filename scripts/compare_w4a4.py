@@ -9,17 +9,17 @@ Rounding is simulated in floating point, so that all ways differ in what they ro
 from __future__ import annotations
 
 import torch
+from quasar.drafting.draft_models import calibration_ids
+from quasar.models.linear import FullLinear, quantize_weight
+from quasar.models.linear_int4 import quantize_weight_int4
+from quasar.models.model import ASSETS
+from quasar.models.sharing import unpacked_copy
+from quasar.quantization.calibration import SMOOTHED, collect, read_texts
+from quasar.quantization.fidelity import FidelityProbe
+from quasar.quantization.rotation import hadamard, rotate_decoder, rotate_last
 from torch import Tensor
 
-from common import load
-from common.drafting.draft_models import calibration_ids
-from common.models.model import ASSETS
-from common.models.sharing import unpacked_copy
-from common.quantization.calibration import SMOOTHED, collect, read_texts
-from common.quantization.fidelity import FidelityProbe
-from common.quantization.int4 import quantize_weight_int4
-from common.quantization.linear import FullLinear, quantize_weight
-from common.quantization.rotation import hadamard, rotate_decoder, rotate_last
+from quasar import load
 
 
 class Simulated(FullLinear):

@@ -55,9 +55,8 @@ def device(report: Report) -> None:
     import torch
     import transformers
     import triton
-
-    from common.backends import get_backend
-    from common.evaluation.speed import BandwidthProbe
+    from quasar.backends import get_backend
+    from quasar.evaluation.speed import BandwidthProbe
 
     card = torch.cuda.get_device_properties(0)
     query = [
@@ -94,9 +93,9 @@ def device(report: Report) -> None:
 def operators(report: Report) -> None:
     """Every operator against the reference backend, and windows against longer ones."""
     import torch
+    from quasar.backends import get_backend
+    from quasar.models.model import dummy_config
 
-    from common.backends import get_backend
-    from common.models.model import dummy_config
     from scripts.gpu.operators import operator_errors
 
     for dtype in (torch.bfloat16, torch.float32, torch.float16):
@@ -107,7 +106,7 @@ def operators(report: Report) -> None:
 
 def ids(report: Report) -> None:
     """Ids of the shipped models, and memory after them."""
-    from common import load
+    from quasar import load
     from scripts.gpu import ids as said
 
     for name in said.MODELS:
@@ -128,9 +127,9 @@ def ids(report: Report) -> None:
 def step(report: Report) -> None:
     """Passes of Qwen3-8B's shape, with what they gain by graphs, and transformers'."""
     import torch
+    from quasar.evaluation import peers, speed
 
-    from common import load
-    from common.evaluation import peers, speed
+    from quasar import load
 
     steps = {}
     for precision in ("full", "w8a8"):
@@ -155,7 +154,7 @@ def step(report: Report) -> None:
 
 def time_table(report: Report, steps: dict[str, Any], rows: list[int], vocab: int, backend: Any) -> None:
     """A row for each scheme and M."""
-    from common.evaluation import speed
+    from quasar.evaluation import speed
 
     for cost in sorted(speed.time_steps(steps, rows, 9, vocab, backend), key=lambda cost: cost.rows):
         row = {"scheme": cost.scheme, "M": cost.rows, "ms": round(cost.milliseconds, 3), "spread": f"{cost.spread:.0%}"}
@@ -166,8 +165,9 @@ def time_table(report: Report, steps: dict[str, Any], rows: list[int], vocab: in
 
 def decode(report: Report) -> None:
     """Tokens per second at the paper's acceptance length."""
-    from common import load
-    from common.evaluation import decode as ends
+    from quasar.evaluation import decode as ends
+
+    from quasar import load
 
     models = {p: load(f"dummy:{SHAPE}", device="cuda", precision=p) for p in ("full", "w8a8")}
     for speed in ends.compare_runs(ends.replayed(models, ACCEPTANCE, 128, 128), 3, stated=True):
@@ -178,8 +178,9 @@ def decode(report: Report) -> None:
 
 def int4(report: Report) -> None:
     """Passes with int4 weights beside full precision's."""
-    from common import load
-    from common.evaluation import speed
+    from quasar.evaluation import speed
+
+    from quasar import load
 
     models = {p: load(f"dummy:{SHAPE}", device="cuda", precision=p) for p in ("full", "w4a16", "w4a4")}
     steps = {p: speed.decoder_step(model.decoder, 128, 16) for p, model in models.items()}
@@ -189,8 +190,8 @@ def int4(report: Report) -> None:
 def kernels(report: Report) -> None:
     """Each kernel alone, with and without dependent launch."""
     import torch
+    from quasar.models.model import dummy_config
 
-    from common.models.model import dummy_config
     from quasar_gpu.kernels.launch import use_dependent_launch
     from scripts.gpu.kernels import KernelBench, graph_seconds, table_row
 
@@ -211,8 +212,8 @@ def kernels(report: Report) -> None:
 def sweep(report: Report) -> None:
     """Every cut of the matmuls at six rows."""
     import torch
+    from quasar.models.model import dummy_config
 
-    from common.models.model import dummy_config
     from quasar_gpu.kernels.launch import use_dependent_launch
     from scripts.gpu.kernels import KernelBench, graph_seconds, table_row
 
@@ -248,8 +249,8 @@ STEPS: dict[str, tuple[Callable[[Report], None], int]] = {
 
 def run_step(name: str, path: Path) -> None:
     """In this process."""
-    from common.backends import get_backend
-    from common.errors import QuasarError
+    from quasar.backends import get_backend
+    from quasar.errors import QuasarError
 
     try:
         get_backend("cuda")

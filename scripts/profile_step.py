@@ -11,13 +11,13 @@ import time
 from collections import Counter, defaultdict
 
 import torch
+from quasar.backends.cpu import kernels
+from quasar.evaluation.speed import context_ids
+from quasar.loading import LM_HEADS, quantize
+from quasar.models.decoder import Decoder
+from quasar.models.model import DUMMY_PREFIX
 
-from common import load
-from common.backends import native
-from common.evaluation.speed import context_ids
-from common.loading import LM_HEADS, quantize
-from common.models.decoder import Decoder
-from common.models.model import DUMMY_PREFIX
+from quasar import load
 
 WARM_UP = 2
 
@@ -28,7 +28,7 @@ def profile(decoder: Decoder, context: int, rows: int, repeats: int) -> dict[str
     cache = decoder.new_cache(context + rows)
     decoder.prefill(context_ids(decoder.config.vocab_size, context), cache, keep=0)
     ids = torch.arange(rows)
-    with native.recording(cache.k, cache.v) as recording:
+    with kernels.recording(cache.k, cache.v) as recording:
         decoder(ids, cache, keep=rows)
     samples: dict[str, list[float]] = defaultdict(list)
     for repeat in range(WARM_UP + repeats):
@@ -37,12 +37,12 @@ def profile(decoder: Decoder, context: int, rows: int, repeats: int) -> dict[str
         whole = time.perf_counter() - start
         if repeat < WARM_UP:
             continue
-        kernels: Counter[str] = Counter()
+        by_name: Counter[str] = Counter()
         for name, seconds in calls:
-            kernels[name] += seconds
-        for name, seconds in kernels.items():
+            by_name[name] += seconds
+        for name, seconds in by_name.items():
             samples[name].append(1e3 * seconds)
-        samples["outside"].append(1e3 * (whole - sum(kernels.values())))
+        samples["outside"].append(1e3 * (whole - sum(by_name.values())))
         samples["pass"].append(1e3 * whole)
     return samples
 
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--lm-head", choices=LM_HEADS, default="w8a8")
     args = parser.parse_args()
-    if not native.available():
+    if not kernels.available():
         parser.error("the kernels are not built: pip install -e . with a C compiler")
     model = load(DUMMY_PREFIX + args.dummy, device="cpu")
     if args.precision == "w8a8":

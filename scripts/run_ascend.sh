@@ -135,7 +135,7 @@ if [ "$precision" = w8a8 ] && [ -n "$model" ] && ! quantised "$model"; then
         if grep -q 'inference card' <<<"$findings"; then scheme=w8a8-static device=cpu; fi # no bfloat16 to calibrate in
         if [ "$emulated" = 1 ]; then device=cpu; fi # the same numbers, without emulating millions of launches
         mkdir -p "$(dirname "$copy")"
-        quasar common.cli quantize --model "$model" --output "$copy" --format ascend --scheme "$scheme" \
+        quasar quasar.cli quantize --model "$model" --output "$copy" --format ascend --scheme "$scheme" \
             --device "$device" "${for_quantize[@]+"${for_quantize[@]}"}"
     fi
     model="$copy"

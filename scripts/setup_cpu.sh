@@ -15,7 +15,7 @@ if [ ! -x "$VENV/bin/python" ]; then
         { echo "setup: $PYTHON cannot make virtual environments; install its venv package (python3-venv)" >&2; exit 2; }
 fi
 # The stamp names what was installed, so that a changed pyproject.toml or kernel source installs again.
-stamp="$VENV/.quasar-$(cat pyproject.toml scripts/constraints-cpu.txt common/backends/native/csrc/* 2>/dev/null | cksum | tr ' ' '-')${1:-}"
+stamp="$VENV/.quasar-$(cat pyproject.toml scripts/constraints-cpu.txt common/backends/cpu/csrc/* 2>/dev/null | cksum | tr ' ' '-')${1:-}"
 if [ ! -e "$stamp" ]; then
     echo "setup: installing into $VENV" >&2
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -c scripts/constraints-cpu.txt -e ".${1:-}"

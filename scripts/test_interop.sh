@@ -14,7 +14,7 @@ trap 'rm -rf "$work"' EXIT
 mkdir -p "$home"
 
 say() { printf '\n== %s\n' "$*"; }
-quasar() { PYTHONPATH=$repository "$python" -m common.cli "$@"; }
+quasar() { PYTHONPATH=$repository "$python" -m quasar.cli "$@"; }
 own() { PYTHONPATH=$repository "$python" "$repository/scripts/interop/$1" "${@:2}"; }
 
 # environment NAME PACKAGE...: a virtual environment that has the packages; prints its folder

@@ -1,7 +1,7 @@
 """Runs the commands behind the tables of a document and puts their output in: what stands between
 `<!-- run: COMMAND -->` and `<!-- end -->` is replaced.
 
-    python scripts/update_docs.py common/docs/drafting.md [words of the commands to run; default: all]
+    python scripts/update_docs.py docs/drafting.md [words of the commands to run; default: all]
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _BLOCK = re.compile(r"<!-- run: (.+?) -->\n.*?<!-- end -->", re.DOTALL)
 def output(command: str) -> str:
     """Standard output; `quasar` and `python` are those of this interpreter. A command that fails ends the script."""
     words = shlex.split(command)
-    words = [sys.executable, "-m", "common.cli", *words[1:]] if words[0] == "quasar" else [sys.executable, *words[1:]]
+    words = [sys.executable, "-m", "quasar.cli", *words[1:]] if words[0] == "quasar" else [sys.executable, *words[1:]]
     print(f"$ {command}", file=sys.stderr)
     return subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 

@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from common import Model, load
+from quasar import Model, load
 
 # Tiny models gain nothing from threads, and on a busy machine their barriers cost seconds.
 torch.set_num_threads(1)

@@ -9,22 +9,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quasar.backends.base import KVCache
+from quasar.drafting import DraftTarget, new_drafter
+from quasar.drafting.cascade import CascadeDrafter
+from quasar.drafting.decoder import FollowedText
+from quasar.loading import PRECISIONS
+from quasar.models.sharing import share
+from quasar.speculation.acceptance import GreedyAcceptance
+from quasar.speculation.draft import Draft, Drafter
+from quasar.speculation.sampling import Sampling, target_distribution
+from quasar.speculation.speculator import Speculator
+from quasar.speculation.verifier import Verifier
+from quasar.speculation.window import FixedWindow
 
-from common import GenerationSettings, QuasarError, generate, generation, load
-from common.backends.base import KVCache
-from common.cascade import CascadeDrafter
-from common.drafting import DraftTarget, new_drafter
-from common.drafting.base import Draft, Drafter
-from common.drafting.decoder import FollowedText
-from common.drafting.window import FixedWindow
-from common.loading import PRECISIONS
-from common.models.sharing import share
-from common.speculation import Speculator
-from common.verification.acceptance import GreedyAcceptance
-from common.verification.sampling import Sampling, target_distribution
-from common.verification.verifier import Verifier
+from quasar import GenerationSettings, QuasarError, generate, generation, load
 from tests.conftest import FAMILIES
-from tests.random_models import random_model, shared_random_model
+from tests.helpers.random_models import random_model, shared_random_model
 
 PROMPT = [5, 9, 31, 5, 9, 31, 5, 9, 7, 88, 5, 9]
 DRAFTS = ("ngram", "suffix", "self:w4a4", "self:skip=1", "self:skip=2", "model:small")

@@ -11,8 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from common.cli import main
+from quasar.cli import main
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -98,7 +97,7 @@ def test_serve_becomes_the_engine(tmp_path: Path) -> None:
     program(tmp_path / "vllm", 'echo "$@"; exit 7')
     argv = ["serve", "--engine", "vllm", "--model", str(GOLDEN / "llm-compressor"), "--device", "cuda"]
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    command = [sys.executable, "-m", "common.cli", *argv]
+    command = [sys.executable, "-m", "quasar.cli", *argv]
     done = subprocess.run(command, env=environment, cwd=GOLDEN.parents[1], capture_output=True, text=True, check=False)
     assert done.returncode == 7
     assert done.stdout.startswith(f"serve {GOLDEN / 'llm-compressor'} --tensor-parallel-size 1")

@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from common.cli import main
-from common.cli.compare import LOSSLESS, SCHEMES
+from quasar.cli import main
+from quasar.cli.compare import LOSSLESS, SCHEMES
 
 ROOT = Path(__file__).parent.parent
 
@@ -168,7 +167,7 @@ def test_help_teaches(run, command):
 
 def quasar(*argv: str, **options) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "common.cli", *argv], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
+        [sys.executable, "-m", "quasar.cli", *argv], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
     )
 
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from quasar.drafting import _DRAFTERS
+from quasar.loading import PRECISIONS
+from quasar.speculation.draft import Draft, Drafter
+from quasar.speculation.verifier import Verifier
 
-from common import GenerationSettings, QuasarError, generate
-from common.drafting import _DRAFTERS
-from common.drafting.base import Draft, Drafter
-from common.loading import PRECISIONS
-from common.verification.verifier import Verifier
+from quasar import GenerationSettings, QuasarError, generate
 from tests.conftest import FAMILIES
 
 NEW = 24
@@ -158,7 +158,7 @@ def test_a_stop_id_inside_an_accepted_window(shipped, scripted, at):
             return own[: agreed + 1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("common.generation.GreedyAcceptance", Sayer)
+        patch.setattr("quasar.generation.GreedyAcceptance", Sayer)
         scripted(oracle_script(PROMPT, changed, ()))
         stopping = replace(model, stop_ids=frozenset({stop}))
         for draft, gamma in (("none", None), ("scripted", 5)):

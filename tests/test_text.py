@@ -3,8 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from common.text import TextStream
+from quasar.text import TextStream
 
 
 def decode_bytes(ids):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-
-from common.backends import native
-from common.backends.base import Backend
-from common.backends.cpu import CpuBackend, CpuBfloat16Backend
-from common.backends.reference import ReferenceBackend
-from common.errors import QuasarError
+from quasar.backends.base import Backend
+from quasar.backends.cpu import kernels
+from quasar.backends.cpu.backend import CpuBackend, CpuBfloat16Backend
+from quasar.backends.reference import ReferenceBackend
+from quasar.errors import QuasarError
 
 DEVICES = ("auto", "cpu", "cuda", "npu", "reference")
 
@@ -23,9 +22,9 @@ def get_backend(device: str = "auto", dtype: torch.dtype | None = None) -> Backe
     kind = device.partition(":")[0]
     if kind == "auto":
         device = kind = _best_device()
-    if kind == "cpu" and dtype in (None, torch.float32) and native.available():
+    if kind == "cpu" and dtype in (None, torch.float32) and kernels.available():
         return CpuBackend()
-    if kind == "cpu" and dtype == torch.bfloat16 and native.available():
+    if kind == "cpu" and dtype == torch.bfloat16 and kernels.available():
         return CpuBfloat16Backend()
     if kind in ("cpu", "reference"):
         return ReferenceBackend("cpu", dtype or torch.float32)

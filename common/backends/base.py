@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from quasar.errors import QuasarError
 from torch import Tensor
-
-from common.errors import QuasarError
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from quasar.backends.base import ActivationQuant, AttentionSpec, Backend, KVCache, Quantized
 from torch import Tensor
-
-from common.backends.base import ActivationQuant, AttentionSpec, Backend, KVCache, Quantized
 
 # Passes up to this long are windows (computed row by row); longer ones are prefill chunks.
 MAX_WINDOW = 16

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from common.errors import QuasarError
-from common.memory import out_of_memory_in_one_line
+from quasar.errors import QuasarError
+from quasar.memory import out_of_memory_in_one_line
 
 _EPILOG = """examples:
   quasar generate "def main():"                              the shipped model, W8A8, n-gram drafts
@@ -29,7 +29,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    from common.cli import bench, compare, eval, generate, inspect, quantize, serve
+    from quasar.cli import bench, compare, eval, generate, inspect, quantize, serve
 
     parser = OneLineParser(
         prog="quasar",

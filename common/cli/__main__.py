@@ -1,7 +1,7 @@
-"""`python -m common.cli` is `quasar`."""
+"""`python -m quasar.cli` is `quasar`."""
 
 import sys
 
-from common.cli import main
+from quasar.cli import main
 
 sys.exit(main())

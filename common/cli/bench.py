@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from quasar.backends import get_backend
+from quasar.cli import flags
+from quasar.errors import QuasarError
+from quasar.evaluation import decode, peers, speed
+from quasar.generation import GenerationSettings
+from quasar.loading import PRECISIONS, texts_or_default
+from quasar.models.model import ASSETS, Model, find_checkpoint
+from quasar.quantization.calibration import read_texts
 from tqdm import tqdm
-
-from common.backends import get_backend
-from common.cli import flags
-from common.errors import QuasarError
-from common.evaluation import decode, peers, speed
-from common.generation import GenerationSettings
-from common.loading import PRECISIONS, texts_or_default
-from common.models.model import ASSETS, Model, find_checkpoint
-from common.quantization.calibration import read_texts
 
 
 def add_parser(subparsers: Any) -> None:

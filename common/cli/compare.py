@@ -7,11 +7,11 @@ import json
 from dataclasses import replace
 from typing import Any
 
-from common.cli import flags
-from common.cli.generate import as_json
-from common.evaluation.decode import SCHEMES
-from common.generation import GenerationSettings, Result, generate
-from common.models.model import Model
+from quasar.cli import flags
+from quasar.cli.generate import as_json
+from quasar.evaluation.decode import SCHEMES
+from quasar.generation import GenerationSettings, Result, generate
+from quasar.models.model import Model
 
 LOSSLESS = "Quasar --lossless"
 

@@ -8,16 +8,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from quasar.cli import flags
+from quasar.drafting import check_draft
+from quasar.errors import QuasarError
+from quasar.evaluation import fidelity, tasks
+from quasar.generation import GenerationSettings
+from quasar.loading import CALIBRATION_TOKENS, texts_or_default
+from quasar.models.model import ASSETS
+from quasar.quantization.calibration import read_texts
 from tqdm import tqdm
-
-from common.cli import flags
-from common.drafting import check_draft
-from common.errors import QuasarError
-from common.evaluation import fidelity, tasks
-from common.generation import GenerationSettings
-from common.loading import CALIBRATION_TOKENS, texts_or_default
-from common.models.model import ASSETS
-from common.quantization.calibration import read_texts
 
 _DRAFTS = ["ngram", "suffix", "self:skip=1", "self:w4a4"]
 

@@ -6,13 +6,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from common.backends import DEVICES
-from common.drafting import DRAFTS
-from common.errors import QuasarError
-from common.generation import GenerationSettings
-from common.loading import LM_HEADS, PRECISIONS, load, quantize, texts_or_default
-from common.models.config import DUMMY_SHAPES
-from common.models.model import DEFAULT_MODEL, DUMMY_PREFIX, Model
+from quasar.backends import DEVICES
+from quasar.drafting import DRAFTS
+from quasar.errors import QuasarError
+from quasar.generation import GenerationSettings
+from quasar.loading import LM_HEADS, PRECISIONS, load, quantize, texts_or_default
+from quasar.models.config import DUMMY_SHAPES
+from quasar.models.model import DEFAULT_MODEL, DUMMY_PREFIX, Model
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:

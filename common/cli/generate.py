@@ -8,10 +8,10 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from common.cli import flags
-from common.errors import QuasarError
-from common.generation import Generation, GenerationSettings, Result, generate
-from common.models.model import Model
+from quasar.cli import flags
+from quasar.errors import QuasarError
+from quasar.generation import Generation, GenerationSettings, Result, generate
+from quasar.models.model import Model
 
 
 def add_parser(subparsers: Any) -> None:

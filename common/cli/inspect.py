@@ -7,15 +7,15 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from common.backends.reference import ReferenceBackend
-from common.errors import QuasarError
-from common.models.config import ModelConfig, read_config
-from common.models.decoder import Decoder
-from common.models.loader import PROJECTIONS, build_decoder
-from common.models.model import find_checkpoint
-from common.quantization.checkpoints import open_checkpoint
-from common.quantization.checkpoints.folder import SafetensorsFolder
-from common.quantization.linear import FullLinear, Linear, W8A8Linear
+from quasar.backends.reference import ReferenceBackend
+from quasar.checkpoints import open_checkpoint
+from quasar.checkpoints.folder import SafetensorsFolder
+from quasar.errors import QuasarError
+from quasar.models.config import ModelConfig, read_config
+from quasar.models.decoder import Decoder
+from quasar.models.linear import FullLinear, Linear, W8A8Linear
+from quasar.models.loader import PROJECTIONS, build_decoder
+from quasar.models.model import find_checkpoint
 
 
 def add_parser(subparsers: Any) -> None:

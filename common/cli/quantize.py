@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common.cli import flags
-from common.errors import QuasarError
-from common.exporting import SCHEMES, ExportSettings, quantize_checkpoint
-from common.loading import texts_or_default
-from common.models.model import LoadOptions
-from common.msmodelslim import quantize_with_msmodelslim
-from common.quantization.checkpoints import WRITERS
+from quasar.checkpoints import WRITERS
+from quasar.cli import flags
+from quasar.errors import QuasarError
+from quasar.export.export import SCHEMES, ExportSettings, quantize_checkpoint
+from quasar.export.msmodelslim import quantize_with_msmodelslim
+from quasar.loading import texts_or_default
+from quasar.models.model import LoadOptions
 
 ENGINES = ("quasar", "msmodelslim")
 

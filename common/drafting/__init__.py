@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from common.backends.base import KVCache
-from common.drafting.base import Drafter
-from common.drafting.ngram import NGramDrafter
-from common.drafting.suffix import SuffixDrafter, open_store
-from common.errors import QuasarError
-from common.verification.sampling import Sampling
+from quasar.backends.base import KVCache
+from quasar.drafting.ngram import NGramDrafter
+from quasar.drafting.suffix import SuffixDrafter, open_store
+from quasar.errors import QuasarError
+from quasar.speculation.draft import Drafter
+from quasar.speculation.sampling import Sampling
 
 if TYPE_CHECKING:
-    from common.models.model import Model
+    from quasar.models.model import Model
 
 _DRAFTERS: dict[str, type[Drafter] | None] = {"none": None, "ngram": NGramDrafter, "suffix": SuffixDrafter}
 DRAFTS = (*_DRAFTERS, "suffix:FILE", "self:w4a4", "self:skip=K", "model:PATH")
@@ -51,8 +51,8 @@ def new_drafter(name: str, target: DraftTarget) -> Drafter | None:
     if kind == "suffix":
         return SuffixDrafter(open_store(value, target.model))
     # Models import calibration and tokenizers: only where a model drafts.
-    from common.drafting.decoder import ModelDrafter, SelfDrafter
-    from common.drafting.draft_models import draft_decoder
+    from quasar.drafting.decoder import ModelDrafter, SelfDrafter
+    from quasar.drafting.draft_models import draft_decoder
 
     decoder = draft_decoder(target.model, name)
     if kind == "self":

@@ -6,7 +6,7 @@ import time
 from bisect import bisect_left
 from weakref import WeakKeyDictionary
 
-from common.models.decoder import Decoder
+from quasar.models.decoder import Decoder
 
 SIZES = (1, 2, 4, 8, 16)  # windows that are timed; between them costs are interpolated
 _CONTEXT = 16  # positions before the window

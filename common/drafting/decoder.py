@@ -6,13 +6,12 @@ from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
+from quasar.backends.base import KVCache
+from quasar.drafting.costs import pass_costs
+from quasar.models.decoder import PREFILL_CHUNK, Decoder
+from quasar.speculation.draft import Draft, Drafter
+from quasar.speculation.sampling import Sampling, sample_inverse_cdf, target_distribution
 from torch import Tensor
-
-from common.backends.base import KVCache
-from common.drafting.base import Draft, Drafter
-from common.drafting.costs import pass_costs
-from common.models.decoder import PREFILL_CHUNK, Decoder
-from common.verification.sampling import Sampling, sample_inverse_cdf, target_distribution
 
 PREFILL_FROM = 16  # tokens: fewer may wait for the next pass
 

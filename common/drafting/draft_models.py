@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from common.errors import QuasarError
-from common.models.decoder import Decoder
-from common.models.model import ASSETS, LoadOptions, Model, load_checkpoint
-from common.models.pruning import layers_to_keep
-from common.models.sharing import share
-from common.quantization.calibration import read_texts
-from common.quantization.int4 import W4A4Linear, W4A16Linear
-from common.quantization.linear import Linear
+from quasar.errors import QuasarError
+from quasar.models.decoder import Decoder
+from quasar.models.linear import Linear
+from quasar.models.linear_int4 import W4A4Linear, W4A16Linear
+from quasar.models.model import ASSETS, LoadOptions, Model, load_checkpoint
+from quasar.models.pruning import layers_to_keep
+from quasar.models.sharing import share
+from quasar.quantization.calibration import read_texts
 
 _PROMPTS, _PROMPT_TOKENS = 8, 256  # enough to rank layers by
 

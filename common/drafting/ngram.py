@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from common.drafting.base import Draft, Drafter
+from quasar.speculation.draft import Draft, Drafter
 
 MAX_NGRAM = 3
 

@@ -8,12 +8,12 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.drafting.base import Draft, Drafter
-from common.drafting.suffix_automaton import ROOT, SuffixAutomaton
-from common.errors import QuasarError
+from quasar.drafting.suffix_automaton import ROOT, SuffixAutomaton
+from quasar.errors import QuasarError
+from quasar.speculation.draft import Draft, Drafter
 
 if TYPE_CHECKING:
-    from common.models.model import Model
+    from quasar.models.model import Model
 
 # A match of n tokens is trusted for TRUST * n more (the paper's alpha), as far as the counts give the path at least
 # LEAST; of the longest MATCHES matches the one that promises most tokens is taken.

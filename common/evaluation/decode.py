@@ -8,14 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
+from quasar.generation import GenerationSettings, generate
+from quasar.models.model import Model
+from quasar.speculation.acceptance import Acceptance
+from quasar.speculation.draft import Draft
+from quasar.speculation.verifier import Verifier
+from quasar.speculation.window import MAX_GAMMA
 from torch import Tensor
-
-from common.drafting.base import Draft
-from common.drafting.window import MAX_GAMMA
-from common.generation import GenerationSettings, generate
-from common.models.model import Model
-from common.verification.acceptance import Acceptance
-from common.verification.verifier import Verifier
 
 # name, precision, draft: the paper's comparison
 SCHEMES = (

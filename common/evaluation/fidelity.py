@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
-from common.drafting.draft_models import calibration_ids
-from common.drafting.window import MAX_GAMMA
-from common.errors import QuasarError
-from common.generation import GenerationSettings, generate
-from common.models.decoder import Decoder
-from common.models.model import Model
-from common.models.pruning import layers_to_keep
-from common.models.sharing import share, unpacked_copy
-from common.quantization import quantize_int4, quantize_w8a8
-from common.quantization.calibration import SMOOTHED
-from common.quantization.fidelity import Fidelity, FidelityProbe
-from common.quantization.int4 import W4A4Linear, W4A16Linear
-from common.quantization.linear import W8A8Linear
+from quasar.drafting.draft_models import calibration_ids
+from quasar.errors import QuasarError
+from quasar.generation import GenerationSettings, generate
+from quasar.models.decoder import Decoder
+from quasar.models.linear import W8A8Linear
+from quasar.models.linear_int4 import W4A4Linear, W4A16Linear
+from quasar.models.model import Model
+from quasar.models.pruning import layers_to_keep
+from quasar.models.sharing import share, unpacked_copy
+from quasar.quantization import quantize_int4, quantize_w8a8
+from quasar.quantization.calibration import SMOOTHED
+from quasar.quantization.fidelity import Fidelity, FidelityProbe
+from quasar.speculation.window import MAX_GAMMA
 
 PRUNED_SHARES = (0.10, 0.25, 0.50)  # of the layers, as in table 5 of arXiv 2603.01399
 

@@ -1,6 +1,6 @@
 """lm-evaluation-harness over Quasar: accuracy under any scheme is their command.
 
-    python -m common.evaluation.lm_harness run --model quasar --tasks gsm8k \\
+    python -m quasar.evaluation.lm_harness run --model quasar --tasks gsm8k \\
         --model_args model=Qwen/Qwen3-0.6B,precision=w8a8,draft=ngram
 
 is `lm_eval run --model quasar ...`: the harness has no way for other packages to announce a model, so this module
@@ -13,11 +13,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from quasar.errors import QuasarError
+from quasar.generation import GenerationSettings, generate
+from quasar.loading import load
 from tqdm import tqdm
-
-from common.errors import QuasarError
-from common.generation import GenerationSettings, generate
-from common.loading import load
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -44,7 +43,7 @@ class QuasarLM(TemplateLM):
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
     ) -> None:
-        """Arguments as in `common.load` and `GenerationSettings`. The harness also gives device and batch sizes;
+        """Arguments as in `quasar.load` and `GenerationSettings`. The harness also gives device and batch sizes;
         sequences are run one at a time whatever they say."""
         super().__init__()
         self._settings = GenerationSettings(

@@ -12,10 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-
-from common.backends import native
-from common.backends.base import Backend
-from common.models.decoder import Decoder
+from quasar.backends.base import Backend
+from quasar.backends.cpu import kernels
+from quasar.models.decoder import Decoder
 
 _READ_BYTES = 512 << 20  # larger than the outer caches
 _READS = 2  # each time; the faster counts
@@ -73,8 +72,8 @@ class BandwidthProbe:
             target = torch.empty_like(data)
             self._bytes *= 2
             self._reads = [lambda: target.copy_(data)]
-        elif native.available():
-            self._reads.append(lambda: native.read(data.view(torch.int32)))
+        elif kernels.available():
+            self._reads.append(lambda: kernels.read(data.view(torch.int32)))
 
     def __call__(self) -> float:
         """Bytes per second: the best of a few reads, since this is a limit."""

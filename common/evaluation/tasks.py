@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from uuid import uuid4
 
-from common.errors import QuasarError
-from common.generation import GenerationSettings, Result, generate
-from common.models.model import Model
+from quasar.errors import QuasarError
+from quasar.generation import GenerationSettings, Result, generate
+from quasar.models.model import Model
 
 
 @dataclass(frozen=True)

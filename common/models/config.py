@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from common.errors import QuasarError
-from common.quantization.checkpoints.folder import read_json
+from quasar.checkpoints.folder import read_json
+from quasar.errors import QuasarError
 
 MAX_POSITIONS = 1 << 20  # tables of cosines are made for all of them
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from quasar.backends.base import AttentionSpec, Backend, KVCache
+from quasar.models.config import ModelConfig
+from quasar.models.linear import FullLinear, Linear
 from torch import Tensor, nn
-
-from common.backends.base import AttentionSpec, Backend, KVCache
-from common.models.config import ModelConfig
-from common.quantization.linear import FullLinear, Linear
 
 PREFILL_CHUNK = 512
 

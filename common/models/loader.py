@@ -6,14 +6,14 @@ from collections.abc import Callable
 from typing import Protocol
 
 import torch
+from quasar.backends.base import AttentionSpec, Backend
+from quasar.checkpoints.weights import FullWeights, LinearWeights
+from quasar.errors import QuasarError
+from quasar.models.config import ModelConfig
+from quasar.models.decoder import Decoder, DecoderLayer
+from quasar.models.linear import Linear, fused_linear
 from torch import Tensor
 from tqdm import tqdm
-
-from common.backends.base import AttentionSpec, Backend
-from common.errors import QuasarError
-from common.models.config import ModelConfig
-from common.models.decoder import Decoder, DecoderLayer
-from common.quantization.linear import FullWeights, Linear, LinearWeights, fused_linear
 
 
 class TensorSource(Protocol):

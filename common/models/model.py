@@ -9,17 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-
-from common.backends import get_backend
-from common.backends.base import Backend
-from common.errors import QuasarError
-from common.models.config import DTYPES, DUMMY_SHAPES, ModelConfig, read_config
-from common.models.decoder import Decoder
-from common.models.loader import RandomTensors, build_decoder
-from common.quantization.checkpoints import open_checkpoint
-from common.quantization.checkpoints.folder import read_json
-from common.quantization.fidelity import Fidelity
-from common.quantization.linear import W8A8Linear
+from quasar.backends import get_backend
+from quasar.backends.base import Backend
+from quasar.checkpoints import open_checkpoint
+from quasar.checkpoints.folder import read_json
+from quasar.errors import QuasarError
+from quasar.models.config import DTYPES, DUMMY_SHAPES, ModelConfig, read_config
+from quasar.models.decoder import Decoder
+from quasar.models.linear import W8A8Linear
+from quasar.models.loader import RandomTensors, build_decoder
+from quasar.quantization.fidelity import Fidelity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

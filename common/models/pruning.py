@@ -6,9 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from quasar.models.decoder import Decoder
 from torch import Tensor
-
-from common.models.decoder import Decoder
 
 
 def layer_influence(decoder: Decoder, sequences: Sequence[Sequence[int]]) -> list[float]:

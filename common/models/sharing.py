@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from common.models.decoder import Decoder, DecoderLayer
-from common.quantization.linear import FullLinear, Linear
+from quasar.models.decoder import Decoder, DecoderLayer
+from quasar.models.linear import FullLinear, Linear
 
 
 def share(

@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from quasar.checkpoints.weights import Int8Weights
+from quasar.models.linear import W8A8Linear, quantize_linear
+from quasar.models.linear_int4 import W4A16Linear
+from quasar.quantization.calibration import SMOOTHED, InputStats, collect
+from quasar.quantization.rotation import rotate_decoder
+from quasar.quantization.smoothquant import smooth_layer
 from tqdm import tqdm
 
-from common.quantization.calibration import SMOOTHED, InputStats, collect
-from common.quantization.int4 import W4A16Linear
-from common.quantization.linear import Int8Weights, W8A8Linear, quantize_linear
-from common.quantization.rotation import rotate_decoder
-from common.quantization.smoothquant import smooth_layer
-
 if TYPE_CHECKING:
-    from common.models.decoder import Decoder, DecoderLayer
+    from quasar.models.decoder import Decoder, DecoderLayer
 
 SEARCH_ROWS = 256  # sampled inputs per linear layer for the search over alpha
 log = logging.getLogger(__name__)

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from quasar.errors import QuasarError
 from torch import Tensor
 from tqdm import tqdm
 
-from common.errors import QuasarError
-
 if TYPE_CHECKING:
-    from common.models.decoder import Decoder, DecoderLayer
+    from quasar.models.decoder import Decoder, DecoderLayer
 
 # The linear layers whose inputs SmoothQuant scales, by their name in DecoderLayer.
 SMOOTHED = ("qkv", "o", "gate_up", "down")

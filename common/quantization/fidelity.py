@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from common.models.decoder import Decoder
+    from quasar.models.decoder import Decoder
 
 _KEPT_BYTES = 512 << 20  # of full-precision log-probabilities held for the comparison
 _SEQUENCE = 512  # tokens

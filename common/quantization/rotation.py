@@ -10,12 +10,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from quasar.models.linear import FullLinear
 from torch import Tensor
 
-from common.quantization.linear import FullLinear
-
 if TYPE_CHECKING:
-    from common.models.decoder import Decoder, DecoderLayer
+    from quasar.models.decoder import Decoder, DecoderLayer
 
 ONLINE_BLOCK = 128  # of down_proj's rotation: small enough to cost nothing beside its weights
 

@@ -10,13 +10,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from quasar.models.linear import FullLinear, quantize_weight
+from quasar.quantization.calibration import SMOOTHED, InputStats
 from torch import Tensor
 
-from common.quantization.calibration import SMOOTHED, InputStats
-from common.quantization.linear import FullLinear, quantize_weight
-
 if TYPE_CHECKING:
-    from common.models.decoder import DecoderLayer
+    from quasar.models.decoder import DecoderLayer
 
 ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # tried by the search
 _TINY = 1e-5  # a channel that never fires must not divide by zero

@@ -17,9 +17,8 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from quasar.errors import QuasarError
 from torch import Tensor
-
-from common.errors import QuasarError
 
 WINDOW = 16  # rows of the padded tile: the N of the tensor cores' instructions, and the longest window
 

@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from quasar.backends.base import ActivationQuant, AttentionSpec, Backend, Quantized
+from quasar.backends.reference import MAX_WINDOW, ReferenceBackend
+from quasar.models.config import ModelConfig
 from torch import Tensor
-
-from common.backends.base import ActivationQuant, AttentionSpec, Backend, Quantized
-from common.backends.reference import MAX_WINDOW, ReferenceBackend
-from common.models.config import ModelConfig
 
 
 @dataclass(frozen=True)

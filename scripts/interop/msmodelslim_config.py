@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from common.msmodelslim import tool_config
+from quasar.export.msmodelslim import tool_config
 
 if __name__ == "__main__":
     kind, out = sys.argv[1:]

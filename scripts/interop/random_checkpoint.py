@@ -12,12 +12,11 @@ import shutil
 import sys
 from pathlib import Path
 
+from quasar.models.config import DUMMY_SHAPES
+from quasar.models.loader import PROJECTIONS, DecoderParts, RandomTensors
+from quasar.models.model import ASSETS
 from safetensors.torch import save_file
 from torch import Tensor
-
-from common.models.config import DUMMY_SHAPES
-from common.models.loader import PROJECTIONS, DecoderParts, RandomTensors
-from common.models.model import ASSETS
 
 
 def main() -> None:

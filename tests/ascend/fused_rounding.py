@@ -25,10 +25,9 @@ import math
 from typing import Any
 
 import torch
+from quasar.backends.base import ActivationQuant, AttentionSpec, KVCache, Quantized
+from quasar.backends.reference import ReferenceBackend
 from torch import Tensor
-
-from common.backends.base import ActivationQuant, AttentionSpec, KVCache, Quantized
-from common.backends.reference import ReferenceBackend
 
 
 class FusedRounding(ReferenceBackend):

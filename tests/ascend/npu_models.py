@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 
-from common import Model, load
-from common.backends.base import Backend
-from common.quantization import quantize_w8a8
+from quasar.backends.base import Backend
+from quasar.quantization import quantize_w8a8
+
+from quasar import Model, load
 from tests.conftest import TINY
-from tests.moving import make_static, moved
+from tests.helpers.moving import make_static, moved
 
 CALIBRATION = "class Stack:\n    def push(self, item):\n        self.items.append(item)\n"
 PRECISIONS = ("full", "w8a8")

@@ -7,11 +7,10 @@ bound counts the roundings that the two sides do not share.
 import pytest
 import torch
 from fused_rounding import FusedRounding
-
-from common.backends import get_backend
-from common.backends.base import ActivationQuant, AttentionSpec, Quantized
-from common.backends.reference import ReferenceBackend
-from common.models.decoder import rope_tables
+from quasar.backends import get_backend
+from quasar.backends.base import ActivationQuant, AttentionSpec, Quantized
+from quasar.backends.reference import ReferenceBackend
+from quasar.models.decoder import rope_tables
 
 DTYPES = {
     "bfloat16": (torch.bfloat16, 2.0**-9),

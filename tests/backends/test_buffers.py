@@ -1,8 +1,7 @@
 """Buffers: what is in use is never handed out again, what is not always is."""
 
 import torch
-
-from common.backends.buffers import Buffers
+from quasar.backends.buffers import Buffers
 
 
 def test_a_tensor_in_use_is_not_handed_out_again() -> None:

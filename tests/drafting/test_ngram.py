@@ -2,8 +2,7 @@
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from common.drafting.ngram import NGramDrafter
+from quasar.drafting.ngram import NGramDrafter
 
 
 def by_definition(tokens: list[int], gamma: int) -> list[int]:

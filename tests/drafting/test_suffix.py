@@ -7,12 +7,12 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quasar.drafting import suffix as suffix_module
+from quasar.drafting.suffix import SuffixDrafter, SuffixStore
+from quasar.drafting.suffix_automaton import ROOT, SuffixAutomaton
 
-from common import QuasarError, generate
-from common.drafting import suffix as suffix_module
-from common.drafting.suffix import SuffixDrafter, SuffixStore
-from common.drafting.suffix_automaton import ROOT, SuffixAutomaton
-from tests.random_models import shared_random_model
+from quasar import QuasarError, generate
+from tests.helpers.random_models import shared_random_model
 
 texts = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=4)
 

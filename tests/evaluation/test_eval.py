@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+from quasar.cli import main
+from quasar.evaluation.fidelity import acceptance_length, verifiers
+from quasar.evaluation.tasks import SCHEMES, encode_turns, read_questions, run_tasks
+from quasar.models.pruning import layer_influence, layers_to_keep
+from quasar.models.sharing import share, unpacked_copy
 
-from common import GenerationSettings, QuasarError, generate
-from common.cli import main
-from common.evaluation.fidelity import acceptance_length, verifiers
-from common.evaluation.tasks import SCHEMES, encode_turns, read_questions, run_tasks
-from common.models.pruning import layer_influence, layers_to_keep
-from common.models.sharing import share, unpacked_copy
-from tests.random_models import random_model, shared_random_model
+from quasar import GenerationSettings, QuasarError, generate
+from tests.helpers.random_models import random_model, shared_random_model
 
 QUESTIONS = [
     {"question_id": 81, "category": "writing", "turns": ["def main():", "And again:"]},

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from common import generate
+from quasar import generate
 
 pytest.importorskip("lm_eval", reason="pip install lm_eval to test the harness")
 
@@ -20,7 +20,7 @@ PROMPTS = ["import os\nimport ", "class A:\n    def ", "for i in "]
 
 @pytest.fixture(scope="module")
 def lm():
-    from common.evaluation.lm_harness import QuasarLM
+    from quasar.evaluation.lm_harness import QuasarLM
 
     return QuasarLM("tiny-qwen3", precision="w8a8", device="cpu")
 
@@ -68,7 +68,7 @@ def test_their_command_on_a_local_task(tmp_path, shipped):
     command = [
         sys.executable,
         "-m",
-        "common.evaluation.lm_harness",
+        "quasar.evaluation.lm_harness",
         "run",
         "--model",
         "quasar",

@@ -5,10 +5,10 @@ import operator
 
 import pytest
 import torch
-
-from common.backends import get_backend, native
-from common.evaluation import speed
-from common.evaluation.speed import BandwidthProbe, Step, decoder_step, time_steps
+from quasar.backends import get_backend
+from quasar.backends.cpu import kernels
+from quasar.evaluation import speed
+from quasar.evaluation.speed import BandwidthProbe, Step, decoder_step, time_steps
 
 
 @pytest.fixture
@@ -80,12 +80,12 @@ def test_bandwidth_takes_the_fastest_read(monkeypatch):
     assert probe() == 2048.0
 
 
-@pytest.mark.skipif(not native.available(), reason="the C kernels were not built")
+@pytest.mark.skipif(not kernels.available(), reason="the C kernels were not built")
 def test_the_bare_read_reads_everything():
     values = torch.randint(-(2**31), 2**31 - 1, (16 * 37,), dtype=torch.int32)
     expected = functools.reduce(operator.xor, values.tolist())
-    for name in native.instruction_sets():
-        with native.use_instruction_set(name):
-            assert native.read(values) == expected
+    for name in kernels.instruction_sets():
+        with kernels.use_instruction_set(name):
+            assert kernels.read(values) == expected
     with pytest.raises(ValueError, match="lines of 16"):
-        native.read(values[:20])
+        kernels.read(values[:20])

@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from quasar.backends import get_backend
 
-from common import QuasarError
-from common.backends import get_backend
+from quasar import QuasarError
 from quasar_gpu import generate
 from quasar_gpu.prompt import padded_int_mm
 
@@ -47,7 +47,7 @@ def test_the_command_runs_on_cpu_and_says_so(capsys):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 @pytest.mark.parametrize("precision", ["full", "w8a8"])
 def test_same_ids_as_the_cpu(precision):
-    from common import generate, load
+    from quasar import generate, load
 
     ids = [
         generate(load(device=device, precision=precision, dtype="float32"), "class Stack:\n", max_new_tokens=64)

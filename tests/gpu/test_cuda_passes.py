@@ -14,10 +14,11 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from common import Model, generate
-from common.backends.base import KVCache
-from common.backends.reference import ReferenceBackend
-from common.models.decoder import Decoder
+from quasar.backends.base import KVCache
+from quasar.backends.reference import ReferenceBackend
+from quasar.models.decoder import Decoder
+
+from quasar import Model, generate
 from quasar_gpu import cache as cache_module
 from quasar_gpu import graphs
 from quasar_gpu.backend import CudaBackend
@@ -25,8 +26,8 @@ from quasar_gpu.cache import CudaCache, reach_bucket
 from quasar_gpu.kernels import attention as attention_kernels
 from tests.conftest import FAMILIES
 from tests.gpu.launches import ViewsOnly, record, recorded_launches
-from tests.moving import PlainInt4, make_static, moved
-from tests.random_models import random_model
+from tests.helpers.moving import PlainInt4, make_static, moved
+from tests.helpers.random_models import random_model
 
 PROMPT = [1, 5, 9, 2, 5, 9, 2, 5]
 A_LAYER = {"full": 10, "w8a8": 10, "w4a16": 11, "w4a4": 15}  # launches; int4 rotates, and quantises by itself

@@ -4,9 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from common.backends.reference import ReferenceBackend
-from common.quantization.rotation import hadamard
+from quasar.backends.reference import ReferenceBackend
+from quasar.quantization.rotation import hadamard
 
 pytest.importorskip("triton")
 from quasar_gpu.kernels import int4, rows

@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quasar.backends.base import Quantized
+from quasar.backends.reference import ReferenceBackend
 
-from common import QuasarError
-from common.backends.base import Quantized
-from common.backends.reference import ReferenceBackend
+from quasar import QuasarError
 
 pytest.importorskip("triton")
 from quasar_gpu.kernels import linear

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-
-from common.backends.base import ActivationQuant
-from common.backends.reference import ReferenceBackend
+from quasar.backends.base import ActivationQuant
+from quasar.backends.reference import ReferenceBackend
 
 pytest.importorskip("triton")
 from quasar_gpu.kernels import rows

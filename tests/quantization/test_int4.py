@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from quasar.backends.base import Quantized
+from quasar.backends.reference import ReferenceBackend
+from quasar.errors import QuasarError
+from quasar.models.linear import FullLinear
+from quasar.models.linear_int4 import W4A4Linear, W4A16Linear, quantize_weight_int4
+from quasar.models.sharing import unpacked_copy
+from quasar.quantization.fidelity import FidelityProbe
+from quasar.quantization.rotation import hadamard, rotate_decoder, rotate_last
 
-from common.backends.base import Quantized
-from common.backends.reference import ReferenceBackend
-from common.errors import QuasarError
-from common.models.sharing import unpacked_copy
-from common.quantization.fidelity import FidelityProbe
-from common.quantization.int4 import W4A4Linear, W4A16Linear, quantize_weight_int4
-from common.quantization.linear import FullLinear
-from common.quantization.rotation import hadamard, rotate_decoder, rotate_last
 from tests.conftest import FAMILIES
-from tests.random_models import random_model, shared_random_model
+from tests.helpers.random_models import random_model, shared_random_model
 
 
 def _dequantised(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

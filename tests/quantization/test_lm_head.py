@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from quasar.models.linear import W8A8Linear
 
-from common import QuasarError, load, quantize
-from common.quantization.linear import W8A8Linear
+from quasar import QuasarError, load, quantize
 from tests.conftest import FAMILIES, TINY
 
 

@@ -2,16 +2,16 @@
 
 import pytest
 import torch
+from quasar.backends import get_backend
+from quasar.checkpoints import open_checkpoint
+from quasar.models.config import read_config
+from quasar.models.loader import build_decoder
+from quasar.quantization import quantize_w8a8
+from quasar.quantization.calibration import SMOOTHED, collect
+from quasar.quantization.fidelity import FidelityProbe
+from quasar.quantization.smoothquant import smooth_layer, smoothing_scales
 
-from common import QuasarError, load, quantize
-from common.backends import get_backend
-from common.models.config import read_config
-from common.models.loader import build_decoder
-from common.quantization import quantize_w8a8
-from common.quantization.calibration import SMOOTHED, collect
-from common.quantization.checkpoints import open_checkpoint
-from common.quantization.fidelity import FidelityProbe
-from common.quantization.smoothquant import smooth_layer, smoothing_scales
+from quasar import QuasarError, load, quantize
 from tests.conftest import FAMILIES, random_transformer, save_checkpoint
 
 PROMPTS = [list(range(start, start + 30)) for start in range(0, 100, 10)]
@@ -93,7 +93,7 @@ def test_calibration_keeps_maxima_and_a_bounded_sample(tmp_path):
 
 
 def test_the_sample_is_uniform_over_the_text():
-    from common.quantization.calibration import InputStats
+    from quasar.quantization.calibration import InputStats
 
     stats = InputStats(torch.zeros(1), torch.zeros(0, 1), torch.empty(0))
     generator = torch.Generator().manual_seed(1)
@@ -125,7 +125,7 @@ def test_garbage_is_refused_unless_forced(monkeypatch):
         for layer in decoder.layers:
             layer.input_norm = layer.input_norm.flip(0) * 9
 
-    monkeypatch.setattr("common.loading.quantize_w8a8", ruin)
+    monkeypatch.setattr("quasar.loading.quantize_w8a8", ruin)
     with pytest.raises(QuasarError, match="unusable; try --alpha auto"):
         quantize(load(device="reference"))
     assert quantize(load(device="reference"), force=True).top1_agreement < 0.8
@@ -135,7 +135,7 @@ def test_not_a_number_is_garbage_too(monkeypatch):
     def break_it(decoder, *_, **__):
         decoder.norm = decoder.norm * torch.nan
 
-    monkeypatch.setattr("common.loading.quantize_w8a8", break_it)
+    monkeypatch.setattr("quasar.loading.quantize_w8a8", break_it)
     with pytest.raises(QuasarError, match="unusable"):
         quantize(load(device="reference"))
 

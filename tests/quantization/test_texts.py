@@ -1,9 +1,9 @@
 """JSONL of texts: the shapes people have, and the faults."""
 
 import pytest
+from quasar.quantization.calibration import read_texts
 
-from common import QuasarError
-from common.quantization.calibration import read_texts
+from quasar import QuasarError
 
 
 def test_every_field_that_carries_text(tmp_path):

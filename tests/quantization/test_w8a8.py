@@ -4,11 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from common.backends import get_backend
-from common.backends.base import ActivationQuant, Quantized
-from common.quantization.linear import FullLinear, W8A8Linear, quantize_weight
-from common.quantization.smoothquant import fake_quantized_output
+from quasar.backends import get_backend
+from quasar.backends.base import ActivationQuant, Quantized
+from quasar.models.linear import FullLinear, W8A8Linear, quantize_weight
+from quasar.quantization.smoothquant import fake_quantized_output
 
 BACKEND = get_backend("reference")
 

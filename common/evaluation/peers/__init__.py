@@ -9,10 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-
-from common.errors import QuasarError
-from common.evaluation.speed import Step
-from common.models.config import ModelConfig
+from quasar.errors import QuasarError
+from quasar.evaluation.speed import Step
+from quasar.models.config import ModelConfig
 
 # Peer -> the packages it needs, as Python imports them and as pip installs them.
 _PACKAGES = {
@@ -38,14 +37,14 @@ def peer_steps(
     `--dummy` has."""
     require(peer, device)
     if peer == "openvino":
-        from common.evaluation.peers.openvino import openvino_step
+        from quasar.evaluation.peers.openvino import openvino_step
 
         return {"OpenVINO int8": openvino_step(config, folder, context)}
     if peer == "llama.cpp":
-        from common.evaluation.peers.llama_cpp import llama_cpp_step
+        from quasar.evaluation.peers.llama_cpp import llama_cpp_step
 
         return {"llama.cpp Q8_0": llama_cpp_step(config, folder, context, most_rows)}
-    from common.evaluation.peers.transformers import transformers_step
+    from quasar.evaluation.peers.transformers import transformers_step
 
     dtypes = (torch.float32, torch.bfloat16) if device.type == "cpu" else (torch.bfloat16,)
     return {

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-
-from common.evaluation.peers.transformers import transformers_model
-from common.evaluation.speed import Step, context_ids
-from common.models.config import ModelConfig
+from quasar.evaluation.peers.transformers import transformers_model
+from quasar.evaluation.speed import Step, context_ids
+from quasar.models.config import ModelConfig
 
 
 def llama_cpp_step(config: ModelConfig, folder: Path | None, context: int, most_rows: int) -> Step:

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from quasar.evaluation.peers.transformers import transformers_model
+from quasar.evaluation.speed import Step, context_ids
+from quasar.models.config import ModelConfig
 from torch import Tensor, nn
-
-from common.evaluation.peers.transformers import transformers_model
-from common.evaluation.speed import Step, context_ids
-from common.models.config import ModelConfig
 
 
 def openvino_step(config: ModelConfig, folder: Path | None, context: int) -> Step:

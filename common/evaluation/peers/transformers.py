@@ -6,12 +6,11 @@ import json
 from pathlib import Path
 
 import torch
+from quasar.errors import QuasarError
+from quasar.evaluation.speed import Step, context_ids
+from quasar.models.config import ModelConfig
+from quasar.models.loader import RandomTensors
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
-
-from common.errors import QuasarError
-from common.evaluation.speed import Step, context_ids
-from common.models.config import ModelConfig
-from common.models.loader import RandomTensors
 
 
 def transformers_step(

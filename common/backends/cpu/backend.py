@@ -1,0 +1,127 @@
+"""The fast CPU backend: the C kernels of common/backends/cpu, at the speed memory allows.
+
+Row-invariant as the reference is: every kernel computes a token's row in an order that depends on that row alone, so
+windows need not be taken apart. Full-precision weights stay as the checkpoint has them: bfloat16 is widened in
+registers, which reads half the bytes of float32 and multiplies the very same numbers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from quasar.backends.base import ActivationQuant, AttentionSpec, Forward, KVCache, Quantized, WindowPass
+from quasar.backends.cpu import kernels
+from quasar.backends.cpu.recording import recorded_passes
+from quasar.backends.reference import ReferenceBackend
+from torch import Tensor
+
+_HEAD_STEP = 16  # the attention kernels take head sizes that are multiples of it
+
+
+class CpuBackend(ReferenceBackend):
+    name = "cpu"
+
+    def __init__(self) -> None:
+        super().__init__("cpu", torch.float32)
+
+    def full_weight(self, weight: Tensor) -> Any:
+        if weight.dtype == torch.bfloat16:
+            return kernels.PackedBf16(weight.contiguous())
+        return kernels.PackedFloat32(weight.float().contiguous())
+
+    def int8_weight(self, values: Tensor, scale: Tensor) -> Any:
+        return kernels.PackedInt8(values.contiguous(), scale)
+
+    def linear(self, x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
+        return kernels.float_linear(x.contiguous(), weight, bias)
+
+    def int8_linear(self, x: Quantized, weight: Any, bias: Tensor | None) -> Tensor:
+        scale, tokens = x.scale, x.values.shape[0]
+        if scale.shape[0] != tokens:  # one for all of them, quantised elsewhere
+            scale = scale.expand(tokens).contiguous()
+        return kernels.int8_linear(x.values, scale, weight, bias)
+
+    def int4_weight(self, values: Tensor, scale: Tensor) -> Any:
+        if not kernels.int4_available():
+            return super().int4_weight(values, scale)
+        return kernels.PackedInt4(values.contiguous(), scale.contiguous())
+
+    def int4_linear(self, x: Tensor | Quantized, weight: Any, bias: Tensor | None) -> Tensor:
+        if not isinstance(weight, kernels.PackedInt4):
+            return super().int4_linear(x, weight, bias)
+        return kernels.int4_linear((x.values, x.scale) if isinstance(x, Quantized) else x, weight, bias)
+
+    def quantize_int4(self, x: Tensor) -> Quantized:
+        return Quantized(*kernels.quantize_per_token(x, limit=7))
+
+    def rotate(self, x: Tensor, hadamard: Tensor) -> Tensor:
+        return kernels.hadamard(x, len(hadamard))
+
+    def quantize(self, x: Tensor, quant: ActivationQuant) -> Quantized:
+        if quant.static_scale is not None:
+            return Quantized(*kernels.quantize_static(x, quant.static_scale))
+        return Quantized(*kernels.quantize_per_token(x))
+
+    def embed(self, table: Tensor, ids: Tensor) -> Tensor:
+        if table.dtype not in (torch.bfloat16, torch.float32):
+            return super().embed(table, ids)
+        return kernels.embed(table, ids)
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, quant: ActivationQuant | None
+    ) -> tuple[Tensor | Quantized, Tensor]:
+        # The kernels add the residual to x in place: x is the previous layer's output and nobody else's.
+        x = x.contiguous()
+        if quant is not None and quant.static_scale is None:
+            return Quantized(*kernels.add_rms_norm_quantize(x, residual, weight, eps)), x
+        y = kernels.add_rms_norm(x, residual, weight, eps)
+        return (y if quant is None else self.quantize(y, quant)), x
+
+    def swiglu(self, gate_up: Tensor, quant: ActivationQuant | None) -> Tensor | Quantized:
+        if quant is not None and quant.static_scale is None:
+            return Quantized(*kernels.swiglu_quantize(gate_up))
+        y = kernels.swiglu(gate_up)
+        return y if quant is None else self.quantize(y, quant)
+
+    def append_rotated(
+        self, qkv: Tensor, spec: AttentionSpec, cos: Tensor, sin: Tensor, cache: KVCache, layer: int
+    ) -> Tensor:
+        if spec.head_dim % _HEAD_STEP:
+            return super().append_rotated(qkv, spec, cos, sin, cache, layer)
+        return kernels.rope_qk_append(
+            qkv, cos, sin, cache.layer_k[layer], cache.layer_v[layer], cache.length, spec.q_norm, spec.k_norm, spec.eps
+        )
+
+    def attention(self, q: Tensor, spec: AttentionSpec, cache: KVCache, layer: int) -> Tensor:
+        if spec.head_dim % _HEAD_STEP:
+            return super().attention(q, spec, cache, layer)
+        return kernels.attention(q, cache.layer_k[layer], cache.layer_v[layer], cache.length, spec.head_dim**-0.5)
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        return kernels.argmax(logits)
+
+    def window_pass(self, forward: Forward, cache: KVCache) -> WindowPass:
+        passes = recorded_passes(forward)
+        return lambda ids, keep: passes.run(forward, cache, ids, keep)
+
+
+class CpuBfloat16Backend(CpuBackend):
+    """`--dtype bfloat16`: inputs of full-precision linear layers are rounded to bfloat16, and so are their weights.
+
+    Processors that multiply bfloat16 do so at twice the speed of float32, which long prompts gain from; the sums are
+    float32. Everything else (norms, attention, KV cache, int8) stays float32 too, and so is `dtype`. Row-invariant as
+    CpuBackend is: rounding depends on the row alone, and passes of any length take the same kernel.
+    """
+
+    name = "cpu bfloat16"
+
+    @property
+    def linear_dtype(self) -> torch.dtype:
+        return torch.bfloat16
+
+    def full_weight(self, weight: Tensor) -> kernels.PackedBf16:
+        return kernels.PackedBf16(weight.bfloat16().contiguous())
+
+    def linear(self, x: Tensor, weight: kernels.PackedBf16, bias: Tensor | None) -> Tensor:
+        return kernels.bf16_linear(x.contiguous(), weight, bias)

@@ -1,0 +1,517 @@
+"""Kernels in C for decoding on CPU, called on tensors.
+
+Every kernel computes a token row's result from that row alone, in an order that depends neither on the
+number of rows, nor on the row's place among them, nor on the number of threads: bit for bit, a window of six
+verifies exactly what six single steps decode. Between instruction sets results may differ in the last bits,
+except the integer ones.
+
+Weights are packed once (`PackedInt8`, `PackedBf16`, `PackedFloat32`). Tensors are contiguous and on CPU; a
+wrong dtype, layout or shape raises `ValueError`, since the C side sees addresses only.
+
+On a machine with other work, GNU OpenMP's habit of spinning for milliseconds makes a call wait for a
+scheduler slice: set `GOMP_SPINCOUNT=1000` in the environment before torch is imported. Measured, beside one
+busy process on two cores: a pass of 61 ms instead of 1.8 s; on the quiet machine 14.8 against 15.6.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from quasar.backends.buffers import Buffers
+from torch import Tensor
+
+try:
+    from . import _kernels
+except ImportError:  # not built: no C compiler at install time
+    _kernels = None
+
+# The processor's fastest set unless QUASAR_NATIVE_ISA names another: avx512bf16, avx512, avxvnni, avx2 or plain on
+# x86-64, dotprod or plain on aarch64.
+_isa: str | None = None
+_threads_shared = False
+if _kernels is not None:
+    # The runtime that torch itself is linked to, whatever its file is called.
+    _threads_shared = _kernels.use_openmp(str(Path(torch.__path__[0]) / "lib" / "libtorch_cpu.so"))
+    _isa = os.environ.get("QUASAR_NATIVE_ISA") or _kernels.supported()[0]
+    _kernels.select(_isa)
+
+
+def available() -> bool:
+    """Whether the kernels were built."""
+    return _kernels is not None
+
+
+def instruction_sets() -> list[str]:
+    """What this processor can run, fastest first; empty when the kernels were not built."""
+    return _kernels.supported() if _kernels is not None else []
+
+
+def instruction_set() -> str | None:
+    """The set in use."""
+    return _isa
+
+
+def threads_shared() -> bool:
+    """Whether torch's own OpenMP threads are used; without them every kernel runs on one thread."""
+    return _threads_shared
+
+
+@contextmanager
+def use_instruction_set(name: str) -> Iterator[None]:
+    """Run another set's kernels, in the whole process: for tests. `ValueError` where it cannot run."""
+    global _isa
+    previous = _isa
+    _kernels.select(name)
+    _isa = name
+    try:
+        yield
+    finally:
+        _kernels.select(previous)
+        _isa = previous
+
+
+class Recording:
+    """The kernel calls of one pass, in order, made again by one call: no Python and one team of threads.
+
+    A replay reads and writes the memory of the recorded pass, which the recording keeps. What may differ: the KV
+    caches, of as many layers, heads and dimensions, and the position of the window in them.
+    """
+
+    def __init__(self) -> None:
+        self.buffers, self._calls, self._threads = Buffers(), None, _threads()
+        self.kept: list[object] = []  # weights, and what went in
+
+    def replay(self, start: int, k: Tensor, v: Tensor) -> None:
+        """Makes the calls for a window whose first token stands at `start` of the caches, float32 [layers, kv_heads,
+        capacity, dim]. Raises IndexError for ids that `embed` has no rows for."""
+        self._replay(start, k, v, 0)
+
+    def timed_replay(self, start: int, k: Tensor, v: Tensor) -> list[tuple[str, float]]:
+        """The same, and each call's name with the seconds until all threads had done it."""
+        names = _kernels.calls(self._calls)
+        nanoseconds = torch.zeros(len(names), dtype=torch.int64)
+        self._replay(start, k, v, nanoseconds.data_ptr())
+        return [(name, 1e-9 * n) for name, n in zip(names, nanoseconds.tolist(), strict=True)]
+
+    def _replay(self, start: int, k: Tensor, v: Tensor, nanoseconds: int) -> None:
+        _kernels.replay(self._calls, start, *_caches(k, v), self._threads, nanoseconds)
+
+
+def _caches(k: Tensor, v: Tensor) -> tuple[int, int, int]:
+    return _pointer(k, _float32, v.numel()), _pointer(v, _float32, k.numel()), k.shape[2]
+
+
+class _Recorder(threading.local):
+    """The recording that this thread is making, if any."""
+
+    recording: Recording | None = None
+
+
+_recorder = _Recorder()
+
+
+@contextmanager
+def recording(k: Tensor, v: Tensor) -> Iterator[Recording]:
+    """Records the kernel calls that this thread makes inside, over the KV caches k and v, while it makes them.
+
+    Their outputs lie in memory that the recording reuses as soon as they are dropped. Raises NotImplementedError from
+    the call that cannot be repeated: `int8_linear` whose inputs are no multiple of 4.
+    """
+    made = Recording()
+    _kernels.record(*_caches(k, v))
+    _recorder.recording = made
+    try:
+        yield made
+    finally:
+        _recorder.recording = None
+        made._calls = _kernels.recorded()
+
+
+Quantized = tuple[Tensor, Tensor]  # int8 [m, k], float32 scale per row [m]
+
+_BLOCK = 32  # outputs per block of a packed weight
+_float32, _int8 = torch.float32, torch.int8
+_threads = torch.get_num_threads
+
+
+def _pointer(tensor: Tensor, dtype: torch.dtype, elements: int) -> int:
+    """The tensor's address, once it is known to be what the kernel takes it for."""
+    right = tensor.dtype is dtype and tensor.numel() == elements and tensor.is_contiguous() and tensor.is_cpu
+    if not right:
+        raise ValueError(
+            f"expected {elements} contiguous elements of {dtype} on CPU, "
+            f"got {tuple(tensor.shape)} with strides {tensor.stride()} of {tensor.dtype} on {tensor.device}"
+        )
+    return tensor.data_ptr()
+
+
+def _constant(tensor: Tensor | None, dtype: torch.dtype, elements: int) -> int:
+    """The address, 0 for None, of what is the same in every replay, and is kept for them."""
+    if tensor is None:
+        return 0
+    if _recorder.recording is not None:
+        _recorder.recording.kept.append(tensor)
+    return _pointer(tensor, dtype, elements)
+
+
+def _weight(packed: _Packed | PackedInt4) -> int:
+    if _recorder.recording is not None:
+        _recorder.recording.kept.append(packed)
+    return packed.pointer
+
+
+def _new(shape: tuple[int, ...], dtype: torch.dtype = _float32) -> Tensor:
+    made = _recorder.recording
+    return torch.empty(shape, dtype=dtype) if made is None else made.buffers.take(shape, dtype)
+
+
+def _output(out: Tensor | None, *shape: int) -> tuple[Tensor, int]:
+    """`out`, or a new float32 tensor, and its address."""
+    if out is None:
+        out = _new(shape)
+        return out, out.data_ptr()
+    return out, _pointer(out, _float32, math.prod(shape))
+
+
+class _Packed:
+    """A weight in the kernels' layout: `n` outputs, `k` inputs, `tensor` keeps the bytes alive."""
+
+    __slots__ = ("k", "n", "pointer", "tensor")
+    bits: int
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype, k_step: int):
+        if weight.dim() != 2:
+            raise ValueError(f"expected a weight of shape [n, k], got {tuple(weight.shape)}")
+        self.n, self.k = weight.shape
+        source = _pointer(weight, dtype, self.n * self.k)
+        blocks, steps = -(-self.n // _BLOCK), -(-self.k // k_step)
+        # [blocks, steps, 32, k_step] in the layouts of csrc/pack.c; the address must not change from here on
+        self.tensor = torch.empty(blocks * steps * _BLOCK * k_step, dtype=torch.uint8 if dtype is _int8 else dtype)
+        self.pointer = self.tensor.data_ptr()
+        _kernels.pack(self.bits, source, self.pointer, self.n, self.k)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight itself, padding apart."""
+        return self.n * self.k * self.tensor.element_size()
+
+
+class PackedInt8(_Packed):
+    """int8 weight [n, k] with a float32 scale per output [n]."""
+
+    __slots__ = ("_scale_pointer", "scale")
+    bits = 8
+
+    def __init__(self, weight: Tensor, scale: Tensor):
+        super().__init__(weight, _int8, 4)
+        self.scale = scale.to(_float32).contiguous().clone()
+        self._scale_pointer = _pointer(self.scale, _float32, self.n)
+
+
+class PackedBf16(_Packed):
+    """bfloat16 weight [n, k], read as bf16; multiplied by float32 inputs, or by inputs rounded to bfloat16."""
+
+    __slots__ = ()
+    bits = 16
+
+    def __init__(self, weight: Tensor):
+        super().__init__(weight, torch.bfloat16, 2)
+
+
+class PackedFloat32(_Packed):
+    """float32 weight [n, k]."""
+
+    __slots__ = ()
+    bits = 32
+
+    def __init__(self, weight: Tensor):
+        super().__init__(weight, _float32, 1)
+
+
+class PackedInt4:
+    """int4 weight, int8 [n, k] between -8 and 7, with a bfloat16 scale per group of inputs [n, k / group]."""
+
+    __slots__ = ("group", "k", "n", "pointer", "scale", "tensor")
+
+    def __init__(self, weight: Tensor, scale: Tensor):
+        (self.n, self.k), groups = weight.shape, scale.shape[1]
+        self.group = self.k // groups
+        if self.k % groups or self.group % 8:
+            raise ValueError(f"{groups} groups of {self.k} inputs: a group must be a multiple of 8")
+        blocks = -(-self.n // _BLOCK)
+        # [blocks, k / 8, 32, 4] and [blocks, groups, 32], see csrc/pack.c; the addresses must not change from here on
+        self.tensor = torch.empty(blocks * _BLOCK * self.k // 2, dtype=torch.uint8)
+        self.scale = torch.empty(blocks * _BLOCK * groups, dtype=torch.bfloat16)
+        self.pointer = self.tensor.data_ptr()
+        _kernels.pack(4, _pointer(weight, _int8, self.n * self.k), self.pointer, self.n, self.k)
+        source = _pointer(scale, torch.bfloat16, self.n * groups)
+        _kernels.pack_scales(source, self.scale.data_ptr(), self.n, groups)
+
+
+def int4_available() -> bool:
+    """Whether the instruction set in use has int4 kernels."""
+    return _kernels is not None and _kernels.has_int4()
+
+
+def int4_linear(x: Tensor | Quantized, weight: PackedInt4, bias: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias`, the sum of each group times its scale, summed in float32: -> float32 [m, n].
+
+    x: float32 [m, k], rounded to bfloat16 (W4A16); or int8 [m, k] between -7 and 7 with its float32 scale [m] (W4A4),
+    whose sums over a group are exact.
+    """
+    values = x if isinstance(x, Tensor) else x[0]
+    m, n, k = values.shape[0], weight.n, weight.k
+    if isinstance(x, Tensor):
+        rounded = _new((m, k))
+        _kernels.round_bf16(_pointer(x, _float32, m * k), rounded.data_ptr(), m, k, _threads())
+        pointer, scale_pointer = rounded.data_ptr(), 0
+    else:
+        pointer, scale_pointer = _pointer(values, _int8, m * k), _pointer(x[1], _float32, m)
+    out, out_pointer = _output(None, m, n)
+    _kernels.int4_linear(
+        pointer, scale_pointer, _weight(weight), weight.scale.data_ptr(), _constant(bias, _float32, n), out_pointer,
+        m, n, k, weight.group, _threads(),
+    )  # fmt: skip
+    return out
+
+
+def hadamard(x: Tensor, block: int) -> Tensor:
+    """Each `block` of float32 [m, k] times Sylvester's normalised Hadamard matrix; block is a power of two."""
+    m, k = x.shape
+    if block & (block - 1) or k % block:
+        raise ValueError(f"blocks of {block} of {k}: a power of two that divides it is needed")
+    out, out_pointer = _output(None, m, k)
+    _kernels.hadamard(_pointer(x, _float32, m * k), out_pointer, block, m, k, _threads())
+    return out
+
+
+def int8_linear(
+    x: Tensor, x_scale: Tensor, weight: PackedInt8, bias: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """`((x @ weight.T) * x_scale[:, None]) * w_scale + bias` with exact int32 sums.
+
+    x: int8 [m, k], x_scale: float32 [m], bias: float32 [n] or None; returns float32 [m, n] (`out` if given).
+    """
+    m, n, k = x.shape[0], weight.n, weight.k
+    out, out_pointer = _output(out, m, n)
+    _kernels.int8_linear(
+        _pointer(x, _int8, m * k), _pointer(x_scale, _float32, m), _weight(weight), weight._scale_pointer,
+        _constant(bias, _float32, n), out_pointer, 0, m, n, k, _threads(),
+    )  # fmt: skip
+    return out
+
+
+def int8_accumulate(x: Tensor, weight: PackedInt8) -> Tensor:
+    """The exact sums `x @ weight.T` alone: int8 [m, k] -> int32 [m, n]."""
+    m, n, k = x.shape[0], weight.n, weight.k
+    out = torch.empty(m, n, dtype=torch.int32)
+    _kernels.int8_linear(_pointer(x, _int8, m * k), 0, _weight(weight), 0, 0, 0, out.data_ptr(), m, n, k, _threads())
+    return out
+
+
+def float_linear(
+    x: Tensor, weight: PackedBf16 | PackedFloat32, bias: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """`x @ weight.T + bias`, multiplied and summed in float32: float32 [m, k], bias float32 [n] -> float32 [m, n]."""
+    m, n, k = x.shape[0], weight.n, weight.k
+    out, out_pointer = _output(out, m, n)
+    _kernels.float_linear(
+        weight.bits == 16, _pointer(x, _float32, m * k), _weight(weight),
+        _constant(bias, _float32, n), out_pointer, m, n, k, _threads(), False,
+    )  # fmt: skip
+    return out
+
+
+def bf16_linear(x: Tensor, weight: PackedBf16, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """`bfloat16(x) @ weight.T + bias`, summed in float32: float32 [m, k], bias float32 [n] -> float32 [m, n].
+
+    Inputs are rounded half to even; products of two bfloat16 are exact in float32. With avx512bf16 the processor adds
+    them in pairs, without it this is `float_linear` of the rounded inputs.
+    """
+    m, n, k = x.shape[0], weight.n, weight.k
+    out, out_pointer = _output(out, m, n)
+    rounded = _new((m, k))
+    _kernels.round_bf16(_pointer(x, _float32, m * k), rounded.data_ptr(), m, k, _threads())
+    _kernels.float_linear(
+        True, rounded.data_ptr(), _weight(weight), _constant(bias, _float32, n), out_pointer, m, n, k, _threads(), True
+    )
+    return out
+
+
+def embed(table: Tensor, ids: Tensor) -> Tensor:
+    """Rows `ids` (int64 [m]) of `table`, bfloat16 or float32 [vocab, k], as float32 [m, k].
+
+    A replay looks up what the ids' tensor holds by then. Raises IndexError where that is no row.
+    """
+    vocab, k = table.shape
+    m, bf16 = ids.shape[0], table.dtype == torch.bfloat16
+    out, out_pointer = _output(None, m, k)
+    _kernels.embed(
+        bf16, _constant(table, torch.bfloat16 if bf16 else _float32, vocab * k), _constant(ids, torch.int64, m),
+        out_pointer, vocab, m, k, _threads(),
+    )  # fmt: skip
+    return out
+
+
+def _quantized(m: int, k: int, out: Quantized | None) -> tuple[Tensor, Tensor, int, int]:
+    if out is None:
+        q, scale = _new((m, k), _int8), _new((m,))
+        return q, scale, q.data_ptr(), scale.data_ptr()
+    q, scale = out
+    return q, scale, _pointer(q, _int8, m * k), _pointer(scale, _float32, m)
+
+
+def quantize_per_token(x: Tensor, out: Quantized | None = None, limit: int = 127) -> Quantized:
+    """float32 [m, k] -> int8 [m, k] in [-limit, limit] and float32 scale [m] (`out` if given).
+
+    `scale = max(max|x| / limit, smallest normal float32)`, so a zero row gives zeros and nothing divides by
+    zero; `q = x / scale` rounded half to even: the same bits as PyTorch's division and `round`. A NaN or an
+    infinity in the row becomes its scale.
+    """
+    m, k = x.shape
+    q, scale, q_pointer, scale_pointer = _quantized(m, k, out)
+    _kernels.quantize(_pointer(x, _float32, m * k), q_pointer, scale_pointer, limit, m, k, _threads(), 0)
+    return q, scale
+
+
+def quantize_static(x: Tensor, scale: Tensor) -> Quantized:
+    """float32 [m, k] by one calibrated scale, float32 [1] -> int8 [m, k], clipped, and the scale for each row [m]."""
+    m, k = x.shape
+    q, scales, q_pointer, scales_pointer = _quantized(m, k, None)
+    _kernels.quantize(
+        _pointer(x, _float32, m * k), q_pointer, scales_pointer, 127, m, k, _threads(), _constant(scale, _float32, 1)
+    )
+    return q, scales
+
+
+def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
+    """Adds `residual` to `x` IN PLACE (unless None), returns `x * rsqrt(mean(x^2) + eps) * weight`.
+
+    x, residual: float32 [m, k], weight: float32 [k]; returns float32 [m, k] (`out` if given).
+    """
+    m, k = x.shape
+    out, out_pointer = _output(out, m, k)
+    _kernels.add_rms_norm(
+        _pointer(x, _float32, m * k), 0 if residual is None else _pointer(residual, _float32, m * k),
+        _constant(weight, _float32, k), eps, out_pointer, 0, 0, m, k, _threads(),
+    )  # fmt: skip
+    return out
+
+
+def add_rms_norm_quantize(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Quantized | None = None
+) -> Quantized:
+    """`quantize_per_token(add_rms_norm(...))` in one pass, bit for bit: int8 [m, k], float32 scale [m]."""
+    m, k = x.shape
+    q, scale, q_pointer, scale_pointer = _quantized(m, k, out)
+    _kernels.add_rms_norm(
+        _pointer(x, _float32, m * k), 0 if residual is None else _pointer(residual, _float32, m * k),
+        _constant(weight, _float32, k), eps, 0, q_pointer, scale_pointer, m, k, _threads(),
+    )  # fmt: skip
+    return q, scale
+
+
+def swiglu(gate_up: Tensor, out: Tensor | None = None) -> Tensor:
+    """`silu(gate) * up`: float32 [m, 2 * k], gate first -> float32 [m, k]."""
+    m, k = gate_up.shape[0], gate_up.shape[1] // 2
+    out, out_pointer = _output(out, m, k)
+    _kernels.swiglu(_pointer(gate_up, _float32, 2 * m * k), out_pointer, 0, 0, m, k, _threads())
+    return out
+
+
+def swiglu_quantize(gate_up: Tensor, out: Quantized | None = None) -> Quantized:
+    """`quantize_per_token(swiglu(gate_up))` in one pass, bit for bit: int8 [m, k], float32 scale [m]."""
+    m, k = gate_up.shape[0], gate_up.shape[1] // 2
+    q, scale, q_pointer, scale_pointer = _quantized(m, k, out)
+    _kernels.swiglu(_pointer(gate_up, _float32, 2 * m * k), 0, q_pointer, scale_pointer, m, k, _threads())
+    return q, scale
+
+
+def rope_qk_append(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    start: int,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Splits `qkv`, normalises and rotates q and k, appends k and v to the cache, returns q.
+
+    qkv: float32 [m, (heads + 2 * kv_heads) * dim], the heads of q, then of k, then of v. Row i stands at
+    position `start + i`. cos, sin of those positions: float32 [m, dim / 2] or [m, dim], of which the first half
+    is read; the pairs are (i, i + dim / 2). Caches: float32 [kv_heads, capacity, dim], written from `start`.
+    q_weight, k_weight: float32 [dim], RMSNorm of each head before the rotation (Qwen3), or None.
+    Returns q: float32 [m, heads, dim] (`out` if given).
+    """
+    m, width = qkv.shape
+    kv_heads, capacity, dim = k_cache.shape
+    heads = width // dim - 2 * kv_heads
+    stride = cos.shape[1]
+    if dim % 16 or heads < 1 or (stride != dim and 2 * stride != dim):
+        raise ValueError(f"{heads=} {dim=}, tables {tuple(cos.shape)}: dim must be a multiple of 16")
+    if start < 0 or start + m > capacity or m != cos.shape[0]:
+        raise ValueError(f"positions {start} to {start + m} leave the cache, or {len(cos)} rows of rope do not fit")
+    q, q_pointer = _output(out, m, heads, dim)
+    cached, table = kv_heads * capacity * dim, cos.shape[0] * stride
+    _kernels.rope_qk_append(
+        _pointer(qkv, _float32, m * (heads + 2 * kv_heads) * dim),
+        _constant(q_weight, _float32, dim),
+        _constant(k_weight, _float32, dim),
+        eps, _constant(cos, _float32, table), _constant(sin, _float32, table),
+        q_pointer,
+        _pointer(k_cache, _float32, cached), _pointer(v_cache, _float32, cached),
+        m, heads, kv_heads, dim, stride, start, capacity, _threads(),
+    )  # fmt: skip
+    return q
+
+
+def attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, start: int, scale: float, out: Tensor | None = None
+) -> Tensor:
+    """Causal attention of m new tokens over the cache, grouped queries.
+
+    q: float32 [m, heads, dim]; caches: float32 [kv_heads, capacity, dim] that already hold the new tokens;
+    row i attends to positions 0 .. start + i. Returns float32 [m, heads * dim] (`out` if given).
+    """
+    m, heads, dim = q.shape
+    kv_heads, capacity, _ = k_cache.shape
+    if dim % 16 or heads % kv_heads or start < 0 or start + m > capacity:
+        raise ValueError(f"{heads=} {kv_heads=} {dim=} {start=} {m=} {capacity=}")
+    out, out_pointer = _output(out, m, heads * dim)
+    cached = kv_heads * capacity * dim
+    _kernels.attention(
+        _pointer(q, _float32, m * heads * dim), _pointer(k_cache, _float32, cached),
+        _pointer(v_cache, _float32, cached), out_pointer,
+        scale, m, heads, kv_heads, dim, start, capacity, _threads(),
+    )  # fmt: skip
+    return out
+
+
+def argmax(x: Tensor) -> Tensor:
+    """Index of each row's largest value, the lowest on ties: float32 [m, n] -> int64 [m]."""
+    m, n = x.shape
+    if not 0 < n < 2**31:
+        raise ValueError(f"argmax over {n} values")
+    out = _new((m,), torch.int64)
+    _kernels.argmax(_pointer(x, _float32, m * n), out.data_ptr(), m, n, _threads())
+    return out
+
+
+def read(x: Tensor) -> int:
+    """Reads the int32 tensor (a multiple of 16 elements) once, with all threads; returns the xor of its elements.
+
+    Nothing a kernel does with weights can be faster than this.
+    """
+    if x.numel() % 16:
+        raise ValueError(f"{x.numel()} elements: lines of 16 are read")
+    return _kernels.read(_pointer(x, torch.int32, x.numel()), x.numel() // 16, _threads())

@@ -1,0 +1,106 @@
+"""The fast CPU backend end to end against the reference backend, which defines the numbers."""
+
+import pytest
+import torch
+from quasar.backends import get_backend
+from quasar.backends.cpu import kernels
+from quasar.models.model import ASSETS
+from quasar.quantization.calibration import read_texts
+
+from quasar import generate, load
+from tests.conftest import FAMILIES
+
+pytestmark = pytest.mark.skipif(not kernels.available(), reason="the C kernels were not built")
+PROMPTS = read_texts(ASSETS / "heldout.jsonl")[:4]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_ids_are_those_of_the_reference_backend(shipped, family):
+    fast, reference = shipped(family, "full", "cpu"), shipped(family, "full", "reference")
+    assert (fast.decoder.backend.name, reference.decoder.backend.name) == ("cpu", "reference")
+    for prompt in PROMPTS:
+        ids = fast.encode(prompt)[:100]
+        for draft in ("none", "ngram"):
+            settings = {"max_new_tokens": 48, "draft": draft, "ignore_eos": True}
+            expected = generate(reference, ids, **settings).result().token_ids
+            assert len(expected) == 48
+            assert generate(fast, ids, **settings).result().token_ids == expected
+
+
+def prompt_logits(model):
+    """float32 [512, vocab] of a prompt of 512 tokens: the kernels' other panels and threads too."""
+    model.decoder.pack()
+    ids = [i for text in PROMPTS for i in model.encode(text)][:512]
+    assert len(ids) == 512
+    return model.decoder.prefill(torch.tensor(ids), model.decoder.new_cache(512), keep=512)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prompt_has_the_logits_of_the_reference_backend(shipped, family):
+    fast, reference = (prompt_logits(shipped(family, "full", device)) for device in ("cpu", "reference"))
+    assert (fast - reference).norm() <= 1e-5 * reference.norm()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_w8a8_says_what_the_reference_backend_says_wherever_that_is_sure(shipped, family):
+    """The int8 products are equal bit for bit (test_native.py), but sums of float32 in another order move an input by a
+    rounding error now and then, and int8 makes a whole step of it. So ids may differ where two tokens are nearly
+    equally likely, and only there; and the difference stays below what quantising itself costs."""
+    fast, reference = (prompt_logits(shipped(family, "w8a8", device)) for device in ("cpu", "reference"))
+    full = prompt_logits(shipped(family, "full", "reference"))
+    best = reference.topk(2).values  # [512, 2]
+    sure = best[:, 0] - best[:, 1] > 0.25
+    assert sure.float().mean() > 0.7
+    assert torch.equal(fast.argmax(-1)[sure], reference.argmax(-1)[sure])
+    assert (fast - reference).norm() < 0.8 * (reference - full).norm()
+
+
+# --dtype bfloat16
+
+
+@pytest.fixture(scope="module")
+def in_bfloat16():
+    """A shipped model by device."""
+    return {device: load("tiny-qwen3", device=device, dtype="bfloat16") for device in ("cpu", "reference")}
+
+
+def test_bfloat16_says_what_float32_says_within_its_rounding(shipped, in_bfloat16):
+    """8 bits of each input leave logits within a hundredth, and nearer than where all between products is bfloat16."""
+    full = prompt_logits(shipped("qwen3"))
+    fast, reference = (prompt_logits(in_bfloat16[device]) for device in ("cpu", "reference"))
+    assert 1e-4 * full.norm() < (fast - full).norm() < 1e-2 * full.norm()
+    assert (fast - full).norm() < (reference - full).norm()
+    best = full.topk(2).values  # [512, 2]
+    sure = best[:, 0] - best[:, 1] > 0.1
+    assert sure.float().mean() > 0.8
+    assert torch.equal(fast.argmax(-1)[sure], full.argmax(-1)[sure])
+
+
+def test_bfloat16_is_the_same_for_every_number_of_tokens(in_bfloat16):
+    """A prompt at once, in windows, and drafted tokens: no token's logits depend on its company."""
+    model = in_bfloat16["cpu"]
+    model.decoder.pack()
+    ids = torch.tensor(model.encode(PROMPTS[0])[:48])
+    whole = model.decoder.prefill(ids, model.decoder.new_cache(48), keep=48)
+    for size in (1, 6, 16, 17):
+        cache = model.decoder.new_cache(48)
+        parts = []
+        for part in ids.split(size):
+            parts.append(model.decoder(part, cache, len(part)))
+            cache.commit(len(part))
+        assert torch.equal(torch.cat(parts), whole)
+    plain, drafted = (
+        generate(model, PROMPTS[0], max_new_tokens=40, draft=draft, ignore_eos=True).result().token_ids
+        for draft in ("none", "ngram")
+    )
+    assert drafted == plain
+
+
+def test_bfloat16_rounds_float32_weights_too():
+    backend = get_backend("cpu", torch.bfloat16)
+    assert (backend.dtype, backend.linear_dtype) == (torch.float32, torch.bfloat16)
+    x, weight, bias = torch.randn(20, 64), torch.randn(40, 64), torch.randn(40)
+    packed = backend.full_weight(weight)
+    assert packed.nbytes == 2 * weight.numel()
+    expected = torch.nn.functional.linear(x.bfloat16().double(), weight.bfloat16().double(), bias.double())
+    assert torch.allclose(backend.linear(x, packed, bias).double(), expected, rtol=1e-5, atol=1e-5)

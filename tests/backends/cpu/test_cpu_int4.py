@@ -1,0 +1,101 @@
+"""The int4 kernels against the integers they stand for and the reference backend; Hadamard against the matrix."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from quasar.backends.base import Quantized
+from quasar.backends.cpu import kernels
+from quasar.backends.cpu.backend import CpuBackend
+from quasar.backends.reference import ReferenceBackend
+from quasar.quantization.rotation import hadamard
+from torch import Tensor
+
+pytestmark = pytest.mark.skipif(not kernels.available(), reason="the C kernels were not built")
+needs_int4 = pytest.mark.skipif(not kernels.int4_available(), reason="this processor has no AVX512-BF16")
+SHAPES = st.tuples(st.integers(1, 70), st.integers(1, 4), st.integers(1, 70), st.sampled_from([8, 32, 64, 128]))
+
+
+def random_weight(outputs: int, groups: int, group: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """values, scale, and what they stand for in float64."""
+    g = torch.Generator().manual_seed(seed)
+    values = torch.randint(-8, 8, (outputs, groups * group), generator=g, dtype=torch.int8)
+    scale = (torch.rand(outputs, groups, generator=g) + 0.1).bfloat16()
+    return values, scale, values.double() * scale.double().repeat_interleave(group, 1)
+
+
+@needs_int4
+@settings(max_examples=40, deadline=None)
+@given(SHAPES, st.booleans(), st.integers(0, 2**31))
+def test_both_products_are_those_of_the_integers(shape, with_bias, seed):
+    tokens, groups, outputs, group = shape
+    values, scale, dense = random_weight(outputs, groups, group, seed)
+    g = torch.Generator().manual_seed(seed)
+    bias = torch.randn(outputs, generator=g) if with_bias else None
+    offset = bias.double() if with_bias else 0
+    x = torch.randn(tokens, groups * group, generator=g)
+    packed = kernels.PackedInt4(values, scale)
+    expected = x.bfloat16().double() @ dense.t() + offset
+    torch.testing.assert_close(kernels.int4_linear(x, packed, bias).double(), expected, rtol=1e-5, atol=1e-3)
+    integers = torch.randint(-7, 8, x.shape, generator=g, dtype=torch.int8)
+    row_scale = torch.rand(tokens, generator=g)
+    expected = integers.double() @ dense.t() * row_scale.double()[:, None] + offset
+    y = kernels.int4_linear((integers, row_scale), packed, bias)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-3)
+
+
+@needs_int4
+@pytest.mark.parametrize(("weight", "x"), [(-8, 7), (-8, -7), (7, 7), (7, -7), (0, 7)])
+def test_sums_of_a_group_are_exact_at_the_extremes(weight, x):
+    packed = kernels.PackedInt4(torch.full((5, 1024), weight, dtype=torch.int8), torch.ones(5, 8).bfloat16())
+    y = kernels.int4_linear((torch.full((3, 1024), x, dtype=torch.int8), torch.ones(3)), packed)
+    assert y.tolist() == [[1024.0 * weight * x] * 5] * 3
+
+
+@needs_int4
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_row_does_not_depend_on_its_company(quantized):
+    values, scale, _ = random_weight(130, 3, 128, 1)
+    packed, backend = kernels.PackedInt4(values, scale), CpuBackend()
+    x = torch.randn(70, 384, generator=torch.Generator().manual_seed(2))
+
+    def product(rows: Tensor) -> Tensor:
+        return backend.int4_linear(backend.quantize_int4(rows) if quantized else rows, packed, None)
+
+    alone = torch.cat([product(row) for row in x.split(1)])
+    for tokens in (2, 7, 8, 9, 16, 70):
+        assert torch.equal(product(x[:tokens].contiguous()), alone[:tokens])
+
+
+def test_backends_agree():
+    values, scale, _ = random_weight(64, 2, 128, 3)
+    x = torch.randn(4, 256, generator=torch.Generator().manual_seed(4))
+    fast, reference = CpuBackend(), ReferenceBackend()
+    q = fast.quantize_int4(x)
+    assert torch.equal(q.values, reference.quantize_int4(x).values)
+    assert torch.equal(q.scale, reference.quantize_int4(x).scale)
+    for given_x in (x, Quantized(q.values, q.scale)):
+        y = fast.int4_linear(given_x, fast.int4_weight(values, scale), None)
+        expected = reference.int4_linear(given_x, reference.int4_weight(values, scale), None)
+        assert (y - expected).norm() < 0.005 * expected.norm()  # PyTorch's kernel rounds its result to bfloat16
+
+
+def test_groups_that_no_kernel_takes_are_refused():
+    with pytest.raises(ValueError, match="3 groups of 36 inputs"):
+        kernels.PackedInt4(torch.zeros(4, 36, dtype=torch.int8), torch.ones(4, 3).bfloat16())
+
+
+@pytest.mark.parametrize("isa", kernels.instruction_sets())
+@pytest.mark.parametrize("block", [1, 2, 8, 16, 32, 128, 512])
+def test_hadamard_is_the_product_with_the_matrix(isa, block):
+    x = torch.randn(5, 1536, generator=torch.Generator().manual_seed(block))
+    expected = (x.view(5, -1, block).double() @ hadamard(block).double()).flatten(1)
+    with kernels.use_instruction_set(isa):
+        torch.testing.assert_close(kernels.hadamard(x, block).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_hadamard_of_other_blocks_is_refused():
+    with pytest.raises(ValueError, match="blocks of 96 of 192"):
+        kernels.hadamard(torch.zeros(1, 192), 96)

@@ -1,0 +1,265 @@
+"""What is wrong with a checkpoint is one clear line; and no folder, however spoiled, is a traceback."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from quasar.backends.reference import ReferenceBackend
+from quasar.checkpoints import open_checkpoint
+from quasar.cli.inspect import report
+from quasar.models.config import read_config
+from quasar.models.loader import build_decoder
+
+from quasar import QuasarError
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+O_PROJ = "model.layers.0.self_attn.o_proj"
+
+
+def build(folder: Path) -> None:
+    build_decoder(read_config(folder), open_checkpoint(folder), ReferenceBackend())
+
+
+def refusal(folder: Path) -> str:
+    """The one line, which `quasar inspect` gives as well."""
+    with pytest.raises(QuasarError) as caught:
+        build(folder)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert report(folder)[-1].endswith(f"no: {message}")
+    return message
+
+
+def nan(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.full_like(tensor, float("nan"))
+
+
+TENSORS: list[tuple[str, dict[str, Any], str]] = [
+    ("llm-compressor", {f"{O_PROJ}.weight_scale": lambda t: t[:-1]}, "o_proj.weight_scale has shape [63, 1]"),
+    ("llm-compressor", {f"{O_PROJ}.weight_scale": nan}, "o_proj.weight_scale holds scales that are not finite"),
+    ("llm-compressor", {f"{O_PROJ}.weight_scale": torch.zeros_like}, "or not above zero"),
+    ("llm-compressor", {f"{O_PROJ}.weight_scale": lambda t: t.to(torch.int8)}, "weight_scale is int8; bfloat16"),
+    ("llm-compressor", {f"{O_PROJ}.weight_scale": None}, "o_proj.weight_scale is missing"),
+    ("llm-compressor", {f"{O_PROJ}.weight": lambda t: t.float()}, "o_proj.weight is float32; the checkpoint describes"),
+    ("llm-compressor", {"lm_head.weight": lambda t: t.to(torch.int8)}, "lm_head.weight is int8; the checkpoint"),
+    ("llm-compressor-static", {f"{O_PROJ}.input_scale": nan}, "o_proj.input_scale holds scales that are not finite"),
+    ("llm-compressor-static", {f"{O_PROJ}.input_scale": None}, "o_proj.input_scale is missing"),
+    ("msmodelslim-dynamic", {f"{O_PROJ}.weight_scale": lambda t: -t}, "or not above zero"),
+    ("msmodelslim-dynamic", {f"{O_PROJ}.weight_offset": torch.ones_like}, "asymmetric weights are not supported"),
+    ("msmodelslim-dynamic", {"model.layers.0.self_attn.q_norm.bias": torch.ones_like}, "q_norm.bias is not zero"),
+    ("msmodelslim-dynamic", {"model.layers.0.input_layernorm.bias": nan}, "input_layernorm.bias is not finite"),
+    ("msmodelslim-static", {f"{O_PROJ}.deq_scale": lambda t: t * 0}, "o_proj.deq_scale holds scales"),
+    (
+        "msmodelslim-static-fp16",
+        {f"{O_PROJ}.deq_scale": lambda t: t * 0 - 1},
+        "no float32 scales above zero in its int64",
+    ),
+    ("msmodelslim-static", {f"{O_PROJ}.quant_bias": lambda t: t.float()}, "has quant_bias float32"),
+    ("msmodelslim-static", {f"{O_PROJ}.input_offset": lambda t: t * 0 + 1000}, "input_offset 1000; int32 and a whole"),
+    ("msmodelslim-static", {f"{O_PROJ}.input_offset": lambda t: t.repeat(2)}, "input_offset has shape [2]"),
+    ("small-qwen3", {f"{O_PROJ}.weight": lambda t: t.to(torch.int8)}, "describes it as full precision"),
+    ("small-qwen3", {f"{O_PROJ}.weight": lambda t: t[:, :-1]}, "has shape [64, 63]; config.json makes it [64, 64]"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "said"), TENSORS)
+def test_wrong_tensors(
+    name: str, changes: dict[str, Any], said: str, golden: Callable[[str], Path], edit: Callable[..., None]
+) -> None:
+    folder = golden(name)
+    index = next(iter(folder.glob("*.index.json")), None)
+    if index is not None:  # as if it were one file: a removed tensor is then not in an index either
+        index.unlink()
+    edit(folder, changes)
+    assert said in refusal(folder)
+
+
+def scheme(fields: dict[str, Any]) -> dict[str, Any]:
+    return fields["quantization_config"]["config_groups"]["group_0"]
+
+
+CONFIGS: list[tuple[str, Callable[[dict[str, Any]], Any], str]] = [
+    ("hidden size", lambda f: f.update(hidden_size=128), "has shape [257, 64]; config.json makes it [257, 128]"),
+    ("layers", lambda f: f.update(num_hidden_layers=3), "tensor model.layers.2.self_attn.q_norm.weight is missing"),
+    (
+        "fewer layers",
+        lambda f: f.update(num_hidden_layers=1),
+        "tensors that this architecture does not have: model.layers.1",
+    ),
+    ("method", lambda f: f["quantization_config"].update(quant_method="gptq"), "quant_method 'gptq' is not supported"),
+    ("object", lambda f: f.update(quantization_config=[1]), "quantization_config is [1]; it should be an object"),
+    ("format", lambda f: f["quantization_config"].update(format="pack-quantized"), "format 'pack-quantized' is not"),
+    ("groups", lambda f: f["quantization_config"].update(config_groups={}), "has no config_groups"),
+    ("bits", lambda f: scheme(f)["weights"].update(num_bits=4), "weights are int4; Quasar runs W8A8"),
+    ("float", lambda f: scheme(f)["input_activations"].update(type="float"), "input_activations are float8"),
+    ("weight only", lambda f: scheme(f).update(input_activations=None), "(W8A16)"),
+    ("grouped", lambda f: scheme(f)["weights"].update(strategy="group"), "by channel or tensor"),
+    ("asymmetric", lambda f: scheme(f)["weights"].update(symmetric=False), "weights should be symmetric"),
+    (
+        "dynamic asymmetric",
+        lambda f: scheme(f)["input_activations"].update(symmetric=False),
+        "symmetric False, by token",
+    ),
+    ("output", lambda f: scheme(f).update(output_activations={}), "output_activations are not supported"),
+    ("kv cache", lambda f: f["quantization_config"].update(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme is not"),
+    ("ignore", lambda f: f["quantization_config"].update(ignore=[7]), "ignore should be a list of layer names"),
+    (
+        "pattern",
+        lambda f: f["quantization_config"].update(ignore=["re:("]),
+        "pattern 're:(' is not a regular expression",
+    ),
+    (
+        "slow pattern",
+        lambda f: f["quantization_config"].update(ignore=["re:(?:a|e|o|[a-z_.0-9]|.)*[=!]"]),
+        "takes too long",
+    ),
+    (
+        "mixed",
+        lambda f: f["quantization_config"].update(ignore=["lm_head", "re:.*k_proj"]),
+        "k_proj.weight is int8; the checkpoint describes it as full precision",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), [row[1:] for row in CONFIGS], ids=[row[0] for row in CONFIGS])
+def test_wrong_configurations(
+    change: Callable[[dict[str, Any]], Any], said: str, golden: Callable[[str], Path], edit_json: Callable[..., None]
+) -> None:
+    folder = golden("llm-compressor")
+    edit_json(folder / "config.json", change)
+    assert said in refusal(folder)
+
+
+def test_projections_of_one_input_in_two_precisions(
+    golden: Callable[[str], Path], edit: Callable[..., None], edit_json: Callable[..., None]
+) -> None:
+    folder = golden("llm-compressor")
+    edit_json(folder / "config.json", lambda f: f["quantization_config"].update(ignore=["lm_head", "re:.*k_proj"]))
+    names = [f"model.layers.{i}.self_attn.k_proj" for i in range(2)]
+    edit(folder, {f"{name}.weight": lambda t: t.to(torch.bfloat16) for name in names})
+    edit(folder, {f"{name}.weight_scale": None for name in names})
+    assert "q_proj W8A8, model.layers.0.self_attn.k_proj full precision" in refusal(folder)
+
+
+def test_description_that_does_not_fit(golden: Callable[[str], Path], edit_json: Callable[..., None]) -> None:
+    folder = golden("msmodelslim-dynamic")
+    described = folder / "quant_model_description.json"
+    edit_json(described, lambda f: f.update({f"{O_PROJ}.weight": "FLOAT"}))
+    assert "o_proj.weight is int8; the checkpoint describes it as full precision" in refusal(folder)
+    edit_json(described, lambda f: f.update({f"{O_PROJ}.weight": "W4A8_DYNAMIC"}))
+    assert "o_proj.weight is 'W4A8_DYNAMIC'; Quasar runs FLOAT, W8A8, W8A8_DYNAMIC, W8A8_MIX" in refusal(folder)
+    edit_json(described, lambda f: f.pop(f"{O_PROJ}.weight"))
+    assert "o_proj.weight is not described" in refusal(folder)
+    shutil.copy(described, folder / "quant_model_description_w8a8.json")
+    assert "holds 2 files" in refusal(folder)
+
+
+def test_shards(golden: Callable[[str], Path], edit_json: Callable[..., None], tmp_path: Path) -> None:
+    folder = golden("msmodelslim-dynamic")
+    index, shard = next(folder.glob("*.index.json")), next(folder.glob("*.safetensors"))
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-100])
+    assert "not a whole safetensors file" in refusal(folder)
+    shard.write_bytes(b"")
+    assert "not a whole safetensors file" in refusal(folder)
+    shard.unlink()
+    assert f"{shard.name}: no such file; the checkpoint's index names it" in refusal(folder)
+    shard.write_bytes(whole)
+    edit_json(index, lambda f: f["weight_map"].update({"model.layers.9.extra": shard.name}))
+    assert "tensors that this architecture does not have: model.layers.9.extra" in refusal(folder)
+    edit_json(index, lambda f: f["weight_map"].update({"model.norm.weight": f"../{folder.name}/{shard.name}"}))
+    assert "names of files beside it" in refusal(folder)
+
+    sharded = golden("small-qwen3")
+    where = {"weight_map": {"model.norm.weight": "model.safetensors", "model.embed_tokens.weight": "model.safetensors"}}
+    (sharded / "model.safetensors.index.json").write_text(json.dumps(where))
+    assert "tensor model.layers.0.self_attn.q_norm.weight is missing" in refusal(sharded)
+
+
+def test_an_index_that_names_an_absent_tensor(golden: Callable[[str], Path], edit: Callable[..., None]) -> None:
+    folder = golden("msmodelslim-dynamic")
+    edit(folder, {f"{O_PROJ}.weight_scale": None})
+    assert "o_proj.weight_scale cannot be read" in refusal(folder)
+
+
+def test_static_scales_that_differ_in_one_fused_layer(golden: Callable[[str], Path], edit: Callable[..., None]) -> None:
+    """Symmetric: the largest, as vLLM takes it. Asymmetric: no one scale is right."""
+    symmetric = golden("llm-compressor-static")
+    edit(symmetric, {"model.layers.0.self_attn.q_proj.input_scale": lambda t: t * 2})
+    decoder = build_decoder(read_config(symmetric), open_checkpoint(symmetric), ReferenceBackend())
+    other = build_decoder(
+        read_config(GOLDEN / symmetric.name), open_checkpoint(GOLDEN / symmetric.name), ReferenceBackend()
+    )
+    assert decoder.layers[0].qkv.static_scale == 2 * other.layers[0].qkv.static_scale
+    asymmetric = golden("msmodelslim-static")
+    edit(asymmetric, {"model.layers.0.self_attn.q_proj.input_scale": lambda t: t * 2})
+    assert "projections of one input must quantise it the same way" in refusal(asymmetric)
+
+
+SPOILED = ("small-qwen3", "llm-compressor", "llm-compressor-static", "msmodelslim-static-fp16", "msmodelslim-mix")
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 300),
+    st.sampled_from([2**31, 2**63, 10**400, 1e308, float("inf"), -0.5]),
+    st.text(max_size=8),
+    st.lists(st.integers(0, 9), max_size=3),
+    st.dictionaries(st.text(max_size=4), st.none(), max_size=2),
+)
+
+
+def spoil_json(value: Any, new: Any, chooser: random.Random) -> Any:
+    """Replaces or removes something somewhere inside."""
+    keys = list(value) if isinstance(value, dict) else list(range(len(value))) if isinstance(value, list) else []
+    if not keys:
+        return new
+    key = chooser.choice(keys)
+    if isinstance(value[key], (dict, list)) and value[key] and chooser.random() < 0.8:
+        value[key] = spoil_json(value[key], new, chooser)
+    elif isinstance(value, dict) and chooser.random() < 0.2:
+        del value[key]
+    else:
+        value[key] = new
+    return value
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(name=st.sampled_from(SPOILED), seed=st.integers(0, 2**32), new=VALUES, kind=st.integers(0, 3), data=st.binary())
+def test_no_spoiled_folder_is_a_traceback(name: str, seed: int, new: Any, kind: int, data: bytes) -> None:
+    """Sizes such as 2 ** 63 would show an allocation that the file does not justify."""
+    chooser = random.Random(seed)
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(shutil.copytree(GOLDEN / name, Path(parent) / name))
+        read = [path for path in sorted(folder.iterdir()) if "token" not in path.name and path.suffix != ".jinja"]
+        path = chooser.choice(read)
+        if kind and path.suffix == ".json":
+            try:
+                path.write_text(json.dumps(spoil_json(json.loads(path.read_text()), new, chooser)))
+            except ValueError:  # more digits than Python prints
+                return
+        else:
+            content = bytearray(path.read_bytes())
+            # Mostly in the header, where it matters.
+            at = chooser.randrange(min(len(content), chooser.choice([9, 4000, len(content)])))
+            spoiled = {0: content[:at], 1: data + content, 2: content[:at] + data + content[at:]}.get(kind)
+            if spoiled is None:
+                content[at] = chooser.randrange(256)
+                spoiled = content
+            path.write_bytes(bytes(spoiled))
+        lines = report(folder)
+        try:
+            build(folder)
+        except QuasarError as error:
+            assert "\n" not in str(error)
+        else:
+            assert lines[-1].endswith("yes")

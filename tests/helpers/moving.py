@@ -1,0 +1,87 @@
+"""A decoder with the same weights on another backend."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from quasar.backends.base import Backend, Quantized
+from quasar.backends.reference import ReferenceBackend
+from quasar.models.decoder import Decoder, DecoderLayer
+from quasar.models.linear import FullLinear, Linear, W8A8Linear
+from quasar.models.linear_int4 import W4A16Linear
+from torch import Tensor
+
+
+class PlainInt4(ReferenceBackend):
+    """The reference, but int4 weights stay as they were given and meet inputs in float64 (PyTorch's kernel takes
+    bfloat16 and gives it)."""
+
+    def int4_weight(self, values: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        return values, scale
+
+    def int4_linear(self, x: Tensor | Quantized, weight: tuple[Tensor, Tensor], bias: Tensor | None) -> Tensor:
+        values, scale = weight
+        dense = values.double() * scale.double().repeat_interleave(values.shape[1] // scale.shape[1], 1)
+        y = x.values.double() @ dense.t() * x.scale[:, None] if isinstance(x, Quantized) else x.double() @ dense.t()
+        return (y if bias is None else y + bias).to(self.dtype)
+
+
+def moved(decoder: Decoder, backend: Backend) -> Decoder:
+    """`decoder` of the reference backend, which keeps weights as checkpoints have them, on `backend`.
+
+    int4 weights need a backend of class PlainInt4, which keeps those too.
+    """
+
+    def place(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(backend.device, backend.dtype)
+
+    def linear(old: Linear) -> Linear:
+        if isinstance(old, FullLinear):
+            weight = old.weight if old.weight is not None else old.packed  # the reference packs nothing
+            return FullLinear(backend, backend.place(weight), place(old.bias))
+        if isinstance(old, W4A16Linear):
+            return type(old)(backend, backend.int4_weight(*old.packed), old.nbytes, old.bias, place(old.hadamard))
+        scale = old.activation_quant.static_scale
+        return W8A8Linear(backend, *old.packed, old.bias, None if scale is None else scale.to(backend.device))
+
+    layers = [
+        DecoderLayer(
+            layer.index,
+            replace(layer.attention, q_norm=place(layer.attention.q_norm), k_norm=place(layer.attention.k_norm)),
+            layer.eps,
+            backend,
+            input_norm=place(layer.input_norm),
+            qkv=linear(layer.qkv),
+            o=linear(layer.o),
+            post_norm=place(layer.post_norm),
+            gate_up=linear(layer.gate_up),
+            down=linear(layer.down),
+        )
+        for layer in decoder.layers
+    ]
+    return Decoder(
+        decoder.config,
+        backend,
+        embedding=backend.place(decoder.embedding),
+        layers=layers,
+        norm=place(decoder.norm),
+        lm_head=linear(decoder.lm_head),
+    )
+
+
+def make_static(decoder: Decoder, ids: list[int]) -> None:
+    """Gives every W8A8 layer the largest scale that one of these tokens had."""
+    scales: dict[Linear, Tensor] = {}
+
+    def observe(module: Linear, args: tuple) -> None:
+        scale = args[0].scale if isinstance(args[0], Quantized) else args[0].abs().amax(-1) / 127
+        scales[module] = scale.amax(0, keepdim=True)
+
+    hooks = [m.register_forward_pre_hook(observe) for m in decoder.linears() if isinstance(m, W8A8Linear)]
+    decoder.prefill(ids, decoder.new_cache(len(ids)), keep=0)
+    for hook in hooks:
+        hook.remove()
+    for layer in decoder.layers:
+        for name in ("qkv", "o", "gate_up", "down"):
+            old = getattr(layer, name)
+            setattr(layer, name, W8A8Linear(decoder.backend, *old.packed, old.bias, scales[old].float()))
