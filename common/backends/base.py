@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from quasar.errors import QuasarError
 from torch import Tensor
+
+from quasar.errors import QuasarError
 
 
 @dataclass(frozen=True)
@@ -342,7 +343,7 @@ class Backend(ABC):
     runs_before_capture = 0  # passes of a kind that run plainly before one is captured
 
     def pass_key(self, batch: Batch) -> Hashable | None:
-        """What a captured pass depends on, so that batches of equal keys can share one; None: this batch runs plainly."""
+        """What a captured pass depends on: batches of equal keys share one. None: this batch runs plainly."""
         return None
 
     def capture(self, forward: Forward, batch: Batch) -> CapturedPass:
@@ -363,6 +364,10 @@ class Backend(ABC):
     def require_memory(self, nbytes: int, what: str) -> None:
         """Raises QuasarError unless `nbytes` are free for `what`; called before they are used, where that is known."""
         return
+
+    def kv_bytes(self, layers: int, kv_heads: int, head_dim: int) -> int:
+        """Bytes of the keys and values of one position, all layers together."""
+        return 2 * layers * kv_heads * head_dim * self.dtype.itemsize
 
     def new_slot(self, layers: int, kv_heads: int, capacity: int, head_dim: int) -> Slot:
         """An empty slot for `capacity` positions on this device."""

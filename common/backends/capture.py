@@ -45,7 +45,8 @@ class CapturedPasses:
         except (NotImplementedError, RuntimeError) as error:
             self._possible = False
             if isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError):
-                log.warning("%s: a pass could not be captured (%s); passes run plainly", self._backend.name, _first_line(error))
+                name, reason = self._backend.name, _first_line(error)
+                log.warning("%s: a pass could not be captured (%s); passes run plainly", name, reason)
             return self._plain(batch)
         self._passes[key] = captured
         if len(self._passes) > _MOST:

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from quasar.backends.base import ActivationQuant, AttentionSpec, Backend, Batch, Quantized
 from torch import Tensor
+
+from quasar.backends.base import ActivationQuant, AttentionSpec, Backend, Batch, Quantized
+
 
 class ReferenceBackend(Backend):
     name = "reference"

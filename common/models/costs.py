@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from bisect import bisect_left
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
-from quasar.backends.base import Batch, Segment
-
-if TYPE_CHECKING:
-    from quasar.models.runtime import Runtime
-
-SIZES = (1, 2, 4, 8, 16, 32, 64)  # rows that are timed; between them costs are interpolated
-_CONTEXT = 16  # positions before the rows
+ROWS_TIMED = (1, 2, 4, 8, 16, 32, 64)  # rows that are timed; between them costs are interpolated
 _SECONDS, _ROUNDS = 0.06, 50  # spent on each size, whichever comes first, unless one pass takes longer
 _WARM_UP = 2  # passes of each size: the first pays for allocations and compilation, the second for capturing a graph
 _LEAST_ROW = 0.02  # of a pass, by which each further row counts at least: a flat measurement is noise, and would keep
@@ -37,20 +30,9 @@ class PassCosts:
         return seconds[left] + slope * (rows - sizes[left])
 
 
-def measure(runtime: Runtime) -> PassCosts:
-    """Times a few passes of each size that fits the model's context."""
-    backend = runtime.backend
-    sizes = [size for size in SIZES if size == 1 or size + _CONTEXT <= runtime.config.max_position_embeddings]
-    slot = runtime.new_slot(min(_CONTEXT + sizes[-1], runtime.config.max_position_embeddings))
-    runtime.prefill(slot, [0] * min(_CONTEXT, slot.capacity - sizes[-1]), logits_to_keep=0)
-
-    def timed(size: int) -> float:
-        backend.synchronize()
-        clock = time.perf_counter()
-        backend.argmax(runtime.run(Batch([Segment(slot, [0] * size, logits_to_keep=size)]))).tolist()
-        return time.perf_counter() - clock
-
-    for size in sizes * _WARM_UP:
+def measure(timed: Callable[[int], float], sizes: Sequence[int]) -> PassCosts:
+    """Times a few passes of each size; timed(rows) runs one and returns its seconds."""
+    for size in [*sizes] * _WARM_UP:
         timed(size)
     rounds: list[list[float]] = []
     spent = 0.0

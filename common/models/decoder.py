@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from quasar.backends.base import AttentionSpec, Backend, Batch
+from torch import Tensor, nn
+
+from quasar.backends.base import AttentionSpec, Backend, Batch, Segment
 from quasar.models.config import ModelConfig
 from quasar.models.linear import FullLinear, Linear
-from torch import Tensor, nn
+
+CHUNK_ROWS = 512  # of a text in one pass, so that memory grows with the chunk and not with the text
 
 
 class DecoderLayer(nn.Module):
@@ -84,6 +87,22 @@ class Decoder(nn.Module):
             x, residual, self.norm, self.config.rms_norm_eps, self.lm_head.activation_quant
         )
         return self.backend.logits(self.lm_head, h)
+
+    def read(self, ids: Sequence[int], logits_to_keep: int = 0) -> Tensor:
+        """Runs a text by itself, in chunks; logits float32 [logits_to_keep, vocab] of its last tokens.
+
+        For calibration and measurements: nothing is captured and nothing kept.
+        """
+        c = self.config
+        slot = self.backend.new_slot(c.num_layers, c.num_kv_heads, len(ids), c.head_dim)
+        kept = []
+        for first in range(0, len(ids), CHUNK_ROWS):
+            chunk = list(ids[first : first + CHUNK_ROWS])
+            keep = min(len(chunk), max(0, logits_to_keep - (len(ids) - first - len(chunk))))
+            batch = Batch([Segment(slot, chunk, logits_to_keep=keep)])
+            kept.append(self(torch.tensor(chunk, device=self.backend.device), batch))
+            slot.commit(len(chunk))
+        return torch.cat(kept)
 
     def linears(self) -> list[Linear]:
         """Every linear layer, lm_head last."""

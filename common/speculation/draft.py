@@ -97,6 +97,10 @@ class Drafter(ABC):
         """
         return
 
+    def expected_survival(self, most: int) -> list[float]:
+        """Survival of the chain of `most` candidates that a drafter which takes passes would propose."""
+        raise NotImplementedError
+
     def seconds_per_token(self) -> float:
         """What drafting a token will take, for as long as nothing was drafted; next to nothing unless it says more."""
         return 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
+
 from quasar.speculation.draft import Draft
 
 #        0 (5) -> 2 (6) -> 4 (8)

@@ -11,12 +11,13 @@ from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from quasar.backends.base import ActivationQuant, AttentionSpec, Batch, CapturedPass, Forward, Quantized, Slot
 from quasar.backends.cpu import kernels
 from quasar.backends.cpu.recording import RecordedPass, pass_key, segments_of
 from quasar.backends.cpu.slot import CpuSlot
 from quasar.backends.reference import ReferenceBackend
-from torch import Tensor
 
 _HEAD_STEP = 16  # the attention kernels take head sizes that are multiples of it
 

@@ -11,10 +11,11 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
-from quasar.backends.base import Batch, Forward
-from quasar.backends.cpu import kernels
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from quasar.backends.base import Batch, Forward
+from quasar.backends.cpu import kernels
 
 LONGEST = 64  # rows: longer passes are bound by arithmetic
 

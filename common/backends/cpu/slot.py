@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from quasar.backends.base import Slot
 from quasar.backends.cpu.kernels import SlotMemory
-from torch import Tensor
 
 
 class CpuSlot(Slot):
