@@ -6,10 +6,10 @@ import sys
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from quasar.models.chat import OPENPANGU, QWEN3, ReasoningSplitter, render_chat, splitter_for, think_markers
-from quasar.models.model import ASSETS, load_tokenizer
 
 from quasar import QuasarError
+from quasar.models.chat import OPENPANGU, QWEN3, ReasoningSplitter, render_chat, splitter_for, think_markers
+from quasar.models.model import ASSETS, load_tokenizer
 
 USER = [{"role": "user", "content": "What is 2 + 2?"}]
 # The behaviour of openPangu's template: an empty system turn where none is given, markers that are plain tokens.

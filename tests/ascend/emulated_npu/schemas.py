@@ -33,97 +33,155 @@ CURRENT = ("7.2.0", "7.3.0", "26.0.0", "26.1.0", "master")
 SCHEMAS: dict[str, tuple[tuple[tuple[str, ...], str], ...]] = {
     "npu_add_rms_norm": (
         (
-            ("7.0.0", "7.1.0", "7.2.0", "7.3.0", "26.0.0", "26.1.0", "master",),
-            "npu_add_rms_norm(Tensor x1, Tensor x2, Tensor gamma, float epsilon=1e-06) -> (Tensor, "
-            "Tensor, Tensor)"
+            (
+                "7.0.0",
+                "7.1.0",
+                "7.2.0",
+                "7.3.0",
+                "26.0.0",
+                "26.1.0",
+                "master",
+            ),
+            "npu_add_rms_norm(Tensor x1, Tensor x2, Tensor gamma, float epsilon=1e-06) -> (Tensor, Tensor, Tensor)",
         ),
     ),
     "npu_add_rms_norm_dynamic_quant": (
         (
-            ("7.2.0", "7.3.0",),
+            (
+                "7.2.0",
+                "7.3.0",
+            ),
             "npu_add_rms_norm_dynamic_quant(Tensor x1, Tensor x2, Tensor gamma, *, "
             "Tensor? smooth_scale1=None, Tensor? smooth_scale2=None, Tensor? beta=None, "
-            "float epsilon=1e-6, bool[2] output_mask=[]) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+            "float epsilon=1e-6, bool[2] output_mask=[]) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
         ),
         (
-            ("26.0.0", "26.1.0",),
+            (
+                "26.0.0",
+                "26.1.0",
+            ),
             "npu_add_rms_norm_dynamic_quant(Tensor x1, Tensor x2, Tensor gamma, *, "
             "Tensor? smooth_scale1=None, Tensor? smooth_scale2=None, Tensor? beta=None, "
             "float epsilon=1e-6, bool[2] output_mask=[], ScalarType? y_dtype=None) -> (Tensor, Tensor, "
-            "Tensor, Tensor, Tensor)"
+            "Tensor, Tensor, Tensor)",
         ),
         (
             ("master",),
             "npu_add_rms_norm_dynamic_quant(Tensor x1, Tensor x2, Tensor gamma, *, "
             "Tensor? smooth_scale1=None, Tensor? smooth_scale2=None, Tensor? beta=None, "
             "float epsilon=1e-6, bool[2]? output_mask=None, int? y_dtype=None) -> (Tensor, Tensor, "
-            "Tensor, Tensor, Tensor)"
+            "Tensor, Tensor, Tensor)",
         ),
     ),
     "npu_apply_rotary_pos_emb": (
         (
-            ("7.0.0", "7.1.0",),
+            (
+                "7.0.0",
+                "7.1.0",
+            ),
             "npu_apply_rotary_pos_emb(Tensor query, Tensor key, Tensor cos, Tensor sin, "
-            "str layout='BSH') -> (Tensor, Tensor)"
+            "str layout='BSH') -> (Tensor, Tensor)",
         ),
         (
-            ("7.2.0", "7.3.0", "26.0.0",),
+            (
+                "7.2.0",
+                "7.3.0",
+                "26.0.0",
+            ),
             "npu_apply_rotary_pos_emb(Tensor query, Tensor key, Tensor cos, Tensor sin, "
-            "str layout='BSH', str rotary_mode='half') -> (Tensor, Tensor)"
+            "str layout='BSH', str rotary_mode='half') -> (Tensor, Tensor)",
         ),
         (
-            ("26.1.0", "master",),
+            (
+                "26.1.0",
+                "master",
+            ),
             "npu_apply_rotary_pos_emb(Tensor query, Tensor key, Tensor cos, Tensor sin, "
-            "str layout='BSND', str rotary_mode='half') -> (Tensor, Tensor)"
+            "str layout='BSND', str rotary_mode='half') -> (Tensor, Tensor)",
         ),
     ),
     "npu_convert_weight_to_int4pack": (
         (
-            ("7.0.0", "7.1.0", "7.2.0", "7.3.0", "26.0.0", "26.1.0", "master",),
-            "npu_convert_weight_to_int4pack(Tensor weight, int inner_k_tiles=0) -> Tensor"
+            (
+                "7.0.0",
+                "7.1.0",
+                "7.2.0",
+                "7.3.0",
+                "26.0.0",
+                "26.1.0",
+                "master",
+            ),
+            "npu_convert_weight_to_int4pack(Tensor weight, int inner_k_tiles=0) -> Tensor",
         ),
     ),
     "npu_dequant_swiglu_quant": (
         (
-            ("7.0.0", "7.1.0",),
+            (
+                "7.0.0",
+                "7.1.0",
+            ),
             "npu_dequant_swiglu_quant(Tensor x, *, Tensor? weight_scale=None, "
             "Tensor? activation_scale=None, Tensor? bias=None, Tensor? quant_scale=None, "
             "Tensor? quant_offset=None, Tensor? group_index=None, bool activate_left=False, "
-            "int quant_mode=0) -> (Tensor, Tensor)"
+            "int quant_mode=0) -> (Tensor, Tensor)",
         ),
         (
-            ("7.2.0", "7.3.0",),
+            (
+                "7.2.0",
+                "7.3.0",
+            ),
             "npu_dequant_swiglu_quant(Tensor x, *, Tensor? weight_scale=None, "
             "Tensor? activation_scale=None, Tensor? bias=None, Tensor? quant_scale=None, "
             "Tensor? quant_offset=None, Tensor? group_index=None, bool activate_left=False, "
             "int quant_mode=0, int swiglu_mode=0, float clamp_limit=7.0, float glu_alpha=1.702, "
-            "float glu_bias=1.0) -> (Tensor, Tensor)"
+            "float glu_bias=1.0) -> (Tensor, Tensor)",
         ),
         (
-            ("26.0.0", "26.1.0", "master",),
+            (
+                "26.0.0",
+                "26.1.0",
+                "master",
+            ),
             "npu_dequant_swiglu_quant(Tensor x, *, Tensor? weight_scale=None, "
             "Tensor? activation_scale=None, Tensor? bias=None, Tensor? quant_scale=None, "
             "Tensor? quant_offset=None, Tensor? group_index=None, bool activate_left=False, "
             "int quant_mode=0, int? dst_type=None, int? round_mode=None, int? activate_dim=None, "
             "int swiglu_mode=0, float clamp_limit=7.0, float glu_alpha=1.702, "
-            "float glu_bias=1.0) -> (Tensor, Tensor)"
+            "float glu_bias=1.0) -> (Tensor, Tensor)",
         ),
     ),
     "npu_dynamic_quant": (
         (
-            ("7.0.0", "7.1.0", "7.2.0", "7.3.0",),
+            (
+                "7.0.0",
+                "7.1.0",
+                "7.2.0",
+                "7.3.0",
+            ),
             "npu_dynamic_quant(Tensor input, *, Tensor? smooth_scales=None, Tensor? group_index=None, "
-            "ScalarType? dst_type=None) -> (Tensor, Tensor)"
+            "ScalarType? dst_type=None) -> (Tensor, Tensor)",
         ),
         (
-            ("26.0.0", "26.1.0", "master",),
+            (
+                "26.0.0",
+                "26.1.0",
+                "master",
+            ),
             "npu_dynamic_quant(Tensor input, *, Tensor? smooth_scales=None, Tensor? group_index=None, "
-            "int? dst_type=None, str quant_mode='pertoken', float dst_type_max=0.0) -> (Tensor, Tensor)"
+            "int? dst_type=None, str quant_mode='pertoken', float dst_type_max=0.0) -> (Tensor, Tensor)",
         ),
     ),
     "npu_fused_infer_attention_score": (
         (
-            ("7.0.0", "7.1.0", "7.2.0", "7.3.0", "26.0.0", "26.1.0", "master",),
+            (
+                "7.0.0",
+                "7.1.0",
+                "7.2.0",
+                "7.3.0",
+                "26.0.0",
+                "26.1.0",
+                "master",
+            ),
             "npu_fused_infer_attention_score(Tensor query, Tensor key, Tensor value, *, "
             "Tensor? pse_shift=None, Tensor? atten_mask=None, SymInt[]? actual_seq_lengths=None, "
             "SymInt[]? actual_seq_lengths_kv=None, Tensor? dequant_scale1=None, "
@@ -138,106 +196,177 @@ SCHEMAS: dict[str, tuple[tuple[tuple[str, ...], str], ...]] = {
             "int pre_tokens=2147483647, int next_tokens=2147483647, str input_layout='BSH', "
             "int num_key_value_heads=0, int sparse_mode=0, int inner_precise=0, int block_size=0, "
             "int antiquant_mode=0, int key_antiquant_mode=0, int value_antiquant_mode=0, "
-            "bool softmax_lse_flag=False) -> (Tensor, Tensor)"
+            "bool softmax_lse_flag=False) -> (Tensor, Tensor)",
         ),
     ),
     "npu_quant_matmul": (
         (
             ("7.0.0",),
             "npu_quant_matmul(Tensor x1, Tensor x2, Tensor scale, *, Tensor? offset=None, "
-            "Tensor? pertoken_scale=None, Tensor? bias=None, ScalarType? output_dtype=None) -> Tensor"
+            "Tensor? pertoken_scale=None, Tensor? bias=None, ScalarType? output_dtype=None) -> Tensor",
         ),
         (
-            ("7.0.0", "7.1.0",),
+            (
+                "7.0.0",
+                "7.1.0",
+            ),
             "npu_quant_matmul(Tensor x1, Tensor x2, Tensor scale, Tensor? offset=None, "
-            "Tensor? bias=None, str? output_dtype=None) -> Tensor"
+            "Tensor? bias=None, str? output_dtype=None) -> Tensor",
         ),
         (
-            ("7.1.0", "7.2.0", "7.3.0",),
+            (
+                "7.1.0",
+                "7.2.0",
+                "7.3.0",
+            ),
             "npu_quant_matmul(Tensor x1, Tensor x2, Tensor scale, *, Tensor? offset=None, "
             "Tensor? pertoken_scale=None, Tensor? bias=None, ScalarType? output_dtype=None, "
-            "SymInt[]? group_sizes=None) -> Tensor"
+            "SymInt[]? group_sizes=None) -> Tensor",
         ),
         (
-            ("26.0.0", "26.1.0", "master",),
+            (
+                "26.0.0",
+                "26.1.0",
+                "master",
+            ),
             "npu_quant_matmul(Tensor x1, Tensor x2, Tensor scale, *, Tensor? offset=None, "
             "Tensor? pertoken_scale=None, Tensor? bias=None, int? output_dtype=None, int? x1_dtype=None, "
             "int? x2_dtype=None, int? pertoken_scale_dtype=None, int? scale_dtype=None, "
-            "int[]? group_sizes=None, Tensor? y_scale=None) -> Tensor"
+            "int[]? group_sizes=None, Tensor? y_scale=None) -> Tensor",
         ),
     ),
     "npu_quantize": (
         (
-            ("7.0.0", "7.1.0", "7.2.0", "7.3.0",),
+            (
+                "7.0.0",
+                "7.1.0",
+                "7.2.0",
+                "7.3.0",
+            ),
             "npu_quantize(Tensor self, Tensor scales, Tensor? zero_points, ScalarType dtype, int axis=1, "
-            "bool div_mode=True) -> Tensor"
+            "bool div_mode=True) -> Tensor",
         ),
         (
-            ("26.0.0", "26.1.0", "master",),
+            (
+                "26.0.0",
+                "26.1.0",
+                "master",
+            ),
             "npu_quantize(Tensor self, Tensor scales, Tensor? zero_points, int dtype, int axis=1, "
-            "bool div_mode=True) -> Tensor"
+            "bool div_mode=True) -> Tensor",
         ),
     ),
     "npu_rms_norm": (
         (
-            ("7.0.0", "7.1.0", "7.2.0", "7.3.0", "26.0.0", "26.1.0", "master",),
-            "npu_rms_norm(Tensor self, Tensor gamma, float epsilon=1e-06) -> (Tensor, Tensor)"
+            (
+                "7.0.0",
+                "7.1.0",
+                "7.2.0",
+                "7.3.0",
+                "26.0.0",
+                "26.1.0",
+                "master",
+            ),
+            "npu_rms_norm(Tensor self, Tensor gamma, float epsilon=1e-06) -> (Tensor, Tensor)",
         ),
     ),
     "npu_rotary_mul": (
         (
-            ("7.0.0", "7.1.0", "7.2.0", "7.3.0",),
-            "npu_rotary_mul(Tensor self, Tensor r1, Tensor r2, str rotary_mode='half') -> Tensor"
+            (
+                "7.0.0",
+                "7.1.0",
+                "7.2.0",
+                "7.3.0",
+            ),
+            "npu_rotary_mul(Tensor self, Tensor r1, Tensor r2, str rotary_mode='half') -> Tensor",
         ),
         (
-            ("26.0.0", "26.1.0", "master",),
-            "npu_rotary_mul(Tensor self, Tensor r1, Tensor r2, str rotary_mode='half', "
-            "Tensor? rotate=None) -> Tensor"
+            (
+                "26.0.0",
+                "26.1.0",
+                "master",
+            ),
+            "npu_rotary_mul(Tensor self, Tensor r1, Tensor r2, str rotary_mode='half', Tensor? rotate=None) -> Tensor",
         ),
     ),
     "npu_scatter_nd_update_": (
         (
-            ("7.0.0", "7.1.0", "7.2.0", "7.3.0", "26.0.0", "26.1.0", "master",),
-            "npu_scatter_nd_update_(Tensor(a!) self, Tensor indices, Tensor updates) -> Tensor(a!)"
+            (
+                "7.0.0",
+                "7.1.0",
+                "7.2.0",
+                "7.3.0",
+                "26.0.0",
+                "26.1.0",
+                "master",
+            ),
+            "npu_scatter_nd_update_(Tensor(a!) self, Tensor indices, Tensor updates) -> Tensor(a!)",
         ),
     ),
     "npu_swiglu": (
         (
-            ("7.0.0", "7.1.0", "7.2.0", "7.3.0", "26.0.0", "26.1.0", "master",),
-            "npu_swiglu(Tensor self, int dim=-1) -> Tensor"
+            (
+                "7.0.0",
+                "7.1.0",
+                "7.2.0",
+                "7.3.0",
+                "26.0.0",
+                "26.1.0",
+                "master",
+            ),
+            "npu_swiglu(Tensor self, int dim=-1) -> Tensor",
         ),
     ),
     "npu_swiglu_quant": (
         (
-            ("7.2.0", "7.3.0", "26.0.0", "26.1.0", "master",),
+            (
+                "7.2.0",
+                "7.3.0",
+                "26.0.0",
+                "26.1.0",
+                "master",
+            ),
             "npu_swiglu_quant(Tensor x, *, Tensor? smooth_scales=None, Tensor? offsets=None, "
             "Tensor? group_index=None, bool activate_left=False, int quant_mode=0, "
-            "int group_list_type=0, ScalarType? dst_type=None) -> (Tensor, Tensor)"
+            "int group_list_type=0, ScalarType? dst_type=None) -> (Tensor, Tensor)",
         ),
     ),
     "npu_trans_quant_param": (
+        (("7.0.0",), "npu_trans_quant_param(Tensor scale, Tensor? offset=None) -> Tensor"),
         (
-            ("7.0.0",),
-            "npu_trans_quant_param(Tensor scale, Tensor? offset=None) -> Tensor"
-        ),
-        (
-            ("7.1.0", "7.2.0", "7.3.0", "26.0.0", "26.1.0", "master",),
-            "npu_trans_quant_param(Tensor scale, Tensor? offset=None, int? round_mode=0) -> Tensor"
+            (
+                "7.1.0",
+                "7.2.0",
+                "7.3.0",
+                "26.0.0",
+                "26.1.0",
+                "master",
+            ),
+            "npu_trans_quant_param(Tensor scale, Tensor? offset=None, int? round_mode=0) -> Tensor",
         ),
     ),
     "npu_weight_quant_batchmatmul": (
         (
-            ("7.0.0", "7.1.0", "7.2.0", "7.3.0",),
+            (
+                "7.0.0",
+                "7.1.0",
+                "7.2.0",
+                "7.3.0",
+            ),
             "npu_weight_quant_batchmatmul(Tensor x, Tensor weight, Tensor antiquant_scale, "
             "Tensor? antiquant_offset=None, Tensor? quant_scale=None, Tensor? quant_offset=None, "
-            "Tensor? bias=None, int antiquant_group_size=0, int inner_precise=0) -> Tensor"
+            "Tensor? bias=None, int antiquant_group_size=0, int inner_precise=0) -> Tensor",
         ),
         (
-            ("26.0.0", "26.1.0", "master",),
+            (
+                "26.0.0",
+                "26.1.0",
+                "master",
+            ),
             "npu_weight_quant_batchmatmul(Tensor x, Tensor weight, Tensor antiquant_scale, "
             "Tensor? antiquant_offset=None, Tensor? quant_scale=None, Tensor? quant_offset=None, "
             "Tensor? bias=None, int antiquant_group_size=0, int inner_precise=0, "
-            "int? weight_dtype=None) -> Tensor"
+            "int? weight_dtype=None) -> Tensor",
         ),
     ),
 }
@@ -255,7 +384,9 @@ def branch_as(branch: str) -> Iterator[None]:
 
     global _branches
     before, _branches = _branches, (branch,)
-    absent = {name: getattr(torch_npu, name) for name in SCHEMAS if hasattr(torch_npu, name) and not forms(name, branch)}
+    absent = {
+        name: getattr(torch_npu, name) for name in SCHEMAS if hasattr(torch_npu, name) and not forms(name, branch)
+    }
     for name in absent:
         delattr(torch_npu, name)
     try:
