@@ -152,7 +152,6 @@ class Generation:
         """Committed tokens, window by window, up to the token or context limit; they may run past a stop."""
         model, settings, stats = self._model, self.settings, self._result.stats
         decoder = target_decoder(model, settings)
-        decoder.pack()
         stats.weight_bytes_per_pass = decoder.weight_bytes_per_pass
         limit = min(settings.max_new_tokens, decoder.config.max_position_embeddings - len(self.prompt_ids))
         sampling = settings.sampling()
@@ -209,7 +208,6 @@ def target_decoder(model: Model, settings: GenerationSettings) -> Decoder:
 def cascade(model: Model, settings: GenerationSettings, capacity: int) -> CascadeDrafter:
     """The quantised model, with the drafter and window of the settings, as drafter of the full-precision one."""
     sampling = settings.sampling()
-    model.decoder.pack()
     cache = model.decoder.new_cache(capacity)
     drafter = new_drafter(settings.draft, DraftTarget(model, cache, sampling))
     return CascadeDrafter(model.decoder, cache, drafter, new_window(settings, model.decoder, drafter), sampling)

@@ -35,7 +35,6 @@ def _model(family: str, precision: str):
     """A random model for which "model:small" is its own first two layers: wrong often, right at times."""
     model = shared_random_model(family, precision)
     if "model:small" not in model.draft_decoders:
-        model.decoder.pack()
         model.draft_decoders["model:small"] = share(model.decoder, keep=[0, 1, 3])
     return model
 
@@ -180,7 +179,6 @@ def test_point_mass_drafts_keep_the_seeds_text(draft):
 def test_the_verifier_overwrites_what_a_self_drafter_wrote(family, draft, precision):
     model = _model(family, precision)
     decoder = model.decoder
-    decoder.pack()
     cache, alone = decoder.new_cache(64), decoder.new_cache(64)
     drafter = new_drafter(draft, DraftTarget(model, cache, None))
     verifier = Verifier(decoder, cache, GreedyAcceptance(decoder.backend.argmax))
@@ -220,7 +218,6 @@ class _Script(Drafter):
 @settings(max_examples=25, deadline=None)
 def test_any_pattern_of_acceptance_gives_the_same_ids_and_cache(script, gamma):
     decoder = _model("qwen3", "w4a16").decoder
-    decoder.pack()
     plain, cache = decoder.new_cache(64), decoder.new_cache(64)
     verifier = Verifier(decoder, plain, GreedyAcceptance(decoder.backend.argmax))
     truth = [*PROMPT, verifier.start(PROMPT)]
@@ -244,7 +241,6 @@ def test_any_pattern_of_acceptance_gives_the_same_ids_and_cache(script, gamma):
 def test_the_cascades_cache_follows_the_confirmed_text(rounds, agree_with_bonus):
     """Blocks of any size, confirmed up to anywhere: what the quantised model proposes is what it says by itself."""
     decoder = _model("openpangu", "w8a8").decoder
-    decoder.pack()
     inner = new_drafter("ngram", DraftTarget(_model("openpangu", "w8a8"), decoder.new_cache(1), None))
     drafter = CascadeDrafter(decoder, decoder.new_cache(120), inner, FixedWindow(3), None)
     text = [*PROMPT, 17]

@@ -228,7 +228,6 @@ def test_first_sampled_token_follows_the_model(shipped):
     """End to end: frequencies of the first token against the softmax of the model's own logits."""
     model = shipped("qwen3")
     decoder = model.decoder
-    decoder.pack()
     logits = decoder.prefill(PROMPT, decoder.new_cache(8))[0].double()
     top = logits.topk(5).indices
     probs = (logits[top]).softmax(0)

@@ -11,8 +11,9 @@ from typing import Any
 from quasar.checkpoints import WRITERS
 from quasar.cli import flags
 from quasar.errors import QuasarError
-from quasar.export.export import SCHEMES, ExportSettings, quantize_checkpoint
+from quasar.export.export import quantize_checkpoint
 from quasar.export.msmodelslim import quantize_with_msmodelslim
+from quasar.export.settings import SCHEMES, ExportSettings
 from quasar.loading import texts_or_default
 from quasar.models.model import LoadOptions
 

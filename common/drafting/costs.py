@@ -43,7 +43,6 @@ def pass_costs(decoder: Decoder) -> PassCosts:
 
 
 def _measure(decoder: Decoder) -> PassCosts:
-    decoder.pack()
     backend = decoder.backend
     cache = decoder.new_cache(_CONTEXT + SIZES[-1])
     decoder.prefill([0] * _CONTEXT, cache, keep=0)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from quasar.errors import QuasarError
 from quasar.models.decoder import Decoder
-from quasar.models.linear import Linear
-from quasar.models.linear_int4 import W4A4Linear, W4A16Linear
+from quasar.models.linear_int4 import in_w4a4
 from quasar.models.model import ASSETS, LoadOptions, Model, load_checkpoint
 from quasar.models.pruning import layers_to_keep
 from quasar.models.sharing import share
@@ -16,16 +15,16 @@ _PROMPTS, _PROMPT_TOKENS = 8, 256  # enough to rank layers by
 
 def draft_decoder(model: Model, name: str) -> Decoder:
     """The decoder for "self:w4a4", "self:skip=K" or "model:PATH". Raises QuasarError where the model cannot have it."""
-    if name not in model.draft_decoders:
-        if name == "self:w4a4":
-            made = _in_w4a4(model)
-        elif name.startswith("self:"):
-            made = _skipping(model, int(name.partition("=")[2]))
-        else:
-            made = _other_model(model, name.partition(":")[2])
-        made.pack()
-        model.draft_decoders[name] = made
-    return model.draft_decoders[name]
+    with model.draft_decoders_lock:  # made once, whoever asks first
+        if name not in model.draft_decoders:
+            if name == "self:w4a4":
+                made = _in_w4a4(model)
+            elif name.startswith("self:"):
+                made = _skipping(model, int(name.partition("=")[2]))
+            else:
+                made = _other_model(model, name.partition(":")[2])
+            model.draft_decoders[name] = made
+        return model.draft_decoders[name]
 
 
 def _in_w4a4(model: Model) -> Decoder:
@@ -34,11 +33,7 @@ def _in_w4a4(model: Model) -> Decoder:
             f"--draft self:w4a4 shares the int4 weights of its verifier, and {model.name} is in {model.precision}; "
             "say --precision w4a16"
         )
-
-    def lower(linear: Linear) -> Linear:
-        return W4A4Linear.over(linear) if isinstance(linear, W4A16Linear) else linear
-
-    return share(model.decoder, convert=lower)
+    return share(model.decoder, convert=in_w4a4)
 
 
 def _skipping(model: Model, skipped: int) -> Decoder:

@@ -82,7 +82,6 @@ def replayed(models: dict[str, Model], acceptance_length: float, context: int, t
     def run(precision: str, draft: str) -> Run:
         def measure() -> tuple[float, int, int]:
             decoder = models[precision].decoder
-            decoder.pack()
             cache = decoder.new_cache(context + tokens + MAX_GAMMA + 1)
             verifier = Verifier(decoder, cache, ReplayedAcceptance(acceptance_length, decoder.backend.argmax))
             ids = torch.randint(0, decoder.config.vocab_size, (context,)).tolist()

@@ -89,7 +89,6 @@ class BandwidthProbe:
 
 def decoder_step(decoder: Decoder, context: int, most_rows: int) -> Step:
     """Passes of a decoder behind `context` committed tokens."""
-    decoder.pack()
     cache = decoder.new_cache(context + most_rows)
     decoder.prefill(context_ids(decoder.config.vocab_size, context), cache, keep=1)
 

@@ -12,7 +12,9 @@ import pytest
 import torch
 from quasar.checkpoints import WRITERS, open_checkpoint
 from quasar.export import export as exporting
-from quasar.export.export import ExportSettings, quantize_checkpoint
+from quasar.export import workspace
+from quasar.export.export import quantize_checkpoint
+from quasar.export.settings import SCHEMES, ExportSettings
 from quasar.models.linear import W8A8Linear
 from quasar.models.model import LoadOptions
 from safetensors import SafetensorError
@@ -69,7 +71,7 @@ def test_static_scales_mean_the_same_in_both_formats(family: str, small: Callabl
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("scheme", exporting.SCHEMES)
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_lm_head_in_int8_unties_it(name: str, scheme: str, small: Callable[[str], Path], tmp_path: Path) -> None:
     export(small("qwen3-tied"), tmp_path / "out", format=name, scheme=scheme, lm_head="w8a8")
     model = load(str(tmp_path / "out"), device="reference")
@@ -127,11 +129,50 @@ def test_interrupted_and_run_again_it_resumes(
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.parametrize("event", range(1, 5))
+def test_killed_at_the_end_it_loses_nothing(
+    event: int, small: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the last file and the last trace of the work: four unlinks, renames and writes."""
+    export(small("qwen3"), tmp_path / "whole")
+    left = [event]
+
+    def dying(original: Callable) -> Callable:
+        def step(*args: object, **kwargs: object) -> object:
+            left[0] -= 1
+            if not left[0]:
+                raise KeyboardInterrupt
+            return original(*args, **kwargs)
+
+        return step
+
+    complete = workspace.Workspace.complete
+
+    def then_die(self: workspace.Workspace, figures: dict) -> None:
+        complete(self, figures)
+        for name in ("unlink", "rename"):
+            monkeypatch.setattr(Path, name, dying(getattr(Path, name)))
+
+    monkeypatch.setattr(workspace.Workspace, "complete", then_die)
+    with monkeypatch.context():
+        try:
+            export(small("qwen3"), tmp_path / "out")
+        except KeyboardInterrupt:
+            assert event < 4
+    monkeypatch.undo()
+    monkeypatch.setattr(exporting._Export, "run", None)  # nothing is computed again
+    if event < 4:
+        export(small("qwen3"), tmp_path / "out")
+    assert not (tmp_path / "out.partial").exists()
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir() if path.name != "README.md"}
+    assert whole == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.name != "README.md"}
+
+
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("No space left")])
 def test_a_full_disk_is_one_line_and_loses_nothing(
     error: Exception, small: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = exporting.save_file
+    save = workspace.save_file
 
     def full(tensors: dict, path: Path, metadata: dict) -> None:
         if "00003" in path.name:
@@ -139,7 +180,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(
             raise error
         save(tensors, path, metadata)
 
-    monkeypatch.setattr(exporting, "save_file", full)
+    monkeypatch.setattr(workspace, "save_file", full)
     with pytest.raises(QuasarError, match=r"00003-of-00004\.safetensors: cannot be written \(the disk is full\)"):
         export(small("qwen3"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -153,7 +194,7 @@ def test_too_little_space_is_said_before_the_work(
     small: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(exporting.shutil, "disk_usage", lambda path: usage._replace(free=10_000))
+    monkeypatch.setattr(workspace.shutil, "disk_usage", lambda path: usage._replace(free=10_000))
     with pytest.raises(QuasarError, match="GB are needed"):
         export(small("qwen3"), tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -173,6 +214,7 @@ def test_refusals(small: Callable[[str], Path], tmp_path: Path) -> None:
     with pytest.raises(QuasarError, match="out exists; name a new folder, or remove it"):
         export(small("qwen3"), tmp_path / "out")
     (tmp_path / "new.partial").mkdir()
+    (tmp_path / "new.partial" / "somebody's").write_text("")
     with pytest.raises(QuasarError, match=r"new\.partial is no interrupted run"):
         export(small("qwen3"), tmp_path / "new")
     (tmp_path / "file").write_text("")

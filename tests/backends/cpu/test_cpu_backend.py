@@ -29,7 +29,6 @@ def test_greedy_ids_are_those_of_the_reference_backend(shipped, family):
 
 def prompt_logits(model):
     """float32 [512, vocab] of a prompt of 512 tokens: the kernels' other panels and threads too."""
-    model.decoder.pack()
     ids = [i for text in PROMPTS for i in model.encode(text)][:512]
     assert len(ids) == 512
     return model.decoder.prefill(torch.tensor(ids), model.decoder.new_cache(512), keep=512)
@@ -79,7 +78,6 @@ def test_bfloat16_says_what_float32_says_within_its_rounding(shipped, in_bfloat1
 def test_bfloat16_is_the_same_for_every_number_of_tokens(in_bfloat16):
     """A prompt at once, in windows, and drafted tokens: no token's logits depend on its company."""
     model = in_bfloat16["cpu"]
-    model.decoder.pack()
     ids = torch.tensor(model.encode(PROMPTS[0])[:48])
     whole = model.decoder.prefill(ids, model.decoder.new_cache(48), keep=48)
     for size in (1, 6, 16, 17):

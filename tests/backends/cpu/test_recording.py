@@ -36,7 +36,6 @@ def threads() -> Iterator[None]:
 
 
 def filled_cache(decoder: Decoder, capacity: int = 120) -> KVCache:
-    decoder.pack()
     cache = decoder.new_cache(capacity)
     decoder.prefill(PROMPT, cache, keep=0)
     return cache
