@@ -111,7 +111,7 @@ def quantize(
     )
     model.full = model.decoder if keep_full else None
     model.decoder, model.precision, model.fidelity, model.weights = decoder, precision, fidelity, None
-    model.draft_decoders.clear()
+    model.draft_runtimes.clear()
     return fidelity
 
 

@@ -16,7 +16,7 @@ from quasar.models.sharing import share
 from quasar.quantization.fidelity import Fidelity, FidelityProbe
 from quasar.quantization.methods import W8A8, Int4, Method
 from quasar.quantization.stream import quantized_decoder
-from quasar.speculation.window import MAX_GAMMA
+from quasar.speculation.rows import PUBLISHED_GAMMA
 
 PRUNED_SHARES = (0.10, 0.25, 0.50)  # of the layers, as in table 5 of arXiv 2603.01399
 
@@ -39,7 +39,7 @@ def verifiers(model: Model, calibration: Sequence[Sequence[int]]) -> Iterator[tu
     """Every verifier as a model of its own, one at a time, made of a full-precision model's weights."""
 
     def variant(precision: str, decoder: Decoder) -> Model:
-        return replace(model, decoder=decoder, precision=precision, draft_decoders={})
+        return model.with_decoder(decoder, precision)
 
     def quantized(method: Method) -> Model:
         decoder, _ = quantized_decoder(model.config, model.weights, model.decoder.backend, method, calibration)
@@ -72,7 +72,7 @@ def measure_fidelity(
     """model: in full precision; texts: token ids to compare distributions on; prompts: to generate from
     with each drafter; settings: of that, gamma None meaning the published 5."""
     probe = FidelityProbe(model.decoder, texts)
-    settings = replace(settings, gamma=settings.gamma or MAX_GAMMA)
+    settings = replace(settings, gamma=settings.gamma or PUBLISHED_GAMMA)
     for name, verifier in verifiers(model, calibration):
         tick(name)
         fidelity = probe.compare(verifier.decoder)

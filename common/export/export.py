@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from tqdm import tqdm
+
 from quasar.backends.base import Backend
 from quasar.backends.reference import ReferenceBackend
 from quasar.checkpoints import WRITERS
@@ -31,8 +34,6 @@ from quasar.models.loader import PROJECTIONS, build_decoder, output_sizes, split
 from quasar.models.model import Checkpoint, LoadOptions, find_checkpoint, open_model
 from quasar.quantization.methods import W8A8
 from quasar.quantization.stream import HiddenStates, LayerQuantizer
-from torch import Tensor
-from tqdm import tqdm
 
 
 def quantize_checkpoint(

@@ -11,11 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from quasar.checkpoints.folder import read_json
-from quasar.errors import QuasarError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from quasar.checkpoints.folder import read_json
+from quasar.errors import QuasarError
 
 _RESUME, _STATE, _FIGURES = "resume.json", "hidden_states.resume", "figures"
 _COPIED = (".json", ".txt", ".model", ".tiktoken", ".jinja", ".py")

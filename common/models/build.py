@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from torch import Tensor
+from tqdm import tqdm
+
 from quasar.backends.base import AttentionSpec, Backend
 from quasar.checkpoints.weights import FullWeights, HeadWeights, Int8Weights, LayerWeights, LinearWeights
 from quasar.models.config import ModelConfig
 from quasar.models.decoder import Decoder, DecoderLayer
 from quasar.models.linear import FullLinear, Linear, W8A8Linear
 from quasar.models.linear_int4 import W4A16Linear
-from torch import Tensor
-from tqdm import tqdm
 
 
 class WeightSource(Protocol):

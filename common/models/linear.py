@@ -9,9 +9,10 @@ the quantisation.
 from __future__ import annotations
 
 import torch
+from torch import Tensor, nn
+
 from quasar.backends.base import ActivationQuant, Backend, Quantized
 from quasar.checkpoints.weights import FullWeights, Int8Weights
-from torch import Tensor, nn
 
 
 class Linear(nn.Module):

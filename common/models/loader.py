@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
+from torch import Tensor
+
 from quasar.backends.base import Backend
 from quasar.checkpoints.weights import (
     FullWeights,
@@ -19,7 +21,6 @@ from quasar.errors import QuasarError
 from quasar.models.build import assemble
 from quasar.models.config import ModelConfig
 from quasar.models.decoder import Decoder
-from torch import Tensor
 
 
 class TensorSource(Protocol):

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from quasar.models.decoder import Decoder
 from quasar.models.sharing import share
-from torch import Tensor
 
 
 def layer_influence(decoder: Decoder, sequences: Sequence[Sequence[int]]) -> list[float]:
@@ -37,10 +38,8 @@ def layer_influence(decoder: Decoder, sequences: Sequence[Sequence[int]]) -> lis
     for i, layer in enumerate(decoder.layers):
         layer.register_forward_pre_hook(entering(i))
         layer.register_forward_hook(leaving(i))
-    cache = decoder.new_cache(max(map(len, sequences)))
     for ids in sequences:
-        cache.rewind(0)
-        decoder.prefill(ids, cache, keep=0)
+        decoder.read(ids)
     return (1 - total / count).tolist()
 
 

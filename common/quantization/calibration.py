@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from quasar.checkpoints.weights import LINEARS
 from quasar.errors import QuasarError
 from quasar.models.decoder import DecoderLayer
 from quasar.models.linear import FullLinear
-from torch import Tensor
 
 
 @dataclass

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
+
 from quasar.models.decoder import Decoder
 from quasar.models.fidelity import Fidelity
-from torch import Tensor
 
 _KEPT_BYTES = 512 << 20  # of full-precision log-probabilities held for the comparison
 _SEQUENCE = 512  # tokens
@@ -74,4 +75,4 @@ class FidelityProbe:
 def _log_probs(decoder: Decoder, ids: Sequence[int]) -> Tensor:
     """float32 [len(ids) - 1, vocab]: what is predicted after each token but the last."""
     inputs = ids[:-1]
-    return decoder.prefill(inputs, decoder.new_cache(len(inputs)), keep=len(inputs)).log_softmax(dim=-1)
+    return decoder.read(inputs, logits_to_keep=len(inputs)).log_softmax(dim=-1)

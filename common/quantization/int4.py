@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from quasar.checkpoints.weights import FullWeights, Int4Weights
 from quasar.errors import QuasarError
-from torch import Tensor
 
 GROUPS = (128, 64, 32)  # inputs that share a scale; what the kernels take
 _CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # of a group's largest weight

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import Tensor
+
 from quasar.backends.base import Backend
 from quasar.checkpoints.weights import LINEARS, FullWeights, HeadWeights, LayerWeights, LinearWeights
 from quasar.models.config import ModelConfig
@@ -13,7 +15,6 @@ from quasar.quantization.int4 import to_int4
 from quasar.quantization.rotation import Rotation
 from quasar.quantization.rounding import static_scale, to_int8, to_int8_gptq
 from quasar.quantization.smoothquant import fitted_scales, published_scales, smooth_layer
-from torch import Tensor
 
 FITTED = "fitted"
 SEARCH_ROWS = 256  # sampled inputs per linear layer for a search over smoothing scales

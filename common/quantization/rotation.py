@@ -10,9 +10,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import Tensor
+
 from quasar.checkpoints.weights import FullWeights, HeadWeights, LayerWeights
 from quasar.models.config import ModelConfig
-from torch import Tensor
 
 ONLINE_BLOCK = 128  # of down_proj's rotation: small enough to cost nothing beside its weights
 

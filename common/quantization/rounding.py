@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from quasar.checkpoints.weights import FullWeights, Int8Weights
 from quasar.quantization.gptq import gptq
-from torch import Tensor
 
 _ROWS = 8192  # quantised at a time
 

@@ -11,11 +11,12 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from torch import Tensor
+
 from quasar.checkpoints.weights import LINEARS, FullWeights, LayerWeights
 from quasar.models.config import ModelConfig
 from quasar.quantization.calibration import InputStats
 from quasar.quantization.rounding import fake_quantized_output
-from torch import Tensor
 
 ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # tried by the search
 _TINY = 1e-5  # a channel that never fires must not divide by zero

@@ -10,7 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from quasar.backends.base import Backend
+from torch import Tensor
+from tqdm import tqdm
+
+from quasar.backends.base import Backend, Batch, Segment
 from quasar.checkpoints.weights import HeadWeights, LayerWeights
 from quasar.models.build import WeightSource, build, build_layer
 from quasar.models.config import ModelConfig
@@ -21,8 +24,6 @@ from quasar.quantization.calibration import InputStats, observing
 from quasar.quantization.fidelity import FidelityTally
 from quasar.quantization.methods import Method, int8_head
 from quasar.quantization.rounding import static_scale
-from torch import Tensor
-from tqdm import tqdm
 
 
 @dataclass
@@ -129,9 +130,11 @@ class LayerQuantizer:
     def _through(self, layer: DecoderLayer, x: Tensor) -> Tensor:
         """[tokens, hidden] -> [tokens, hidden], from position 0."""
         c, tokens = self.config, len(x)
-        cache = self.backend.new_cache(1, c.num_kv_heads, tokens, c.head_dim)
+        slot = self.backend.new_slot(1, c.num_kv_heads, tokens, c.head_dim)
+        batch = Batch([Segment(slot, [0] * tokens)])
+        (rope,) = self.backend.rope_rows(self._cos, self._sin, [layer.attention], batch)
         # A backend may add to its input in place.
-        y, residual = layer(x.clone(), None, self._cos[:tokens], self._sin[:tokens], cache)
+        y, residual = layer(x.clone(), None, *rope, batch)
         return y + residual
 
     def _normed(self, x: Tensor, norm: Tensor) -> Tensor:

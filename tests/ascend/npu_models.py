@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 
+from quasar import Model, load
 from quasar.backends.base import Backend
 from quasar.quantization.methods import W8A8
 from quasar.quantization.stream import quantized_decoder
-
-from quasar import Model, load
 from tests.conftest import TINY
 from tests.helpers.moving import make_static, moved
 

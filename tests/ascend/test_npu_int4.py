@@ -3,7 +3,6 @@
 The bounds are those of test_npu_backend.py: `rounding` is half a unit in the last place of the activations' type.
 """
 
-from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -11,6 +10,11 @@ import torch
 from emulated_npu import counting
 from fused_rounding import FusedRounding
 from npu_models import CALIBRATION, on_backend
+from test_npu_backend import assert_near, assert_same, random, sides
+from test_npu_ids import logits_of
+from test_npu_passes import AROUND, WINDOW, verifier_of
+
+from quasar import QuasarError, generate, load, quantize
 from quasar.backends import get_backend
 from quasar.backends.base import Quantized
 from quasar.backends.reference import ReferenceBackend
@@ -20,11 +24,6 @@ from quasar.quantization.int4 import quantize_weight_int4
 from quasar.quantization.methods import Int4
 from quasar.quantization.rotation import hadamard
 from quasar.quantization.stream import quantized_decoder
-from test_npu_backend import assert_near, assert_same, random, sides
-from test_npu_ids import logits_of
-from test_npu_passes import AROUND, WINDOW, verifier_of
-
-from quasar import QuasarError, generate, load, quantize
 from quasar_npu.graphs import WindowGraphs
 from quasar_npu.inference_card import InferenceCardBackend
 from tests.conftest import FAMILIES, TINY
@@ -39,7 +38,7 @@ def model_on(family, precision, backend):
     decoder, _ = quantized_decoder(model.config, model.weights, backend, Int4(model.config), [])
     if precision == "w4a4":
         decoder = share(decoder, convert=in_w4a4)
-    return replace(model, decoder=decoder, precision=precision, draft_decoders={})
+    return model.with_decoder(decoder, precision)
 
 
 @cache

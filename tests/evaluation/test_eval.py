@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from quasar import GenerationSettings, QuasarError, generate
 from quasar.checkpoints.weights import FullWeights
 from quasar.cli import main
 from quasar.evaluation.fidelity import acceptance_length, verifiers
@@ -14,8 +16,6 @@ from quasar.evaluation.tasks import SCHEMES, encode_turns, read_questions, run_t
 from quasar.models.build import assemble
 from quasar.models.pruning import layer_influence, layers_to_keep
 from quasar.models.sharing import share
-
-from quasar import GenerationSettings, QuasarError, generate
 from tests.helpers.random_models import random_model, shared_random_model
 
 QUESTIONS = [

@@ -7,6 +7,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+from quasar import Model
+from quasar.backends import get_backend
 from quasar.backends.base import Backend
 from quasar.backends.reference import ReferenceBackend
 from quasar.checkpoints import open_checkpoint
@@ -15,8 +17,6 @@ from quasar.loading import quantize
 from quasar.models.build import assemble
 from quasar.models.config import read_config
 from quasar.models.loader import CheckpointWeights
-
-from quasar import Model
 from tests.conftest import random_transformer, save_checkpoint
 
 
@@ -55,6 +55,6 @@ def in_memory(weights: CheckpointWeights) -> ModelWeights:
 
 
 @cache
-def shared_random_model(family: str, precision: str = "full") -> Model:
+def shared_random_model(family: str, precision: str = "full", device: str = "reference") -> Model:
     """The same with its full-precision weights kept, made once. Do not change it."""
-    return random_model(family, precision, keep_full=precision != "full")
+    return random_model(family, precision, keep_full=precision != "full", backend=get_backend(device))

@@ -4,14 +4,14 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
+from quasar import QuasarError, load
 from quasar.backends import get_backend
 from quasar.checkpoints import open_checkpoint
 from quasar.models.config import DUMMY_SHAPES, read_config
 from quasar.models.loader import RandomTensors, build_decoder
 from quasar.models.model import find_checkpoint
-from safetensors.torch import load_file, save_file
-
-from quasar import QuasarError, load
 from tests.conftest import FAMILIES, random_transformer, save_checkpoint
 
 
@@ -25,7 +25,7 @@ def checkpoint(request, tmp_path):
 
 
 def logits(decoder):
-    return decoder.prefill(torch.arange(12), decoder.new_cache(12), keep=12)
+    return decoder.read(torch.arange(12), logits_to_keep=12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

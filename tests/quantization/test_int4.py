@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from quasar.backends.base import Quantized
+
+from quasar.backends.base import Batch, Quantized, Segment
 from quasar.backends.reference import ReferenceBackend
 from quasar.checkpoints.weights import FullWeights
 from quasar.errors import QuasarError
 from quasar.models.linear_int4 import W4A4Linear, W4A16Linear
+from quasar.models.runtime import Runtime
 from quasar.quantization.fidelity import FidelityProbe
 from quasar.quantization.int4 import quantize_weight_int4, to_int4
 from quasar.quantization.methods import Int4
 from quasar.quantization.rotation import hadamard, rotate_last
 from quasar.quantization.stream import quantized_decoder
-
 from tests.conftest import FAMILIES
 from tests.helpers.random_models import random_model, shared_random_model
 
@@ -126,14 +127,14 @@ def test_rotation_changes_nothing_in_full_precision(family):
 @pytest.mark.parametrize("precision", ["w4a16", "w4a4"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_window_gives_the_logits_of_single_steps_bit_for_bit(family, precision):
-    decoder = shared_random_model(family, precision).decoder
-    ids = torch.arange(3, 15)
-    together, alone = decoder.new_cache(20), decoder.new_cache(20)
+    runtime = Runtime(shared_random_model(family, precision).decoder)
+    ids = list(range(3, 15))
+    together, alone = runtime.new_slot(20), runtime.new_slot(20)
     rows = []
     for token in ids:
-        rows.append(decoder(token[None], alone, keep=1))
+        rows.append(runtime.run(Batch([Segment(alone, [token])])).clone())
         alone.commit(1)
-    assert torch.equal(decoder(ids, together, keep=len(ids)), torch.cat(rows))
+    assert torch.equal(runtime.run(Batch([Segment(together, ids, logits_to_keep=len(ids))])), torch.cat(rows))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+
+from quasar import QuasarError, load, quantize
 from quasar.backends import get_backend
 from quasar.checkpoints import open_checkpoint
 from quasar.checkpoints.weights import LINEARS
@@ -15,8 +17,6 @@ from quasar.quantization.fidelity import FidelityProbe
 from quasar.quantization.methods import W8A8
 from quasar.quantization.smoothquant import smooth_layer, smoothing_scales
 from quasar.quantization.stream import quantized_decoder
-
-from quasar import QuasarError, load, quantize
 from tests.conftest import FAMILIES, random_transformer, save_checkpoint
 
 PROMPTS = [list(range(start, start + 30)) for start in range(0, 100, 10)]
@@ -40,7 +40,7 @@ def weights_of(family, folder, dtype=torch.float32, outliers=False):
 
 def logits(decoder):
     ids = torch.arange(100)
-    return decoder.prefill(ids, decoder.new_cache(100), keep=100)
+    return decoder.read(ids.tolist(), logits_to_keep=100)
 
 
 class Smoothing(W8A8):

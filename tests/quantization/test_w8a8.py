@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from quasar.backends import get_backend
 from quasar.backends.base import ActivationQuant, Quantized
 from quasar.checkpoints.weights import FullWeights
