@@ -19,9 +19,11 @@ from quasar.models.fidelity import Fidelity
 from quasar.models.linear_int4 import in_w4a4
 from quasar.models.model import ASSETS, DEFAULT_MODEL, LoadOptions, Model, open_model
 from quasar.models.sharing import share
+from quasar.quantization.budget import choose_kept
 from quasar.quantization.calibration import read_texts
 from quasar.quantization.fidelity import held_out
-from quasar.quantization.methods import W8A8, Int4
+from quasar.quantization.methods import FITTED, W8A8, Int4, Method
+from quasar.quantization.recipe import DEFAULT_RECIPE, Recipe, pass_bytes
 from quasar.quantization.stream import quantized_decoder
 
 if TYPE_CHECKING:
@@ -81,16 +83,19 @@ def quantize(
     lm_head: str = "full",
     keep_full: bool = False,
     heldout: Sequence[str] | None = None,
-    alpha: float | None = 0.5,
+    alpha: float | str | None = FITTED,
+    rounding: str = "gptq",
+    budget: float = 0.0,
     force: bool = False,
     progress: bool = False,
 ) -> Fidelity | None:
     """Makes a full-precision model "w8a8", "w4a16" or "w4a4" in place, and measures what that did on held-out text.
 
-    prompts are texts to calibrate on, heldout texts to measure on (None: built-in ones); alpha is SmoothQuant's
-    migration strength, None searches it per layer; int4 uses neither prompts nor alpha. lm_head "w8a8" makes that
-    layer int8 too. keep_full keeps the full-precision decoder in `model.full`. Raises
-    QuasarError if the result is garbage, unless force.
+    prompts are texts to calibrate on, heldout texts to measure on (None: built-in ones). For w8a8 alpha is
+    SmoothQuant's migration strength ("fitted": scales fitted to a model of rounding noise; None: searched per layer),
+    rounding of weights is "gptq" or "nearest", and the inputs whose rounding costs most stay in 16 bits as long as they
+    add no more than `budget` (0.02: 2 %) to the bytes of a pass. lm_head "w8a8" makes that layer int8 too. keep_full
+    keeps the full-precision decoder in `model.full`. Raises QuasarError if the result is garbage, unless force.
     Returns None for a model without a tokenizer, which has no text to be measured on.
     """
     if model.weights is None or model.precision != "full":
@@ -105,7 +110,7 @@ def quantize(
         precision=precision,
         lm_head=lm_head,
         heldout=heldout,
-        alpha=alpha,
+        recipe=Recipe(alpha, rounding, budget),
         force=force,
         progress=progress,
     )
@@ -126,18 +131,26 @@ def _quantized(
     precision: str,
     lm_head: str = "full",
     heldout: Sequence[str] | None = None,
-    alpha: float | None = 0.5,
+    recipe: Recipe = DEFAULT_RECIPE,
     force: bool = False,
     progress: bool = False,
 ) -> tuple[Decoder, Fidelity | None]:
     if lm_head not in LM_HEADS:
         raise QuasarError(f"--lm-head {lm_head} is unknown; use one of {', '.join(LM_HEADS)}")
-    check_alpha(alpha)
-    method = W8A8(config, alpha) if precision == "w8a8" else Int4(config)
     if tokenizer is None:  # random weights: any ids do, the figures would mean nothing
         texts, measured = [list(range(min(64, config.max_position_embeddings)))], []
     else:
         texts, measured = calibration_and_heldout(config, tokenizer, prompts, heldout)
+    method: Method = Int4(config)
+    if precision == "w8a8":
+        method = W8A8(config, recipe.alpha, rounding=recipe.rounding)
+        budget = int(recipe.budget * pass_bytes(config))
+        if budget:
+            kept = choose_kept(config, weights, backend, method, texts, budget, progress)
+            for each in kept:
+                log.info("layer %d %s stays in 16 bits: %.1e nats of KL alone", each.layer, each.name, each.kl)
+            keep = [(each.layer, each.name) for each in kept]
+            method = W8A8(config, recipe.alpha, rounding=recipe.rounding, keep=keep)
     decoder, fidelity = quantized_decoder(config, weights, backend, method, texts, measured, lm_head, progress)
     if precision == "w4a4":
         decoder = share(decoder, convert=in_w4a4)
@@ -169,17 +182,11 @@ def quantized_bytes(c: ModelConfig, precision: str, lm_head: str = "full") -> in
     return layers * (2 if precision == "w8a8" else 1) // 2 + table * (c.dtype.itemsize + head)
 
 
-def check_alpha(alpha: float | None) -> None:
-    """Raises QuasarError unless it is a migration strength, or None to search it."""
-    if alpha is not None and not 0 <= alpha <= 1:
-        raise QuasarError(f"--alpha {alpha}: SmoothQuant's migration strength lies between 0 and 1; or say auto")
-
-
 def require_agreement(name: str, fidelity: Fidelity, precision: str = "w8a8", force: bool = False) -> None:
     """Raises QuasarError if a quantised model measures as garbage, unless force."""
     # NaN compares false, so a model that broke is refused too.
     if not fidelity.top1_agreement >= MIN_AGREEMENT[precision] and not force:
-        advice = "--alpha auto, other --calibration, or --force" if precision == "w8a8" else "w8a8, or --force"
+        advice = "--budget 5%, other --calibration, or --force" if precision == "w8a8" else "w8a8, or --force"
         raise QuasarError(
             f"{name} in {precision.upper()} agrees with full precision on {fidelity.top1_agreement:.1%} of tokens, "
             f"below {MIN_AGREEMENT[precision]:.0%}: unusable; try {advice}"

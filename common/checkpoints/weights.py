@@ -39,15 +39,16 @@ class Int8Weights:
 
 @dataclass(frozen=True)
 class Int4Weights:
-    """A projection with int4 weights in groups along the inputs: weight = (values - zero) * scale.
+    """A projection with int4 weights in groups along the inputs: weight = values * scale + offset.
 
-    values int8 [out, in] between -8 and 7; scale bfloat16 [out, in / group]; zero int8 [out, in / group] between -8
-    and 7, None where every zero point is 0; bias [out] or None. hadamard as in FullWeights.
+    values int8 [out, in] between -8 and 7; scale bfloat16 [out, in / group]; offset likewise, None where all are 0
+    (symmetric groups). Where a format knows whole zero points alone, offset is -zero * scale, rounded to bfloat16. bias
+    [out] or None. hadamard as in FullWeights.
     """
 
     values: Tensor
     scale: Tensor
-    zero: Tensor | None
+    offset: Tensor | None
     bias: Tensor | None
     hadamard: Tensor | None = None
 

@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 from quasar.backends.base import Backend
 from quasar.backends.reference import ReferenceBackend
-from quasar.checkpoints import WRITERS
 from quasar.checkpoints.folder import read_json
 from quasar.checkpoints.weights import FullWeights, LayerWeights
 from quasar.errors import QuasarError
@@ -32,8 +31,12 @@ from quasar.loading import calibration_and_heldout, quantized_bytes, require_agr
 from quasar.models.fidelity import Fidelity
 from quasar.models.loader import PROJECTIONS, build_decoder, output_sizes, split
 from quasar.models.model import Checkpoint, LoadOptions, find_checkpoint, open_model
-from quasar.quantization.methods import W8A8
+from quasar.quantization.budget import Kept, choose_kept
+from quasar.quantization.methods import Method
+from quasar.quantization.recipe import pass_bytes
 from quasar.quantization.stream import HiddenStates, LayerQuantizer
+
+_KEPT = "kept.resume"
 
 
 def quantize_checkpoint(
@@ -68,21 +71,37 @@ def quantize_checkpoint(
     if work.figures is not None:
         work.finish()
         return Fidelity(**work.figures)
-    work.require_space(quantized_bytes(config, "w8a8", settings.lm_head))
-    fidelity = _Export(found, settings, work, sequences, measured).run(options.progress)
+    work.require_space(quantized_bytes(config, settings.scheme.partition("-")[0], settings.lm_head))
+    kept = _kept(found, settings, work, sequences, options.progress)
+    method = settings.method(config, [(each.layer, each.name) for each in kept])
+    fidelity = _Export(found, settings, work, method, sequences, measured).run(options.progress)
     try:
-        require_agreement(model, fidelity, force=force)
+        require_agreement(model, fidelity, settings.scheme.partition("-")[0], force=force)
     except QuasarError:
         work.discard()
         raise
     work.copy_from(folder)
     of = "Quasar's built-in prompts" if calibration is None else "the file named in the command"
     calibrated = f"{sum(map(len, sequences))} tokens of {of}"
-    smoothing = f"SmoothQuant, alpha {'searched per layer' if settings.alpha is None else f'{settings.alpha:g}'}"
-    work.write_text("README.md", model_card(model, folder, settings, fidelity, command, smoothing, calibrated))
+    card = model_card(model, folder, settings, fidelity, command, settings.how(), calibrated, kept)
+    work.write_text("README.md", card)
     work.complete(asdict(fidelity))
     work.finish()
     return fidelity
+
+
+def _kept(
+    found: Checkpoint, settings: ExportSettings, work: Workspace, sequences: list[list[int]], progress: bool
+) -> list[Kept]:
+    """The layers that stay in 16 bits; chosen once, also by a run that was interrupted."""
+    budget = int(settings.recipe.budget * pass_bytes(found.config))
+    if not budget or settings.scheme == "w4a16":
+        return []
+    if work.note(_KEPT) is None:
+        method = settings.method(found.config, [])
+        kept = choose_kept(found.config, found.weights, found.backend, method, sequences, budget, progress)
+        work.write_text(_KEPT, json.dumps([asdict(each) for each in kept]))
+    return [Kept(**fields) for fields in json.loads(work.note(_KEPT))]
 
 
 class _Export:
@@ -93,6 +112,7 @@ class _Export:
         found: Checkpoint,
         settings: ExportSettings,
         work: Workspace,
+        method: Method,
         sequences: list[list[int]],
         measured: list[list[int]],
     ) -> None:
@@ -101,9 +121,8 @@ class _Export:
         self.settings = settings
         self.work = work
         self.config = c
-        method = W8A8(c, settings.alpha, settings.static)
         self.quantizer = LayerQuantizer(c, found.weights, found.backend, method, sequences, measured)
-        self.writer = WRITERS[settings.format](settings.static, settings.lm_head == "w8a8")
+        self.writer = settings.writer()
         self.steps = c.num_layers + 2  # the embedding, the layers, the head: a shard each
 
     @torch.inference_mode()

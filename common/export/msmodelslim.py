@@ -77,7 +77,7 @@ def quantize_with_msmodelslim(
         del full
         fidelity = probe.compare(load(str(made), device=options.device, dtype=options.dtype).decoder)
         require_agreement(model, fidelity, force=force)
-        settings = ExportSettings("ascend", scheme, None)
+        settings = ExportSettings("ascend", scheme)
         smoothing = f"msmodelslim, anti_method {_CONFIG['spec']['anti_cfg']['anti_method']}"
         calibrated = f"msmodelslim's {_CONFIG['spec']['calib_dataset']}"
         card = model_card(model, folder, settings, fidelity, command, smoothing, calibrated)

@@ -144,13 +144,19 @@ class Workspace:
         """Removes everything that was written."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def note(self, name: str) -> str | None:
+        """A text that an interrupted run wrote, None if it did not."""
+        path = self.folder / name
+        return path.read_text(encoding="utf-8") if path.exists() else None
+
     def complete(self, figures: dict[str, Any]) -> None:
         """Every file is written: from here on nothing is computed again, whatever happens."""
         self.write_text(_RESUME, json.dumps(self._identity | {_FIGURES: figures}, indent=1))
 
     def finish(self) -> None:
         """Gives the folder its name."""
-        (self.folder / _STATE).unlink(missing_ok=True)
+        for path in sorted(self.folder.glob("*.resume")):
+            path.unlink()
         if self.folder != self.output:
             refuse_existing(self.output)
             self.folder.rename(self.output)

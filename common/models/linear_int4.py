@@ -36,10 +36,10 @@ class W4A16Linear(Linear):
         w = weights
         bias = None if w.bias is None else w.bias.to(backend.device, torch.float32)
         nbytes = w.values.numel() // 2 + w.scale.nbytes + (0 if bias is None else bias.nbytes)
-        if w.zero is not None:
-            nbytes += w.zero.numel() // 2
-        zero = () if w.zero is None else (backend.place(w.zero),)
-        packed = backend.int4_weight(backend.place(w.values), backend.place(w.scale), *zero)
+        if w.offset is not None:
+            nbytes += w.offset.nbytes
+        offset = () if w.offset is None else (backend.place(w.offset),)
+        packed = backend.int4_weight(backend.place(w.values), backend.place(w.scale), *offset)
         hadamard = None if w.hadamard is None else w.hadamard.to(backend.device, backend.dtype)
         return cls(backend, packed, nbytes, bias, hadamard)
 

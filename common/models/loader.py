@@ -188,11 +188,10 @@ def fuse(
     if isinstance(parts[0], Int4Weights):
         if input_bias is not None or len({part.group for part in parts}) > 1:
             raise QuasarError(f"{', '.join(names)}: int4 projections of one input need one group size, and no shift")
-        zero = None
-        if any(part.zero is not None for part in parts):
-            none = [torch.zeros_like(part.scale, dtype=torch.int8) for part in parts]
-            zero = joined([z if part.zero is None else part.zero for z, part in zip(none, parts, strict=True)])
-        return Int4Weights(values, scale, zero, bias)
+        offset = None
+        if any(part.offset is not None for part in parts):
+            offset = joined([torch.zeros_like(p.scale) if p.offset is None else p.offset for p in parts])
+        return Int4Weights(values, scale, offset, bias)
     statics = [part.static_scale for part in parts if part.static_scale is not None]
     offsets = {part.static_offset for part in parts}
     equal = all(torch.equal(each, statics[0]) for each in statics)
@@ -213,8 +212,8 @@ def split(weights: LinearWeights, sizes: list[int]) -> list[LinearWeights]:
         return [FullWeights(*part) for part in zip(weights.weight.split(sizes), biases, strict=True)]
     values, scales = weights.values.split(sizes), weights.scale.split(sizes)
     if isinstance(weights, Int4Weights):
-        zeros = [None] * len(sizes) if weights.zero is None else weights.zero.split(sizes)
-        return [Int4Weights(*part) for part in zip(values, scales, zeros, biases, strict=True)]
+        offsets = [None] * len(sizes) if weights.offset is None else weights.offset.split(sizes)
+        return [Int4Weights(*part) for part in zip(values, scales, offsets, biases, strict=True)]
     static = weights.static_scale  # each its own: safetensors does not save one tensor under two names
     return [
         Int8Weights(*part, None if static is None else static.clone())

@@ -11,11 +11,11 @@ _BLOCK = 64  # channels rounded before the rest is brought up to date
 
 
 def gptq(
-    weight: Tensor, moments: Tensor, scale: Tensor, zero: Tensor | None, low: int, high: int, block: int = _BLOCK
+    weight: Tensor, moments: Tensor, scale: Tensor, offset: Tensor | None, low: int, high: int, block: int = _BLOCK
 ) -> Tensor:
-    """Rounds weight [out, in] to (values - zero) * scale, and returns values int8 [out, in] between low and high.
+    """Rounds weight [out, in] to values * scale + offset, and returns values int8 [out, in] between low and high.
 
-    moments [in, in] is the sum of x x^T over calibration; scale and zero (None: 0) are float [out, groups], each for
+    moments [in, in] is the sum of x x^T over calibration; scale and offset (None: 0) are float [out, groups], each for
     in / groups neighbouring inputs, and stay as they are given. Channels are taken in the order of their inputs'
     power, the loudest first (the paper's "act-order"), so that the others make up for them.
     """
@@ -28,21 +28,19 @@ def gptq(
     # Transposed: a channel is a row in memory.
     left = weight.float().t()[order].contiguous()  # [in, out], as far as it is not rounded yet
     scales = scale.float().t().contiguous()  # [groups, out]
-    zeros = None if zero is None else zero.float().t().contiguous()
+    offsets = None if offset is None else offset.float().t().contiguous()
     values = torch.empty(inputs, out, dtype=torch.int8, device=device)
     for start in range(0, inputs, block):
         stop = min(start + block, inputs)
         rows = left[start:stop]
         errors = torch.empty_like(rows)
         for i in range(stop - start):
-            s = scales[group[start + i]]
-            z = None if zeros is None else zeros[group[start + i]]
-            rounded = (rows[i] / s).round_() if z is None else (rows[i] / s).round_().add_(z)
-            rounded.clamp_(low, high)
-            values[start + i] = rounded
-            if z is not None:
-                rounded.sub_(z)
             at = start + i
+            s = scales[group[at]]
+            if offsets is not None:
+                rows[i] -= offsets[group[at]]
+            rounded = (rows[i] / s).round_().clamp_(low, high)
+            values[at] = rounded
             error = torch.sub(rows[i], rounded.mul_(s), out=errors[i]).div_(factor[at, at])
             rows[i + 1 :].addr_(factor[at, at + 1 : stop], error, alpha=-1)
         left[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)

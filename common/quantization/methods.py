@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from quasar.backends.base import Backend
-from quasar.checkpoints.weights import LINEARS, FullWeights, HeadWeights, LayerWeights, LinearWeights
+from quasar.checkpoints.weights import FullWeights, HeadWeights, LayerWeights, LinearWeights
 from quasar.models.config import ModelConfig
 from quasar.quantization.calibration import InputStats
 from quasar.quantization.int4 import to_int4
@@ -45,9 +46,14 @@ class Method:
         """What changes a layer's form and not its function; inputs are observed behind it."""
         return layer
 
-    def layer(self, prepared: LayerWeights, stats: dict[str, InputStats]) -> LayerWeights:
-        """The quantised layer."""
+    def adapt(self, prepared: LayerWeights, stats: dict[str, InputStats]) -> LayerWeights:
+        """What changes a layer's form and not its function, by the inputs that were seen. stats become those of the
+        adapted layer."""
         return prepared
+
+    def round(self, adapted: LayerWeights, stats: dict[str, InputStats]) -> LayerWeights:
+        """The quantised layer."""
+        return adapted
 
     def head(self, head: HeadWeights) -> HeadWeights:
         """The last norm and lm_head."""
@@ -69,8 +75,11 @@ class W8A8(Method):
         static: bool = False,
         smooth: bool = True,
         rounding: str = "nearest",
+        keep: Iterable[tuple[int, str]] = (),
     ) -> None:
+        """keep: (layer, linear layer) pairs that stay in the checkpoint's precision."""
         super().__init__(config)
+        self._keep = frozenset(keep)
         fitted = alpha == FITTED
         self._scales = None
         if smooth:
@@ -79,42 +88,67 @@ class W8A8(Method):
         self.sample = SEARCH_ROWS if smooth and (alpha is None or fitted) else 0
         self.moments = rounding == "gptq"
 
-    def layer(self, prepared: LayerWeights, stats: dict[str, InputStats]) -> LayerWeights:
-        if self._scales is not None:
-            prepared = smooth_layer(prepared, stats, self._scales, self.config)
+    def adapt(self, prepared: LayerWeights, stats: dict[str, InputStats]) -> LayerWeights:
+        if self._scales is None:
+            return prepared
+        return smooth_layer(prepared, stats, self._scales, self.config)
+
+    def round(self, adapted: LayerWeights, stats: dict[str, InputStats]) -> LayerWeights:
         made: dict[str, LinearWeights] = {}
-        for name in LINEARS:
-            full, seen = getattr(prepared, name), stats[name]
+        for name, full in adapted.linears().items():
+            seen = stats[name]
+            if (adapted.index, name) in self._keep:
+                made[name] = replace(full, weight=full.weight.to(self.config.dtype))
+                continue
             static = static_scale(seen.peak) if self._static else None
             made[name] = to_int8_gptq(full, seen.moments, static) if self.moments else to_int8(full, static)
-        return replace(prepared, **made)
+        return replace(adapted, **made)
 
 
 class Int4(Method):
-    """Hadamard rotation, then int4 weights, for W4A16 and W4A4. Needs no calibration. lm_head, embedding and norms
-    stay in full precision, rotated."""
+    """int4 weights in groups, for W4A16 and W4A4. lm_head, embedding and norms stay in full precision.
+
+    rotated: behind Hadamard rotations, which int4 activations need. rounding "gptq" calibrates, "nearest" needs no
+    texts. whole_zeros: only offsets that compressed-tensors can say.
+    """
 
     precision = "w4a16"
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        group: int = 128,
+        symmetric: bool = True,
+        rotated: bool = True,
+        rounding: str = "nearest",
+        whole_zeros: bool = False,
+    ) -> None:
         super().__init__(config)
-        self._rotation = Rotation(config)
+        self._grid = {"group": group, "symmetric": symmetric, "whole_zeros": whole_zeros}
+        self._rotation = Rotation(config) if rotated else None
+        self.calibrates = self.moments = rounding == "gptq"
 
     def check(self, backend: Backend) -> None:
         # The smallest layer there is.
-        backend.int4_weight(torch.zeros(16, 32, dtype=torch.int8), torch.ones(16, 1, dtype=torch.bfloat16))
+        scale = torch.ones(16, 1, dtype=torch.bfloat16)
+        offset = () if self._grid["symmetric"] else (torch.zeros_like(scale),)
+        backend.int4_weight(torch.zeros(16, 32, dtype=torch.int8), scale, *offset)
 
     def embedding(self, table: Tensor) -> Tensor:
-        return self._rotation.embedding(table)
+        return table if self._rotation is None else self._rotation.embedding(table)
 
     def prepare(self, layer: LayerWeights) -> LayerWeights:
-        return self._rotation.layer(layer)
+        return layer if self._rotation is None else self._rotation.layer(layer)
 
-    def layer(self, prepared: LayerWeights, stats: dict[str, InputStats]) -> LayerWeights:
-        return replace(prepared, **{name: to_int4(getattr(prepared, name)) for name in LINEARS})
+    def round(self, adapted: LayerWeights, stats: dict[str, InputStats]) -> LayerWeights:
+        made = {}
+        for name, full in adapted.linears().items():
+            made[name] = to_int4(full, stats[name].moments if self.moments else None, **self._grid)
+        return replace(adapted, **made)
 
     def head(self, head: HeadWeights) -> HeadWeights:
-        return self._rotation.top(head)
+        return head if self._rotation is None else self._rotation.top(head)
 
 
 def int8_head(head: HeadWeights, static: Tensor | None = None) -> HeadWeights:

@@ -64,9 +64,9 @@ class LayerQuantizer:
         table = self.source.embedding()
         made = self.method.embedding(table)
         return HiddenStates(
-            [self._embed(made, ids) for ids in self.calibration],
-            [self._embed(table, ids[:-1]) for ids in self.heldout],
-            [self._embed(made, ids[:-1]) for ids in self.heldout],
+            [self.embed(made, ids) for ids in self.calibration],
+            [self.embed(table, ids[:-1]) for ids in self.heldout],
+            [self.embed(made, ids[:-1]) for ids in self.heldout],
         )
 
     @torch.inference_mode()
@@ -78,16 +78,16 @@ class LayerQuantizer:
         calibrated, full = states.calibrated, states.full
         same = prepared is weights
         if calibrated:
-            layer = self._build(prepared)
+            layer = self.build(prepared)
             with observing(layer, self.method.sample, self.method.moments) as stats:
-                calibrated = [self._through(layer, x) for x in calibrated]
+                calibrated = [self.through(layer, x) for x in calibrated]
         if full:
-            layer = layer if calibrated and same else self._build(weights)
-            full = [self._through(layer, x) for x in full]
+            layer = layer if calibrated and same else self.build(weights)
+            full = [self.through(layer, x) for x in full]
         layer = None  # one layer at a time
-        made = self.method.layer(prepared, stats)
-        layer = self._build(made)
-        quantized = [self._through(layer, x) for x in states.quantized]
+        made = self.method.round(self.method.adapt(prepared, stats), stats)
+        layer = self.build(made)
+        quantized = [self.through(layer, x) for x in states.quantized]
         layer.index = index
         return made, layer, HiddenStates(calibrated, full, quantized)
 
@@ -113,21 +113,23 @@ class LayerQuantizer:
         full = quantized if after.lm_head is before.lm_head else build(before.lm_head, self.backend)
         tally = FidelityTally()
         for x, y, ids in zip(states.full, states.quantized, self.heldout, strict=True):
-            tally.add(self._log_probs(full, before.norm, x), self._log_probs(quantized, after.norm, y), ids[1:])
+            tally.add(self.log_probs(full, before.norm, x), self.log_probs(quantized, after.norm, y), ids[1:])
         return after, quantized, tally.figures()
 
-    def _log_probs(self, lm_head: Linear, norm: Tensor, x: Tensor) -> Tensor:
+    def log_probs(self, lm_head: Linear, norm: Tensor, x: Tensor) -> Tensor:
         """Hidden states [tokens, hidden] -> float32 [tokens, vocab]."""
         return self.backend.logits(lm_head, self._normed(x, norm)).log_softmax(dim=-1)
 
-    def _build(self, weights: LayerWeights) -> DecoderLayer:
+    def build(self, weights: LayerWeights) -> DecoderLayer:
+        """The layer, ready for `through`."""
         return build_layer(self.config, replace(weights, index=0), self.backend)  # 0: in a KV cache of its own
 
-    def _embed(self, table: Tensor, ids: Sequence[int]) -> Tensor:
+    def embed(self, table: Tensor, ids: Sequence[int]) -> Tensor:
+        """Token ids -> [tokens, hidden]."""
         table = self.backend.place(table)
         return self.backend.embed(table, torch.tensor(ids, device=self.backend.device))
 
-    def _through(self, layer: DecoderLayer, x: Tensor) -> Tensor:
+    def through(self, layer: DecoderLayer, x: Tensor) -> Tensor:
         """[tokens, hidden] -> [tokens, hidden], from position 0."""
         c, tokens = self.config, len(x)
         slot = self.backend.new_slot(1, c.num_kv_heads, tokens, c.head_dim)

@@ -18,7 +18,7 @@ class PlainInt4(ReferenceBackend):
     """The reference, but int4 weights stay as they were given and meet inputs in float64 (PyTorch's kernel takes
     bfloat16 and gives it)."""
 
-    def int4_weight(self, values: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def int4_weight(self, values: Tensor, scale: Tensor, offset: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return values, scale  # symmetric: these backends have no zero points yet
 
     def int4_linear(self, x: Tensor | Quantized, weight: tuple[Tensor, Tensor], bias: Tensor | None) -> Tensor:

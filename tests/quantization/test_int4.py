@@ -109,8 +109,8 @@ def test_hadamard_is_its_own_inverse(features, limit, block):
 class _RotationAlone(Int4):
     """Rotates, and rounds nothing."""
 
-    def layer(self, prepared, stats):
-        return prepared
+    def round(self, adapted, stats):
+        return adapted
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -15,7 +15,7 @@ from quasar.models.loader import CheckpointWeights
 from quasar.quantization.calibration import InputStats
 from quasar.quantization.fidelity import FidelityProbe
 from quasar.quantization.methods import W8A8
-from quasar.quantization.smoothquant import smooth_layer, smoothing_scales
+from quasar.quantization.smoothquant import smoothing_scales
 from quasar.quantization.stream import quantized_decoder
 from tests.conftest import FAMILIES, random_transformer, save_checkpoint
 
@@ -50,10 +50,13 @@ class Smoothing(W8A8):
         super().__init__(config, alpha)
         self.seen = []
 
-    def layer(self, prepared, stats):
-        smoothed = smooth_layer(prepared, stats, self._scales, self.config)
+    def adapt(self, prepared, stats):
+        smoothed = super().adapt(prepared, stats)
         self.seen.append((prepared, smoothed))
         return smoothed
+
+    def round(self, adapted, stats):
+        return adapted
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -114,7 +117,7 @@ def stats_of(folder, prompts, sample):
     seen = []
 
     class Looking(W8A8):
-        def layer(self, prepared, stats):
+        def adapt(self, prepared, stats):
             seen.append(stats)
             return prepared
 
@@ -161,10 +164,10 @@ def test_shipped_models_survive_quantisation(shipped, family):
 
 
 def test_garbage_is_refused_unless_forced(monkeypatch):
-    def ruin(self, prepared, stats):
-        return replace(prepared, input_norm=prepared.input_norm.flip(0) * 9)
+    def ruin(self, adapted, stats):
+        return replace(adapted, input_norm=adapted.input_norm.flip(0) * 9)
 
-    monkeypatch.setattr(W8A8, "layer", ruin)
+    monkeypatch.setattr(W8A8, "round", ruin)
     with pytest.raises(QuasarError, match="unusable; try --alpha auto"):
         quantize(load(device="reference"))
     assert quantize(load(device="reference"), force=True).top1_agreement < 0.8
