@@ -5,18 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quasar.backends.base import Batch, Quantized, Segment
+from quasar.backends.base import Quantized
 from quasar.backends.reference import ReferenceBackend
 from quasar.checkpoints.weights import FullWeights
 from quasar.errors import QuasarError
 from quasar.models.linear_int4 import W4A4Linear, W4A16Linear
-from quasar.models.runtime import Runtime
 from quasar.quantization.fidelity import FidelityProbe
 from quasar.quantization.int4 import quantize_weight_int4, to_int4
 from quasar.quantization.methods import Int4
 from quasar.quantization.rotation import hadamard, rotate_last
 from quasar.quantization.stream import quantized_decoder
 from tests.conftest import FAMILIES
+from tests.helpers.passes import forward, new_slot
 from tests.helpers.random_models import random_model, shared_random_model
 
 
@@ -127,14 +127,14 @@ def test_rotation_changes_nothing_in_full_precision(family):
 @pytest.mark.parametrize("precision", ["w4a16", "w4a4"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_window_gives_the_logits_of_single_steps_bit_for_bit(family, precision):
-    runtime = Runtime(shared_random_model(family, precision).decoder)
-    ids = list(range(3, 15))
-    together, alone = runtime.new_slot(20), runtime.new_slot(20)
+    decoder = shared_random_model(family, precision).decoder
+    ids = torch.arange(3, 15)
+    together, alone = new_slot(decoder, 20), new_slot(decoder, 20)
     rows = []
     for token in ids:
-        rows.append(runtime.run(Batch([Segment(alone, [token])])).clone())
+        rows.append(forward(decoder, alone, token[None]))
         alone.commit(1)
-    assert torch.equal(runtime.run(Batch([Segment(together, ids, logits_to_keep=len(ids))])), torch.cat(rows))
+    assert torch.equal(forward(decoder, together, ids), torch.cat(rows))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
