@@ -23,7 +23,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--model",
         default=DEFAULT_MODEL,
         metavar="M",
-        help="checkpoint folder, hub name, or one of the shipped tiny-qwen3 and tiny-openpangu (default: %(default)s)",
+        help="checkpoint folder, GGUF file, hub name, smollm2 where its package is installed, or one of the shipped "
+        "tiny-qwen3 and tiny-openpangu (default: %(default)s)",
     )
     which.add_argument(
         "--dummy",

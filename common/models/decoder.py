@@ -8,6 +8,7 @@ import torch
 from quasar.backends.base import AttentionSpec, Backend, KVCache
 from quasar.models.config import ModelConfig
 from quasar.models.linear import FullLinear, Linear
+from quasar.models.rope import inverse_frequencies
 from torch import Tensor, nn
 
 PREFILL_CHUNK = 512
@@ -128,8 +129,8 @@ class Decoder(nn.Module):
 
 def rope_tables(config: ModelConfig, backend: Backend) -> tuple[Tensor, Tensor]:
     """cos, sin float32 [max_position_embeddings, head_dim / 2] on the device (Su et al. 2021)."""
-    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
-    frequency = 1.0 / config.rope_theta**exponent
+    frequency = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    magnitude = 1.0 if config.rope_scaling is None else config.rope_scaling.attention_factor
     angle = torch.arange(config.max_position_embeddings).float()[:, None] * frequency
     dtype = torch.float64 if backend.dtype == torch.float64 else torch.float32
-    return angle.cos().to(backend.device, dtype), angle.sin().to(backend.device, dtype)
+    return (angle.cos() * magnitude).to(backend.device, dtype), (angle.sin() * magnitude).to(backend.device, dtype)

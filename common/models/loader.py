@@ -100,7 +100,7 @@ class DecoderParts:
             self.backend,
             input_norm=input_norm,
             qkv=self._linear(names["qkv"], self.sizes["qkv"], c.hidden_size, c.attention_bias, input_bias),
-            o=self._linear(names["o"], self.sizes["o"], self._q_size, c.attention_bias),
+            o=self._linear(names["o"], self.sizes["o"], self._q_size, c.output_bias),
             post_norm=post_norm,
             gate_up=self._linear(names["gate_up"], self.sizes["gate_up"], c.hidden_size, False, post_bias),
             down=self._linear(names["down"], self.sizes["down"], c.intermediate_size, False),

@@ -1,40 +1,50 @@
-"""A model that can be talked to: decoder, tokenizer, stop ids; and where models are found."""
+"""A model that can be talked to: decoder, tokenizer, stop ids."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from quasar.backends import get_backend
 from quasar.backends.base import Backend
 from quasar.checkpoints import open_checkpoint
-from quasar.checkpoints.folder import read_json
 from quasar.errors import QuasarError
 from quasar.models.config import DTYPES, DUMMY_SHAPES, ModelConfig, read_config
 from quasar.models.decoder import Decoder
+from quasar.models.find import ASSETS, DEFAULT_MODEL, find_checkpoint
 from quasar.models.linear import W8A8Linear
 from quasar.models.loader import RandomTensors, build_decoder
+from quasar.models.tokenizer import Tokenizer, load_tokenizer, stop_ids
 from quasar.quantization.fidelity import Fidelity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ASSETS = Path(__file__).parent.parent / "assets"
-DEFAULT_MODEL = "tiny-qwen3"
+__all__ = [
+    "ASSETS",
+    "DEFAULT_MODEL",
+    "DUMMY_PREFIX",
+    "LoadOptions",
+    "Model",
+    "dummy_config",
+    "find_checkpoint",
+    "load_checkpoint",
+    "load_tokenizer",
+]
+
 DUMMY_PREFIX = "dummy:"
 
 
 @dataclass
 class Model:
-    """What `generate` needs. `tokenizer` is None for random weights: those take and give token ids only."""
+    """What `generate` needs. `tokenizer` is None for random weights, and for checkpoints that bring none: those take
+    and give token ids only."""
 
     name: str
     decoder: Decoder
-    tokenizer: PreTrainedTokenizerBase | None
+    tokenizer: Tokenizer | PreTrainedTokenizerBase | None
     stop_ids: frozenset[int]
     precision: str = "full"
     fidelity: Fidelity | None = None  # set by quantisation
@@ -49,7 +59,7 @@ class Model:
     def encode(self, text: str, chat: bool = False) -> list[int]:
         """Token ids of a prompt; chat puts it into the model's chat template as a user turn."""
         if self.tokenizer is None:
-            raise QuasarError(f"{self.name} has random weights and no tokenizer; give --prompt-ids 1,2,3")
+            raise QuasarError(f"{self.name} has no tokenizer; give token ids, as --prompt-ids 1,2,3")
         if chat:
             if not self.tokenizer.chat_template:
                 raise QuasarError(f"{self.name} has no chat template; leave out --chat")
@@ -90,7 +100,8 @@ def load_checkpoint(name: str, options: LoadOptions) -> Model:
         return Model(name, decoder, None, frozenset())
     folder = find_checkpoint(name, options.trust_remote_code)
     config = read_config(folder)
-    checkpoint = open_checkpoint(folder)
+    # Blocks of a GGUF file: exactly what they stand for where float32 was asked for.
+    checkpoint = open_checkpoint(folder, torch.float32 if options.dtype == "float32" else torch.bfloat16)
     backend.require_memory(checkpoint.nbytes, f"loading {name}")
     decoder = build_decoder(config, checkpoint, backend, options.progress)
     tokenizer = load_tokenizer(folder, options.trust_remote_code)
@@ -99,7 +110,7 @@ def load_checkpoint(name: str, options: LoadOptions) -> Model:
         name,
         decoder,
         tokenizer,
-        _stop_ids(folder, tokenizer),
+        stop_ids(folder, tokenizer),
         precision="w8a8" if quantized else "full",
         trust_remote_code=options.trust_remote_code,
     )
@@ -110,60 +121,6 @@ def dummy_config(shape: str) -> ModelConfig:
     if shape not in DUMMY_SHAPES:
         raise QuasarError(f"--dummy {shape} is unknown; use one of {', '.join(DUMMY_SHAPES)}")
     return DUMMY_SHAPES[shape]
-
-
-def find_checkpoint(name: str, trust_remote_code: bool = False) -> Path:
-    """The folder that `name` means; downloads a hub repository (organisation/name) through huggingface_hub."""
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    if (ASSETS / name / "config.json").exists():
-        return ASSETS / name
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        shipped = ", ".join(sorted(path.parent.name for path in ASSETS.glob("*/config.json")))
-        raise QuasarError(f"--model {name}: no such folder; shipped models are {shipped}, hub models organisation/name")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", *(["*.py"] if trust_remote_code else [])]
-    try:
-        return Path(snapshot_download(name, allow_patterns=wanted))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise QuasarError(f"--model {name}: not a folder here, and not to be had from the hub ({reason})") from None
-
-
-def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer in a checkpoint folder; QuasarError where there is none that can be used."""
-    from transformers import AutoTokenizer  # takes seconds to import
-    from transformers.utils import logging as transformers_logging
-
-    verbosity = transformers_logging.get_verbosity()
-    # It warns that it has no such model as PanguEmbedded: only the tokenizer is asked for.
-    transformers_logging.set_verbosity_error()
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    except Exception as error:  # the tokenizers library raises bare Exceptions on files that it cannot parse
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if "trust_remote_code" in str(error):
-            raise QuasarError(
-                f"{folder}: the tokenizer is Python code in the checkpoint; read it, then give --trust-remote-code"
-            ) from None
-        raise QuasarError(f"{folder}: no usable tokenizer ({reason})") from None
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-
-
-def _stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """From generation_config.json, else config.json; and the tokenizer's own end token."""
-    ids: set[int] = set()
-    for file in ("generation_config.json", "config.json"):
-        if not ids and (folder / file).exists():
-            value = read_json(folder / file).get("eos_token_id")
-            ids.update(i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int))
-    if tokenizer.eos_token_id is not None:
-        ids.add(tokenizer.eos_token_id)
-    return frozenset(ids)
 
 
 def _dtype(name: str) -> torch.dtype | None:
