@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+
 from quasar.checkpoints.ascend import AscendFolder, AscendWriter, find_description
 from quasar.checkpoints.compressed_tensors import CompressedTensorsFolder, CompressedTensorsWriter
 from quasar.checkpoints.folder import SafetensorsFolder, read_json

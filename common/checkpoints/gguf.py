@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from quasar.checkpoints.weights import FullWeights, LinearWeights
 from quasar.errors import QuasarError, shorten
-from torch import Tensor
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)

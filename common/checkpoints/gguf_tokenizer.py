@@ -189,8 +189,9 @@ class _Parts:
 
     def _finished(self, backend: tokenizers.Tokenizer, begins: bool) -> tokenizers.Tokenizer:
         """Control and user-defined tokens are never cut, and what stands around a text is the file's choice."""
-        from quasar.models.tokenizer import set_begin_and_end
         from tokenizers import AddedToken
+
+        from quasar.models.tokenizer import set_begin_and_end
 
         typed = list(zip(self.tokens, self.kinds, strict=True))
         unknown = self.special.get("unk_token")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from quasar.checkpoints.folder import read_json
 from quasar.checkpoints.gguf import gguf_config, open_gguf, rope_factors
 from quasar.errors import QuasarError, shorten

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quasar.errors import QuasarError, shorten
 from torch import Tensor
+
+from quasar.errors import QuasarError, shorten
 
 KINDS = ("default", "linear", "llama3", "yarn")
 

@@ -8,11 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from quasar.backends.reference import ReferenceBackend
-from quasar.checkpoints import open_checkpoint
-from quasar.models.config import read_config
-from quasar.models.decoder import Decoder
-from quasar.models.loader import build_decoder
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -24,6 +19,11 @@ from transformers import (
 )
 
 from quasar import QuasarError
+from quasar.backends.reference import ReferenceBackend
+from quasar.checkpoints import open_checkpoint
+from quasar.models.config import read_config
+from quasar.models.decoder import Decoder
+from quasar.models.loader import build_decoder
 
 SIZES = {
     "vocab_size": 151,

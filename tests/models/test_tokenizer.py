@@ -10,12 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
-from quasar.models.chat_template import ChatTemplate
-from quasar.models.find import ASSETS
-from quasar.models.tokenizer import Tokenizer, load_tokenizer, stop_ids
 from transformers import AutoTokenizer
 
 from quasar import QuasarError
+from quasar.models.chat_template import ChatTemplate
+from quasar.models.find import ASSETS
+from quasar.models.tokenizer import Tokenizer, load_tokenizer, stop_ids
 
 TEXTS = (
     "",
