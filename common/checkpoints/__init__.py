@@ -1,7 +1,7 @@
 """Checkpoint formats, one file each: what is on disk -> the tensors of each layer, and back.
 
-Reading never needs the packages of those who wrote: a folder is config.json, JSON beside it, and safetensors. Only
-the arithmetic of GGUF's quantised blocks comes from the `gguf` package.
+Reading never needs the packages of those who wrote: a folder is config.json, JSON beside it, and safetensors; a GGUF
+file is all in one.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from quasar.checkpoints.compressed_tensors import CompressedTensorsFolder, Compr
 from quasar.checkpoints.folder import SafetensorsFolder, read_json
 from quasar.checkpoints.gguf import GGUFSource, open_gguf
 from quasar.errors import QuasarError
+
+__all__ = ["WRITERS", "GGUFSource", "SafetensorsFolder", "open_checkpoint"]
 
 WRITERS = {writer.format: writer for writer in (CompressedTensorsWriter, AscendWriter)}
 

@@ -11,15 +11,15 @@ import torch
 
 from quasar.backends import get_backend
 from quasar.backends.base import Backend
-from quasar.checkpoints import open_checkpoint
 from quasar.errors import QuasarError
-from quasar.models.config import DTYPES, DUMMY_SHAPES, ModelConfig, read_config
+from quasar.models.config import DTYPES, DUMMY_SHAPES, ModelConfig
 from quasar.models.decoder import Decoder
 from quasar.models.find import ASSETS, DEFAULT_MODEL, find_checkpoint
 from quasar.models.linear import W8A8Linear
 from quasar.models.loader import RandomTensors, build_decoder
+from quasar.models.opening import open_parts
 from quasar.models.runtime import Runtime
-from quasar.models.tokenizer import Tokenizer, load_tokenizer, stop_ids
+from quasar.models.tokenizer import Tokenizer, load_tokenizer
 from quasar.quantization.fidelity import Fidelity
 
 if TYPE_CHECKING:
@@ -138,18 +138,17 @@ def load_checkpoint(name: str, options: LoadOptions) -> Model:
         decoder = build_decoder(config, RandomTensors(config.dtype, place=backend.place), backend, options.progress)
         return Model(name, decoder, None, frozenset())
     folder = find_checkpoint(name, options.trust_remote_code)
-    config = read_config(folder)
     # Blocks of a GGUF file: exactly what they stand for where float32 was asked for.
-    checkpoint = open_checkpoint(folder, torch.float32 if options.dtype == "float32" else torch.bfloat16)
-    backend.require_memory(checkpoint.nbytes, f"loading {name}")
-    decoder = build_decoder(config, checkpoint, backend, options.progress)
-    tokenizer = load_tokenizer(folder, options.trust_remote_code)
+    dtype = torch.float32 if options.dtype == "float32" else torch.bfloat16
+    opened = open_parts(folder, options.trust_remote_code, dtype)
+    backend.require_memory(opened.source.nbytes, f"loading {name}")
+    decoder = build_decoder(opened.config, opened.source, backend, options.progress)
     quantized = any(isinstance(linear, W8A8Linear) for linear in decoder.linears())
     return Model(
         name,
         decoder,
-        tokenizer,
-        stop_ids(folder, tokenizer),
+        opened.tokenizer,
+        opened.stop_ids,
         precision="w8a8" if quantized else "full",
         trust_remote_code=options.trust_remote_code,
     )

@@ -9,12 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from quasar import QuasarError, generate, load
 from quasar.backends.reference import ReferenceBackend
 from quasar.checkpoints import open_checkpoint
 from quasar.checkpoints.gguf import open_gguf
+from quasar.checkpoints.gguf_blocks import DEQUANTIZE, dequantize_blocks
 from quasar.models.config import read_config
 from quasar.models.decoder import Decoder
 from quasar.models.loader import build_decoder
@@ -32,13 +35,23 @@ def decoder_of(path: Path, dtype: torch.dtype = torch.float32) -> Decoder:
 
 
 def logits(decoder: Decoder, ids: torch.Tensor) -> torch.Tensor:
-    return decoder.prefill(ids, decoder.new_cache(len(ids)), keep=len(ids))
+    return decoder.read(ids.tolist(), logits_to_keep=len(ids))
 
 
 def expected(path: Path, ids: torch.Tensor) -> torch.Tensor:
     oracle = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
     with torch.inference_mode():
         return oracle(input_ids=ids[None]).logits[0]
+
+
+@pytest.mark.parametrize("kind", sorted(DEQUANTIZE))
+def test_blocks_are_bit_for_bit_those_of_the_gguf_package(kind):
+    block, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    raw = np.random.default_rng(0).integers(0, 256, (64, nbytes), dtype=np.uint8)
+    with np.errstate(all="ignore"):  # random scales are not all finite
+        theirs = torch.from_numpy(dequantize(raw, GGMLQuantizationType[kind]))
+    torch.testing.assert_close(dequantize_blocks(torch.from_numpy(raw), kind), theirs, rtol=0, atol=0, equal_nan=True)
+    assert theirs.shape == (64, block)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -88,7 +88,7 @@ def test_logits_equal_transformers(name, tmp_path):
     oracle.save_pretrained(tmp_path)
     decoder = load_decoder(tmp_path)
     ids = torch.randint(0, 151, (200,))
-    logits = decoder.prefill(ids, decoder.new_cache(200), keep=200)
+    logits = decoder.read(ids.tolist(), logits_to_keep=200)
     with torch.inference_mode():
         assert (logits - oracle(input_ids=ids[None]).logits[0]).abs().max() <= 1e-4
 
