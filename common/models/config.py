@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from quasar.models.rope import RopeScaling, positive_number, repr_of, rope_field
 
 MAX_POSITIONS = 1 << 20  # tables of cosines are made for all of them
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,16 @@ _FAMILIES = {
     "MistralForCausalLM": _Family(None, max_position_embeddings=131072, sliding_window=4096),
 }
 ARCHITECTURES = tuple(_FAMILIES)
+
+# Members of the openPangu family that are no dense decoders of this kind, by the architecture in their config.json.
+_OTHER_PANGU = {
+    "PanguProMoEForCausalLM": "openPangu Pro MoE 72B (a mixture of experts)",
+    "PanguProMoEV2ForCausalLM": "openPangu-R-72B-2512 (a mixture of experts)",
+    "PanguUltraMoEForCausalLM": "openPangu-Ultra-MoE-718B (a mixture of experts with latent attention)",
+    "OpenPanguV2ForCausalLM": "openPangu-2.0 (Flash and Pro: mixtures of experts with latent attention)",
+    "OpenPanguVLForConditionalGeneration": "openPangu-VL-7B (images and text)",
+}
+_DENSE_PANGU = "openPangu-Embedded-1B and -7B, their V1.1, openPangu-R-7B-2512"
 
 _SHARED_QWEN3 = {
     "architecture": "Qwen3ForCausalLM",
@@ -153,11 +166,17 @@ def config_of(fields: dict[str, Any], path: Path) -> ModelConfig:
     architectures = fields.get("architectures") or [fields.get("model_type")]
     architecture = str(architectures[0] if isinstance(architectures, list) else architectures)
     family = _FAMILIES.get(architecture)
+    if architecture in _OTHER_PANGU:
+        raise QuasarError(
+            f"{path}: {_OTHER_PANGU[architecture]} is not supported; of openPangu Quasar runs the dense models: "
+            f"{_DENSE_PANGU}"
+        )
     if family is None:
         known = ", ".join(_FAMILIES)
         raise QuasarError(f"{path}: architecture {shorten(architecture)} is not supported; Quasar runs {known}")
     numbers = _Numbers(path, fields)
     size, number = numbers.size, numbers.number
+    _warn_of_diffusion(path, fields)
     dtype = str(fields.get("dtype") or fields.get("torch_dtype") or "float32").removeprefix("torch.")
     if dtype not in DTYPES:
         raise QuasarError(f"{path}: dtype {shorten(dtype)} is not supported; use one of {', '.join(DTYPES)}")
@@ -240,3 +259,10 @@ def _refuse_variants(path: Path, fields: dict[str, Any], family: _Family, positi
     partial = fields.get("partial_rotary_factor") or rope_fields(path, fields).get("partial_rotary_factor")
     if partial not in (None, 1, 1.0):
         raise QuasarError(f"{path}: partial_rotary_factor {shorten(repr_of(partial))} is not supported; it must be 1")
+
+
+def _warn_of_diffusion(path: Path, fields: dict[str, Any]) -> None:
+    """openPangu-7B-Diffusion has the architecture of the dense models, and was trained to fill blocks in."""
+    hints = (str(path.parent.name), str(fields.get("_name_or_path", "")), *map(str, fields))
+    if str(fields.get("model_type")) == "PanguEmbedded" and any("diffusion" in hint.lower() for hint in hints):
+        log.warning("%s is a diffusion model: Quasar decodes it token by token, which it was not trained for", path)

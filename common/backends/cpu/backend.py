@@ -90,7 +90,7 @@ class CpuBackend(ReferenceBackend):
     def rope_rows(
         self, cos: Tensor, sin: Tensor, specs: Sequence[AttentionSpec], batch: Batch
     ) -> Iterable[tuple[Tensor, Tensor]]:
-        """The whole tables: the kernel looks positions up. Called once per pass, so the batch's segments are read here."""
+        """The whole tables: the kernel looks positions up. Called once per pass: segments are read here."""
         if specs[0].head_dim % _HEAD_STEP:
             return super().rope_rows(cos, sin, specs, batch)
         batch.on_device = segments_of(batch, batch.on_device)

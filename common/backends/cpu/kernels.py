@@ -151,7 +151,7 @@ class SlotMemory:
 
 
 class Segments:
-    """The table of what a pass runs over, at a fixed address: a recorded pass reads whatever it was filled with last."""
+    """The table of what a pass runs over, at a fixed address. A recorded pass reads what it holds by then."""
 
     __slots__ = ("_room", "_table", "pointer")
 
@@ -165,8 +165,7 @@ class Segments:
     def fill(self, segments: list[tuple[int, int, int, Sequence[int] | None]]) -> None:
         """A tuple for each segment: its `SlotMemory.pointer`, committed positions, rows, and parents (None: a chain).
 
-        Raises ValueError where rows do not fit their slot or the table, where a parent does not come before its row, and
-        for trees of more than 64 rows.
+        Raises ValueError where rows do not fit their slot or the table, or a parent does not come before its row.
         """
         _kernels.fill_segments(self.pointer, self._room, segments)
 
@@ -511,8 +510,8 @@ def rope_qk_append(
 def attention(q: Tensor, segments: Segments, layer: int, kv_heads: int, scale: float) -> Tensor:
     """Attention of each row to the committed positions of its slot, its ancestors and itself, grouped queries.
 
-    q: float32 [m, heads, dim]; the slots hold the rows' keys and values already. A row's result is bit for bit that of a
-    chain of its ancestors. Returns float32 [m, heads * dim].
+    q: float32 [m, heads, dim]; the slots hold the rows' keys and values already. A row's result is bit for bit that
+    of a chain of its ancestors. Returns float32 [m, heads * dim].
     """
     m, heads, dim = q.shape
     if dim % 16 or heads % kv_heads:

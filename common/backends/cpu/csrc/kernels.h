@@ -112,7 +112,6 @@ struct segments {
     struct segment *segment; /* [count] */
     struct row *row;         /* [rows] */
 };
-#define TREE_ROWS 64         /* rows of one segment that is a tree */
 
 struct rope_args {
     const float *qkv;        /* [m, (heads + 2 * kv_heads) * dim] */
@@ -228,10 +227,15 @@ static inline int64_t int4_scratch_bytes(int64_t k, int64_t group)
 /* Rows of q that share one pass over a chunk of keys, and the keys of a chunk. */
 #define ATTENTION_ROWS 64
 #define ATTENTION_KEYS 64
-static inline int64_t attention_scratch_bytes(int64_t rows, int64_t dim)
+/* Chunks that hold the last committed keys, fewer than one chunk's, and those of so many rows of a tree. */
+static inline int64_t tree_chunks(int64_t rows)
+{
+    return (rows + 2 * ATTENTION_KEYS - 2) / ATTENTION_KEYS;
+}
+static inline int64_t attention_scratch_bytes(int64_t rows, int64_t dim, int64_t m)
 {
     /* transposed keys, scores of up to 4 rows, then per row: scaled query, output, maximum, sum, and its scores over a
-     * tree's last keys, committed or not (and alignment) */
-    int64_t floats = (dim + 4) * ATTENTION_KEYS + rows * (2 * dim + 2 + 2 * ATTENTION_KEYS) + 16;
+     * tree's keys; where a token's keys lie (and alignment) */
+    int64_t floats = (dim + 4) * ATTENTION_KEYS + rows * (2 * dim + 2) + (rows + 1) * tree_chunks(m) * ATTENTION_KEYS + 16;
     return (int64_t)sizeof(float) * (floats - floats % 16);
 }

@@ -379,7 +379,7 @@ FUNCTION(py_attention, 10)
         .attention = {
             .q = ADDRESS(0), .segments = segments, .out = ADDRESS(3), .scale = FLOAT(4), .m = m, .heads = heads,
             .kv_heads = kv_heads, .dim = dim, .layer = INT(2), .tokens_per_item = tokens,
-            .scratch_bytes = attention_scratch_bytes(tokens * group, dim),
+            .scratch_bytes = attention_scratch_bytes(tokens * group, dim, m),
         },
     };
     const char *wrong = attention_check(&call.attention);
