@@ -277,6 +277,8 @@ def gguf_config(file: GGUFFile) -> dict[str, Any]:
     bias = "blk.0.attn_q.bias" in file.tensors
     fields = {
         "architectures": [_ARCHITECTURES[architecture]],
+        "model_type": "PanguEmbedded" if architecture == "pangu-embedded" else architecture,
+        "hidden_act": "silu",
         "vocab_size": vocab,
         "hidden_size": hidden,
         "num_hidden_layers": of("block_count"),
@@ -321,11 +323,13 @@ def _dtype(file: GGUFFile) -> str:
 class GGUFSource:
     """The tensors of a GGUF file under the names that checkpoints in safetensors have for them."""
 
+    is_quantized = False  # blocks are dequantised: full precision as far as the file goes
+
     def __init__(self, file: GGUFFile, dtype: torch.dtype = torch.bfloat16) -> None:
         """dtype: of matrices that are stored in blocks. float32 holds what they stand for exactly; bfloat16 rounds it
         as the checkpoints are rounded that such files are made of, and costs half the memory."""
         self.file, self.dtype = file, dtype
-        self.shapes_only = False  # for those who look and do not compute: tensors on the meta device
+        self._shapes_only = False
         kinds = [tensor.kind for tensor in file.tensors.values() if len(tensor.shape) > 1]
         names = dict.fromkeys(kind.name for kind in sorted(kinds, key=kinds.count, reverse=True))
         self.format = f"GGUF ({', '.join(names)})"
@@ -351,13 +355,19 @@ class GGUFSource:
             raise QuasarError(
                 f"{path}: tensor {stored} has shape {list(tensor.shape)}; the metadata makes it {list(shapes[0])}"
             )
-        if self.shapes_only:
+        if self._shapes_only:
             return torch.empty(tensor.shape, dtype=self.dtype, device="meta")
         values = dequantize(path, tensor, self.dtype)
         part = stored.rpartition(".")[0].rpartition(".")[2]
         if self._permuted and part in self._heads:
             values = _half_layout(values, self._heads[part] or self._heads["attn_q"])
         return values
+
+    def shapes(self) -> GGUFSource:
+        """The same for those who look and do not compute: tensors on the meta device, nothing is read."""
+        source = GGUFSource(self.file, self.dtype)
+        source._shapes_only = True
+        return source
 
     def linear(self, name: str, out: int, inputs: int, bias: bool) -> LinearWeights:
         """The projection `name`, dequantised."""

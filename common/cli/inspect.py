@@ -8,15 +8,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from quasar.backends.reference import ReferenceBackend
-from quasar.checkpoints import GGUFSource, open_checkpoint
+from quasar.checkpoints import open_checkpoint
 from quasar.errors import QuasarError
 from quasar.models.config import read_config
 from quasar.models.decoder import Decoder
 from quasar.models.find import find_checkpoint
 from quasar.models.linear import FullLinear, Linear, W8A8Linear
-from quasar.models.loader import PROJECTIONS, build_decoder
-from quasar.models.opening import OpenedCheckpoint, open_parts
+from quasar.models.linear_int4 import W4A16Linear
+from quasar.models.loader import PROJECTIONS
+from quasar.models.opening import OpenedCheckpoint, check_shapes, open_parts
 from quasar.models.tokenizer import Tokenizer
 
 
@@ -53,11 +53,8 @@ def report(path: Path, trust_remote_code: bool = False) -> tuple[list[str], Quas
         # As `load` does, on the meta device, where tensors have shapes and no values: nothing is read.
         opened = open_parts(path, trust_remote_code)
         lines += _tokenizer(opened)
-        if isinstance(opened.source, GGUFSource):
-            opened.source.shapes_only = True
-        decoder = build_decoder(opened.config, opened.source, ReferenceBackend("meta", opened.config.dtype))
+        decoder = check_shapes(opened.config, opened.source)
         lines += _precisions(decoder)
-        decoder.pack()
         lines.append(_line("verification pass", f"reads {_size(decoder.weight_bytes_per_pass)} of weights"))
     except QuasarError as error:
         problem = error
@@ -119,7 +116,9 @@ def _precisions(decoder: Decoder) -> list[str]:
 
 def _kind(linear: Linear) -> str:
     if isinstance(linear, FullLinear):
-        return f"full ({str(linear.weight.dtype).removeprefix('torch.')})"
+        return f"full ({str(linear.stored_as).removeprefix('torch.')})"
+    if isinstance(linear, W4A16Linear):
+        return "w4a16"
     assert isinstance(linear, W8A8Linear)
     kind = "w8a8" if linear.static_scale is None else "w8a8-static"
     extras = [

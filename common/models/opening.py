@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from quasar.backends.reference import ReferenceBackend
 from quasar.checkpoints import GGUFSource, SafetensorsFolder, open_checkpoint
 from quasar.models.config import ModelConfig, read_config
+from quasar.models.decoder import Decoder
+from quasar.models.loader import TensorSource, build_decoder
 from quasar.models.tokenizer import Tokenizer, load_tokenizer, stop_ids
 
 if TYPE_CHECKING:
@@ -28,6 +31,21 @@ class OpenedCheckpoint:
     source: SafetensorsFolder | GGUFSource
     tokenizer: Tokenizer | PreTrainedTokenizerBase | None
     stop_ids: frozenset[int]
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What config and weights are read from."""
+        if isinstance(self.source, GGUFSource):
+            return (self.path,)
+        return (self.path / "config.json", *sorted(set(self.source.files.values())))
+
+
+def check_shapes(config: ModelConfig, source: TensorSource) -> Decoder:
+    """Builds the decoder on the meta device, where tensors have shapes and no values: all that loading checks, without
+    the reading. Raises QuasarError where names or shapes do not fit the configuration."""
+    if isinstance(source, GGUFSource):
+        source = source.shapes()
+    return build_decoder(config, source, ReferenceBackend("meta", config.dtype))
 
 
 def open_parts(path: Path, trust_remote_code: bool = False, dtype: torch.dtype = torch.bfloat16) -> OpenedCheckpoint:

@@ -104,6 +104,14 @@ class Tokenizer:
     def eos_token_id(self) -> int | None:
         return self._id("eos_token")
 
+    @property
+    def unk_token_id(self) -> int | None:
+        return self._id("unk_token")
+
+    @property
+    def pad_token_id(self) -> int | None:
+        return self._id("pad_token")
+
     def _id(self, role: str) -> int | None:
         token = self.special.get(role)
         return None if token is None else self.backend.token_to_id(token)
