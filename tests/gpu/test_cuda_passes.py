@@ -66,7 +66,6 @@ def master(family: str, precision: str) -> Model:
 def on(family: str, precision: str, backend: CudaBackend | ReferenceBackend) -> Model:
     model = master(family, precision)
     decoder = moved(model.decoder, backend)
-    decoder.pack()
     return replace(model, decoder=decoder, _runtimes={})
 
 
@@ -176,7 +175,6 @@ def test_an_int8_lm_head(kernel_device):
 
     quantize(model, precision="w8a8", lm_head="w8a8")
     decoder = moved(model.decoder, CudaBackend(kernel_device, torch.float32))
-    decoder.pack()
     found, right = (plain(d, window(behind(d, 4), PROMPT)) for d in (decoder, model.decoder))
     torch.testing.assert_close(found, right, rtol=0, atol=2e-2 * right.abs().max())
 
