@@ -33,15 +33,9 @@ from torch import Tensor
 
 from quasar.backends.base import ActivationQuant, AttentionSpec, Backend, Batch, Forward, Quantized, Slot
 from quasar.backends.buffers import Buffers
-<<<<<<< HEAD
 from quasar.errors import QuasarError
 from quasar_gpu import graphs
 from quasar_gpu.batches import HostTables, PassInputs, tables_of
-=======
-from quasar.backends.reference import MAX_WINDOW
-from quasar.errors import QuasarError
-from quasar_gpu.cache import CachePool, CudaCache, reach_bucket, rounded
->>>>>>> main
 from quasar_gpu.device import require_free
 from quasar_gpu.graphs import CudaPass, PaddedBatch
 from quasar_gpu.kernels import attention as attention_kernels
@@ -117,43 +111,9 @@ class CudaBackend(Backend):
     def int8_weight(self, values: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         return values.to(self.device).contiguous(), scale.to(self.device, torch.float32).contiguous()
 
-<<<<<<< HEAD
     def int4_weight(self, values: Tensor, scale: Tensor, offset: Tensor | None = None) -> int4_kernels.Int4Weight:
         if offset is not None:
             raise QuasarError("--device cuda has no int4 weights with zero points yet; symmetric groups run there")
-=======
-    def linear(self, x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
-        if x.shape[0] > MAX_WINDOW and self.dtype != torch.float32:
-            return F.linear(x, weight, bias)
-        out = self._new((x.shape[0], weight.shape[0]), self._out_dtype)
-        for rows, results in zip(x.split(MAX_WINDOW), out.split(MAX_WINDOW), strict=True):
-            linear_kernels.float_linear(rows, weight, bias, results)
-        return out
-
-    def int8_linear(self, x: Quantized, weight: Any, bias: Tensor | None) -> Tensor:
-        (values, weight_scale), (rows, scale) = weight, (x.values, x.scale)
-        if rows.shape[0] > MAX_WINDOW:
-            y = padded_int_mm(rows, values).float() * scale[:, None] * weight_scale
-            return (y if bias is None else y + bias).to(self._out_dtype)
-        if scale.shape[0] != rows.shape[0]:  # one for all of them
-            scale = self._new(rows.shape[:1], torch.float32).copy_(scale)
-        out = self._new((rows.shape[0], values.shape[0]), self._out_dtype)
-        linear_kernels.int8_linear(rows, scale, values, weight_scale, bias, out)
-        return out
-
-    def logits(self, lm_head: Callable[[Any], Tensor], x: Tensor | Quantized) -> Tensor:
-        self._out_dtype = torch.float32
-        try:
-            return super().logits(lm_head, x)
-        finally:
-            self._out_dtype = self.dtype
-
-    # int4.
-
-    def int4_weight(self, values: Tensor, scale: Tensor, offset: Tensor | None = None) -> int4_kernels.Int4Weight:
-        if offset is not None:
-            raise QuasarError("--device cuda has no int4 weights with zero points yet; symmetric groups run there")
->>>>>>> main
         return int4_kernels.pack_int4(values.to(self.device), scale.to(self.device))
 
     # Products: launched by `result` and by what follows them.
@@ -310,9 +270,7 @@ class CudaBackend(Backend):
         y = self._attend(q, spec, batch, layer, self._peaks if with_peaks else None)
         return y if quant is None else self._quantize_with_peaks(y, quant)
 
-    def _attend(
-        self, q: Unattended, spec: AttentionSpec, batch: Batch, layer: int, peaks: Tensor | None
-    ) -> Tensor:
+    def _attend(self, q: Unattended, spec: AttentionSpec, batch: Batch, layer: int, peaks: Tensor | None) -> Tensor:
         pool, inputs = _pool(batch), q.rows.inputs
         out = self._new((q.qkv.shape[0], spec.heads * spec.head_dim), self.dtype)
         for part in inputs.launched:

@@ -208,7 +208,7 @@ class _Maker:
     def done(self) -> HostTables:
         rows, appending = len(self._rows[0]), len(self._appending)
         stretches = [*self._stretches, (len(self._items), rows)]
-        launched = [Launched(range(0, appending), range(0))] if appending else []
+        launched = [Launched(range(appending), range(0))] if appending else []
         launched += [
             Launched(range(appending + a, appending + b), range(r, s)) for (a, r), (b, s) in pairwise(stretches)
         ]

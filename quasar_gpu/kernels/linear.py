@@ -203,9 +203,7 @@ def _int8_linear(
     n = outputs_of(outputs, OUTPUTS, EPILOGUE)
     prefetch_weights(weight, outputs, inner, OUTPUTS, EPILOGUE, PREFETCH)
     await_inputs(DEPENDENT)
-    sums0, sums1, sums2, sums3 = _dot(
-        x, weight, n, rows, outputs, inner, tl.int32, EVEN, OUTPUTS, BLOCK, TILES, WINDOW
-    )
+    sums0, sums1, sums2, sums3 = _dot(x, weight, n, rows, outputs, inner, tl.int32, EVEN, OUTPUTS, BLOCK, TILES, WINDOW)
     let_next_start(DEPENDENT)
     n_scale = tl.load(weight_scale + tl.minimum(n, outputs - 1))[:, None]
     m = tl.arange(0, WINDOW)

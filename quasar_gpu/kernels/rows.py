@@ -31,7 +31,13 @@ def embed(table: Tensor, ids: Tensor, out: Tensor, keys: Tensor | None = None) -
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, total: Tensor, out: Tensor, peaks: Tensor | None = None
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    total: Tensor,
+    out: Tensor,
+    peaks: Tensor | None = None,
 ) -> None:
     """total = x + residual; out = RMSNorm(total) * weight; all [rows, hidden], weight [hidden].
 
@@ -107,7 +113,17 @@ def _launch_norm(
     launch(
         _add_rms_norm,
         (rows,),
-        *(x, x if residual is None else residual, weight, eps, total, out, scale, x if peaks is None else peaks, hidden),
+        *(
+            x,
+            x if residual is None else residual,
+            weight,
+            eps,
+            total,
+            out,
+            scale,
+            x if peaks is None else peaks,
+            hidden,
+        ),
         warps=_warps(block),
         ADD=residual is not None,
         QUANTIZE=0 if out is scale else INT8,

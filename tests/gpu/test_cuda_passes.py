@@ -199,7 +199,7 @@ def test_a_pass_is_launches_on_the_same_memory_and_nothing_else(kernel_device, f
         with recorded_launches() as launches, ViewsOnly():
             run()
         passes.append(launches)
-        return None
+        return
 
     graphs_capture, graphs.capture = graphs.capture, capture
     try:
@@ -273,7 +273,13 @@ def test_replayed_passes_are_plain_ones(recording):
         parents = [-1, 0, 0] if sizes == (3, 0) else None
         ids = [[i + 7 * j for j in range(size)] for size in sizes]
         batches = [
-            Batch([window(slot, part, parents, keep=min(len(part), 2)) for slot, part in zip(group, ids, strict=True) if part])
+            Batch(
+                [
+                    window(slot, part, parents, keep=min(len(part), 2))
+                    for slot, part in zip(group, ids, strict=True)
+                    if part
+                ]
+            )
             for group in (slots, same)
         ]
         found = runtime.run(batches[0])

@@ -64,9 +64,7 @@ class Layer:
 
 def layer(backend, heads, kv_heads, head_dim, normed=True) -> Layer:
     angles = random(CAPACITY, head_dim // 2) * 3
-    norms = [
-        random(head_dim, seed=seed).to(backend.dtype).to(backend.device) if normed else None for seed in (3, 4)
-    ]
+    norms = [random(head_dim, seed=seed).to(backend.dtype).to(backend.device) if normed else None for seed in (3, 4)]
     spec = AttentionSpec(heads, kv_heads, head_dim, *norms, 1e-6)
     return Layer(backend, spec, angles.cos().to(backend.device), angles.sin().to(backend.device))
 
@@ -86,7 +84,11 @@ def test_attention(kernel_device, dtype, heads, kv_heads, head_dim, length, rows
     exact = layer(ReferenceBackend(), heads, kv_heads, head_dim, normed=rows != 5)
     if dtype != torch.float32:
         exact.spec = AttentionSpec(
-            heads, kv_heads, head_dim, *(n if n is None else n.cpu().float() for n in (mine.spec.q_norm, mine.spec.k_norm)), 1e-6
+            heads,
+            kv_heads,
+            head_dim,
+            *(n if n is None else n.cpu().float() for n in (mine.spec.q_norm, mine.spec.k_norm)),
+            1e-6,
         )
     qkv = qkv_of(mine, rows)
     slots = mine.slot(length), exact.slot(length)
