@@ -25,8 +25,7 @@ def checkpoint(request, tmp_path):
 
 
 def logits(decoder):
-    decoder.pack()
-    return decoder.prefill(torch.arange(12), decoder.new_cache(12), keep=12)
+    return decoder.read(torch.arange(12), logits_to_keep=12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
