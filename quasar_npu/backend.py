@@ -26,12 +26,13 @@ from __future__ import annotations
 import os
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from quasar.backends.base import ActivationQuant, AttentionSpec, Backend, Batch, Forward, Quantized, Slot
+from quasar.backends.base import ActivationQuant, AttentionSpec, Backend, Batch, Forward, Quantized, Segment, Slot
 from quasar.errors import QuasarError
 from quasar_npu.arena import BLOCK, Arenas
 from quasar_npu.device import is_inference_card, open_npu
@@ -83,9 +84,9 @@ class NpuBackend(Backend):
         self._tables = WeakTensorKeyDictionary()  # the decoder's cos -> RopeTables
         self._orders: dict[tuple[int, ...], Tensor] = {}
         self._reciprocals = WeakTensorKeyDictionary()  # of static activation scales
-        self._places: tuple[Batch, Places] | None = None  # of the pass that is running
+        self._places: WeakKeyDictionary[Batch, Places] = WeakKeyDictionary()  # of the pass that is running
         self._hidden: Tensor | None = None  # its mask, where it is captured
-        self._tree_masks: tuple[Group, dict[int, Tensor]] | None = None
+        self._tree_masks: dict[int, Tensor] = {}  # of the pass that is running
         self._triangle: Tensor | None = None
 
     # Weights.
@@ -200,18 +201,16 @@ class NpuBackend(Backend):
 
     def _begin(self, batch: Batch) -> Places:
         """Where the batch's rows go. A captured pass computes its mask here, at its beginning."""
-        if isinstance(batch, PaddedBatch):
-            self._hidden = batch.captured.hidden()
-            self._places = (batch, batch.captured.places)
-        else:
-            self._hidden = None
-            self._places = (batch, eager_places(batch, self.device))
-        return self._places[1]
+        captured = batch.captured if isinstance(batch, PaddedBatch) else None
+        self._hidden = None if captured is None else captured.hidden()
+        self._tree_masks.clear()
+        places = eager_places(batch, self.device) if captured is None else captured.places
+        self._places[batch] = places
+        return places
 
     def _places_of(self, batch: Batch) -> Places:
-        if self._places is None or self._places[0] is not batch:
-            return self._begin(batch)  # the caller has not asked rope_rows
-        return self._places[1]
+        # Where the caller has not asked rope_rows, the pass begins here.
+        return self._places.get(batch) or self._begin(batch)
 
     def _order(self, rows: int, spec: AttentionSpec, turning: bool = False) -> Tensor | None:
         """The order of a pass's rows, see places.py; `turning`: of those that have rotations.
@@ -288,9 +287,8 @@ class NpuBackend(Backend):
         )
         return y.view(q.shape[0], -1)
 
-    def _attend_group(self, q: Tensor, spec: AttentionSpec, group: Group, layer: int) -> Tensor:
-        trees = any(segment.parents is not None for segment in group.segments)
-        if spec.head_dim == _TND_HEAD and not trees:
+    def _attend_group(self, q: Tensor, spec: AttentionSpec, batch: Batch, group: Group, layer: int) -> Tensor:
+        if spec.head_dim == _TND_HEAD and not group.trees:
             y = self._fused_attention(
                 q,
                 spec,
@@ -304,16 +302,18 @@ class NpuBackend(Backend):
                 actual_seq_lengths_kv=group.lengths,
             )
             return y.view(q.shape[0], -1)
-        return joined([self._attend_alone(q, spec, group, i, layer) for i in range(len(group.segments))], dim=0)
+        return joined([self._attend_alone(q, spec, batch, group, i, layer) for i in range(len(group.row_ends))], dim=0)
 
-    def _attend_alone(self, q: Tensor, spec: AttentionSpec, group: Group, index: int, layer: int) -> Tensor:
+    def _attend_alone(
+        self, q: Tensor, spec: AttentionSpec, batch: Batch, group: Group, index: int, layer: int
+    ) -> Tensor:
         """One sequence: trees, and head sizes for which the operator takes no TND."""
-        segment, first, last = group.segments[index], [0, *group.row_ends][index], group.row_ends[index]
+        segment = batch.segments[group.first_segment + index]
+        first, last = [0, *group.row_ends][index], group.row_ends[index]
         table = group.block_table[index : index + 1]
         where: dict[str, Any] = {}
         if segment.parents is not None:
-            columns = table.shape[1] * BLOCK
-            where["atten_mask"] = self._tree_mask(group, index, columns)
+            where["atten_mask"] = self._tree_mask(segment, table.shape[1] * BLOCK)
         elif last - first > 1:
             where = {"atten_mask": self._upper_triangle(), "sparse_mode": _CAUSAL_TO_BOTTOM_RIGHT}
         y = self._fused_attention(
@@ -328,13 +328,12 @@ class NpuBackend(Backend):
         )
         return y.view(last - first, -1)
 
-    def _tree_mask(self, group: Group, index: int, columns: int) -> Tensor:
-        if self._tree_masks is None or self._tree_masks[0] is not group:
-            self._tree_masks = (group, {})
-        masks = self._tree_masks[1]
-        if index not in masks:
-            masks[index] = to_device(hidden_from(group.segments[index], columns)[None, None], self.device)
-        return masks[index]
+    def _tree_mask(self, segment: Segment, columns: int) -> Tensor:
+        key = id(segment)  # alive as long as the pass
+        if key not in self._tree_masks:
+            hidden = hidden_from(segment, columns)[None, None]  # [1, 1, rows, columns]
+            self._tree_masks[key] = to_device(hidden, self.device)
+        return self._tree_masks[key]
 
     def _fused_attention(
         self, q: Tensor, spec: AttentionSpec, group: Group, layer: int, table: Tensor, **where: Any

@@ -145,7 +145,7 @@ class CapturedGraph:
         ends = [s.rows * (i + 1) for i in range(s.sequences)]
         table = part["table"].view(s.sequences, -1)
         slots, rows = part["slots"][:, None], s.sequences * s.rows
-        group = Group(self._arena, 0, rows, slots, table, ends, [s.keys] * s.sequences, ())
+        group = Group(self._arena, 0, rows, slots, table, ends, [s.keys] * s.sequences, 0, s.trees)
         return CapturedPlaces(
             s,
             Places(part["positions"], 0, (group,)),
@@ -220,7 +220,8 @@ def _captured(run: Callable[[], Tensor]) -> tuple[torch.npu.NPUGraph, Tensor]:
     try:
         with torch.npu.graph(graph):
             result = run()
-    except BaseException:
+    except BaseException as error:
         torch.npu.set_stream(stream)
-        raise
+        first = error.__context__  # what could not be captured, where ending the capture failed as well
+        raise first if isinstance(first, Exception) else error from None
     return graph, result

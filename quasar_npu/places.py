@@ -32,7 +32,8 @@ class Group:
     block_table: Tensor
     row_ends: list[int]  # of each segment, counted from the group's first row
     lengths: list[int]  # of each sequence, this pass's rows included
-    segments: tuple[Segment, ...]
+    first_segment: int  # of the batch's
+    trees: bool  # whether any of its segments is one
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,15 @@ def eager_places(batch: Batch, device: torch.device) -> Places:
         parts.append(tables[-1].flatten())
     on_device = iter(_one_copy(parts, device))
     positions = None if chain else next(on_device)
-    made, first = [], 0
+    made: list[Group] = []
+    first = first_segment = 0
     for segments, table in zip(groups, tables, strict=True):
         ends = _ends(segments)
         slots, blocks = next(on_device)[:, None], next(on_device).view(table.shape)
         lengths = [segment.slot.length + len(segment.ids) for segment in segments]
-        arena = segments[0].slot.arena
-        made.append(Group(arena, first, first + ends[-1], slots, blocks, ends, lengths, tuple(segments)))
-        first += ends[-1]
+        arena, trees = segments[0].slot.arena, any(segment.parents is not None for segment in segments)
+        made.append(Group(arena, first, first + ends[-1], slots, blocks, ends, lengths, first_segment, trees))
+        first, first_segment = first + ends[-1], first_segment + len(segments)
     return Places(positions, batch.segments[0].slot.length, tuple(made))
 
 

@@ -1,4 +1,4 @@
-"""Passes over many sequences: the rows of each are those it has alone, launched plainly or captured, chains and trees."""
+"""Passes over many sequences: each has the rows that it has alone, launched plainly or captured, chains and trees."""
 
 from functools import cache
 
@@ -20,9 +20,7 @@ TREE = [-1, 0, 0, 1, 2, 1]  # of six rows
 @cache
 def decoder_on(backend_name, family, precision):
     backend = get_backend("npu") if backend_name == "npu" else FusedRounding("cpu", torch.bfloat16)
-    decoder = on_backend(family, precision, backend).decoder
-    decoder.pack()
-    return decoder
+    return on_backend(family, precision, backend).decoder
 
 
 def slots_of(decoder, prompts=PROMPTS, room=64):
