@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from quasar import GenerationSettings, QuasarError, generate, generation, load
 from quasar.backends.base import KVCache
 from quasar.drafting import DraftTarget, new_drafter
 from quasar.drafting.cascade import CascadeDrafter
@@ -21,8 +23,6 @@ from quasar.speculation.sampling import Sampling, target_distribution
 from quasar.speculation.speculator import Speculator
 from quasar.speculation.verifier import Verifier
 from quasar.speculation.window import FixedWindow
-
-from quasar import GenerationSettings, QuasarError, generate, generation, load
 from tests.conftest import FAMILIES
 from tests.helpers.random_models import random_model, shared_random_model
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from quasar import GenerationSettings, QuasarError, generate
 from quasar.drafting import _DRAFTERS
 from quasar.loading import PRECISIONS
 from quasar.speculation.draft import Draft, Drafter
 from quasar.speculation.verifier import Verifier
-
-from quasar import GenerationSettings, QuasarError, generate
 from tests.conftest import FAMILIES
 
 NEW = 24

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from quasar.checkpoints.folder import read_json
 from quasar.errors import QuasarError
 

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from quasar import QuasarError, load, quantize
 from quasar.checkpoints import WRITERS, open_checkpoint
 from quasar.export import export as exporting
 from quasar.export.export import ExportSettings, quantize_checkpoint
 from quasar.models.linear import W8A8Linear
 from quasar.models.model import LoadOptions
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-
-from quasar import QuasarError, load, quantize
 
 FORMATS = tuple(WRITERS)
 TEXTS = ["def main():\n    print('hello')\n" * 8, "One two three four five, once I caught a fish alive." * 3]

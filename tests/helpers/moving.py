@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from torch import Tensor
+
 from quasar.backends.base import Backend, Quantized
 from quasar.backends.reference import ReferenceBackend
 from quasar.models.decoder import Decoder, DecoderLayer
 from quasar.models.linear import FullLinear, Linear, W8A8Linear
 from quasar.models.linear_int4 import W4A16Linear
-from torch import Tensor
 
 
 class PlainInt4(ReferenceBackend):

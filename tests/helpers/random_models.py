@@ -6,14 +6,13 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+from quasar import Model
 from quasar.backends.base import Backend
 from quasar.backends.reference import ReferenceBackend
 from quasar.checkpoints import open_checkpoint
 from quasar.loading import quantize
 from quasar.models.config import read_config
 from quasar.models.loader import build_decoder
-
-from quasar import Model
 from tests.conftest import random_transformer, save_checkpoint
 
 

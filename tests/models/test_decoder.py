@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from quasar.backends import get_backend
 from quasar.checkpoints import open_checkpoint
 from quasar.models.config import read_config
 from quasar.models.decoder import PREFILL_CHUNK, Decoder
 from quasar.models.loader import build_decoder
-
 from tests.conftest import FAMILIES, random_transformer, save_checkpoint
 
 

@@ -4,14 +4,14 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
+from quasar import QuasarError, load
 from quasar.backends import get_backend
 from quasar.checkpoints import open_checkpoint
 from quasar.models.config import DUMMY_SHAPES, read_config
 from quasar.models.loader import RandomTensors, build_decoder
 from quasar.models.model import find_checkpoint
-from safetensors.torch import load_file, save_file
-
-from quasar import QuasarError, load
 from tests.conftest import FAMILIES, random_transformer, save_checkpoint
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from quasar.backends.base import Quantized
 from quasar.backends.reference import ReferenceBackend
 from quasar.errors import QuasarError
@@ -12,7 +13,6 @@ from quasar.models.linear_int4 import W4A4Linear, W4A16Linear, quantize_weight_i
 from quasar.models.sharing import unpacked_copy
 from quasar.quantization.fidelity import FidelityProbe
 from quasar.quantization.rotation import hadamard, rotate_decoder, rotate_last
-
 from tests.conftest import FAMILIES
 from tests.helpers.random_models import random_model, shared_random_model
 

@@ -7,6 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from quasar import QuasarError
 from quasar.speculation import acceptance
 from quasar.speculation.acceptance import (
     GreedyAcceptance,
@@ -17,8 +19,6 @@ from quasar.speculation.acceptance import (
     target_distribution,
 )
 from quasar.speculation.draft import Draft
-
-from quasar import QuasarError
 
 VOCAB = 8
 # 99.9 % points of chi-square, by degrees of freedom.

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from quasar.speculation.sampling import sample_inverse_cdf
 
 

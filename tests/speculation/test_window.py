@@ -6,9 +6,9 @@ import random
 from itertools import pairwise
 
 import pytest
+
 from quasar.drafting.costs import SIZES, PassCosts, pass_costs
 from quasar.speculation.window import AdaptiveWindow, FixedWindow
-
 from tests.helpers.random_models import shared_random_model
 
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from quasar.backends.base import ActivationQuant, AttentionSpec, Forward, KVCache, Quantized, WindowPass
 from quasar.backends.cpu import kernels
 from quasar.backends.cpu.recording import recorded_passes
 from quasar.backends.reference import ReferenceBackend
-from torch import Tensor
 
 _HEAD_STEP = 16  # the attention kernels take head sizes that are multiples of it
 

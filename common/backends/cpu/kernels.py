@@ -23,8 +23,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from quasar.backends.buffers import Buffers
 from torch import Tensor
+
+from quasar.backends.buffers import Buffers
 
 try:
     from . import _kernels

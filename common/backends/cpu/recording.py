@@ -13,10 +13,11 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from quasar.backends.base import Forward, KVCache
-from quasar.backends.cpu import kernels
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from quasar.backends.base import Forward, KVCache
+from quasar.backends.cpu import kernels
 
 _LONGEST = 16  # tokens: longer passes are bound by arithmetic, and each recording keeps its logits
 

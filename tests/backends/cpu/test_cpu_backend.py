@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+
+from quasar import generate, load
 from quasar.backends import get_backend
 from quasar.backends.cpu import kernels
 from quasar.models.model import ASSETS
 from quasar.quantization.calibration import read_texts
-
-from quasar import generate, load
 from tests.conftest import FAMILIES
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="the C kernels were not built")

@@ -6,12 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from quasar.backends.base import Quantized
 from quasar.backends.cpu import kernels
 from quasar.backends.cpu.backend import CpuBackend
 from quasar.backends.reference import ReferenceBackend
 from quasar.quantization.rotation import hadamard
-from torch import Tensor
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="the C kernels were not built")
 needs_int4 = pytest.mark.skipif(not kernels.int4_available(), reason="this processor has no AVX512-BF16")

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quasar.backends.cpu import kernels
 from torch import Tensor
+
+from quasar.backends.cpu import kernels
 
 pytestmark = pytest.mark.skipif(
     not kernels.available(),

@@ -13,13 +13,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from quasar import load
 from quasar.backends import get_backend
 from quasar.backends.base import KVCache, WindowPass
 from quasar.backends.cpu import kernels
 from quasar.loading import PRECISIONS
 from quasar.models.decoder import Decoder
-
-from quasar import load
 from tests.conftest import FAMILIES
 from tests.helpers.random_models import random_model
 
