@@ -11,6 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
 from quasar.models.model import Model
 from quasar.server import chat, completions, messages, protocol, responses
 from quasar.server.errors import ApiError
@@ -28,11 +34,6 @@ from quasar.server.jobs import EngineLike
 from quasar.server.metrics import CONTENT_TYPE
 from quasar.server.openapi import document
 from quasar.server.service import ServerOptions, Service
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
 
 PAGE = Path(__file__).with_name("page.html")
 
@@ -139,7 +140,11 @@ def _routes(service: Service) -> list[Route]:
 
     return [
         *routes,
-        Route("/v1/messages/count_tokens", _answering(service, protocol.CountTokensRequest, count_tokens), methods=["POST"]),
+        Route(
+            "/v1/messages/count_tokens",
+            _answering(service, protocol.CountTokensRequest, count_tokens),
+            methods=["POST"],
+        ),
         Route("/v1/models", _guarded(models)),
         Route("/v1/models/{name:path}", _guarded(one_model)),
         Route("/tokenize", _answering(service, protocol.TokenizeRequest, tokenize), methods=["POST"]),

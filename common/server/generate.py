@@ -66,7 +66,9 @@ class Choice:
         last = Step(self)
         if self.parser is not None:
             last.pieces = self.parser.finish()
-            last.origins = [{"kind": k, "text": t, "drafted": False} for k, t in last.pieces.parts if isinstance(t, str)]
+            last.origins = [
+                {"kind": k, "text": t, "drafted": False} for k, t in last.pieces.parts if isinstance(t, str)
+            ]
         if self.hold is not None:
             last.scored = self.hold.finish(isinstance(result.stop_reason, str))
         called = self.parser is not None and self.parser.called and result.finish_reason == "stop"

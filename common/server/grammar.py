@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
-from quasar.server.errors import ApiError
 from torch import Tensor
+
+from quasar.server.errors import ApiError
 
 # Enough for schemas of a few hundred fields; a schema that needs more gets an error instead of the server's time.
 MAX_SCHEMA_BYTES = 128 * 1024
@@ -93,7 +94,9 @@ class Grammars:
                     self._made = from_tokenizer(self._tokenizer, self._vocabulary, self.stop_ids or None)
                 except Exception as error:  # llguidance raises what it finds
                     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                    raise ApiError(f"'response_format': this model's tokenizer cannot follow grammars ({reason})") from None
+                    raise ApiError(
+                        f"'response_format': this model's tokenizer cannot follow grammars ({reason})"
+                    ) from None
             return self._made
 
 

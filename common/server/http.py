@@ -14,10 +14,11 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import to_json
-from quasar.server.errors import ApiError, from_validation
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
+
+from quasar.server.errors import ApiError, from_validation
 
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
@@ -238,7 +239,9 @@ class Gate:
         # Digests are of one length, so that the comparison takes the same time for every key.
         digest = hashlib.sha256(given.encode("latin-1", "replace")).digest()
         if not hmac.compare_digest(digest, self._key):
-            raise ApiError("the API key is missing or wrong", status=401, code="invalid_api_key", kind="authentication_error")
+            raise ApiError(
+                "the API key is missing or wrong", status=401, code="invalid_api_key", kind="authentication_error"
+            )
 
     def _cors_headers(self, origin: str | None) -> dict[str, str]:
         if origin is None or not ("*" in self._cors or origin in self._cors):
@@ -252,7 +255,9 @@ class Gate:
     def _preflight(self, headers: Mapping[str, str]) -> dict[str, str]:
         return {
             "access-control-allow-methods": "GET, POST, OPTIONS",
-            "access-control-allow-headers": headers.get("access-control-request-headers", "authorization, content-type"),
+            "access-control-allow-headers": headers.get(
+                "access-control-request-headers", "authorization, content-type"
+            ),
             "access-control-max-age": "600",
         }
 

@@ -75,7 +75,9 @@ def _messages(body: protocol.CountTokensRequest) -> list[protocol.Message]:
             elif isinstance(block, protocol.ThinkingBlock):
                 thinking += block.thinking
             elif isinstance(block, protocol.ToolUseBlock):
-                function = protocol.CalledFunction(name=block.name, arguments=json.dumps(block.input, ensure_ascii=False))
+                function = protocol.CalledFunction(
+                    name=block.name, arguments=json.dumps(block.input, ensure_ascii=False)
+                )
                 calls.append(protocol.ToolCall(id=block.id, function=function))
             else:
                 content = block.content or ""
@@ -168,7 +170,9 @@ def _stop(choice: Choice) -> dict[str, Any]:
 def _empty(kind: str, what: str | ToolDelta) -> dict[str, Any]:
     if isinstance(what, ToolDelta):
         return {"type": "tool_use", "id": what.id, "name": what.name, "input": {}}
-    return {"type": "thinking", "thinking": "", "signature": ""} if kind == "reasoning" else {"type": "text", "text": ""}
+    return (
+        {"type": "thinking", "thinking": "", "signature": ""} if kind == "reasoning" else {"type": "text", "text": ""}
+    )
 
 
 def _delta(kind: str, what: str | ToolDelta) -> dict[str, Any]:

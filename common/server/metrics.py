@@ -52,7 +52,9 @@ class Metrics:
         self.refused = counter("quasar:requests_refused", "Requests turned away because the queue was full.")
         self.gone = counter("quasar:requests_abandoned", "Requests whose client went away.")
         self._acceptance = histogram(
-            "quasar:acceptance_length", "Tokens committed per verification pass, per sequence.", (1, 1.25, 1.5, 2, 3, 4, 6, 8, 12)
+            "quasar:acceptance_length",
+            "Tokens committed per verification pass, per sequence.",
+            (1, 1.25, 1.5, 2, 3, 4, 6, 8, 12),
         )
         self.registry.register(self)  # type: ignore[arg-type]
 
@@ -94,7 +96,9 @@ class Metrics:
         share = stats.kv_bytes / stats.kv_bytes_limit if stats.kv_bytes_limit else 0.0
         yield self._one(GaugeMetricFamily, "vllm:num_requests_running", "Sequences in the engine.", stats.running)
         yield self._one(GaugeMetricFamily, "vllm:num_requests_waiting", "Sequences in the queue.", stats.waiting)
-        yield self._one(GaugeMetricFamily, "vllm:kv_cache_usage_perc", "Share of the memory for keys and values.", share)
+        yield self._one(
+            GaugeMetricFamily, "vllm:kv_cache_usage_perc", "Share of the memory for keys and values.", share
+        )
         queried, found = stats.prefix_queried_tokens, stats.prefix_cached_tokens
         yield self._one(CounterMetricFamily, "vllm:prefix_cache_queries", "Tokens looked for.", queried)
         yield self._one(CounterMetricFamily, "vllm:prefix_cache_hits", "Tokens found.", found)

@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 from pydantic.json_schema import models_json_schema
+
 from quasar.server import protocol
 
 _POSTS = {
@@ -37,7 +38,9 @@ _OTHERS = {
 def document() -> dict[str, Any]:
     """OpenAPI 3.1."""
     models = [model for model, _, _ in _POSTS.values()]
-    places, schemas = models_json_schema([(m, "validation") for m in models], ref_template="#/components/schemas/{model}")
+    places, schemas = models_json_schema(
+        [(m, "validation") for m in models], ref_template="#/components/schemas/{model}"
+    )
     paths: dict[str, Any] = {}
     error = {"content": {"application/json": {"schema": {"type": "object"}}}}
     for path, (model, summary, streams) in _POSTS.items():
@@ -47,7 +50,10 @@ def document() -> dict[str, Any]:
         paths[path] = {
             "post": {
                 "summary": summary,
-                "requestBody": {"required": True, "content": {"application/json": {"schema": places[model, "validation"]}}},
+                "requestBody": {
+                    "required": True,
+                    "content": {"application/json": {"schema": places[model, "validation"]}},
+                },
                 "responses": {
                     "200": {"description": "The answer.", "content": content},
                     **{code: {"description": text, **error} for code, text in _OTHERS.items()},
@@ -56,13 +62,22 @@ def document() -> dict[str, Any]:
         }
     for path, summary in _GETS.items():
         kind = "text/plain" if path == "/metrics" else "application/json"
-        codes = {code: {"description": text, **error} for code, text in _OTHERS.items() if code in ("401", "403", "503")}
+        codes = {
+            code: {"description": text, **error} for code, text in _OTHERS.items() if code in ("401", "403", "503")
+        }
         paths[path] = {
-            "get": {"summary": summary, "responses": {"200": {"description": "The answer.", "content": {kind: {}}}, **codes}}
+            "get": {
+                "summary": summary,
+                "responses": {"200": {"description": "The answer.", "content": {kind: {}}}, **codes},
+            }
         }
     return {
         "openapi": "3.1.0",
-        "info": {"title": "Quasar", "version": "1", "description": "A model behind OpenAI's and Anthropic's interfaces."},
+        "info": {
+            "title": "Quasar",
+            "version": "1",
+            "description": "A model behind OpenAI's and Anthropic's interfaces.",
+        },
         "paths": paths,
         "components": {
             "schemas": schemas.get("$defs", {}),

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
 from quasar.server.errors import ApiError
 
 MAX_TOP_LOGPROBS = 20
@@ -219,7 +220,10 @@ class ChatRequest(Generating):
         if isinstance(self.tool_choice, NamedTool):
             names = [tool.function.name for tool in self.tools or ()]
             if self.tool_choice.function.name not in names:
-                raise ApiError(f"tool_choice names {self.tool_choice.function.name!r}, which is not among the tools", param="tool_choice")
+                raise ApiError(
+                    f"tool_choice names {self.tool_choice.function.name!r}, which is not among the tools",
+                    param="tool_choice",
+                )
         return self
 
 

@@ -48,7 +48,9 @@ def _tools(body: protocol.ResponsesRequest) -> list[protocol.Tool]:
     return [
         protocol.Tool(
             type="function",
-            function=protocol.Function(name=t.name, description=t.description, parameters=t.parameters, strict=t.strict),
+            function=protocol.Function(
+                name=t.name, description=t.description, parameters=t.parameters, strict=t.strict
+            ),
         )
         for t in body.tools or ()
     ]
@@ -192,7 +194,9 @@ class ResponsesResponse:
             "store": False,
             "temperature": choice.settings.temperature,
             "text": {"format": _format(body)},
-            "tool_choice": body.tool_choice.model_dump() if hasattr(body.tool_choice, "model_dump") else body.tool_choice or "auto",
+            "tool_choice": body.tool_choice.model_dump()
+            if hasattr(body.tool_choice, "model_dump")
+            else body.tool_choice or "auto",
             "tools": [tool.model_dump() | {"strict": bool(tool.strict)} for tool in body.tools or ()],
             "top_p": choice.settings.top_p,
             "truncation": "disabled",

@@ -32,6 +32,8 @@ def _score(runtime: Runtime, prompt: Sequence[int], top: int) -> list[Score]:
             slot.commit(len(chunk))
         best = rows.topk(min(top, rows.shape[-1]), dim=-1) if top else None
         for i, token in enumerate(following):
-            alternatives = [] if best is None else list(zip(best.indices[i].tolist(), best.values[i].tolist(), strict=True))
+            alternatives = (
+                [] if best is None else list(zip(best.indices[i].tolist(), best.values[i].tolist(), strict=True))
+            )
             scores.append((token, float(rows[i, token]), alternatives))
     return scores

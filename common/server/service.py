@@ -115,7 +115,9 @@ class Service:
             raise ApiError(f"{self.name} has no chat template; use /v1/completions", param="messages")
         variables = dict(kwargs or {})
         if refused := sorted(_RESERVED & variables.keys()):
-            raise ApiError(f"chat_template_kwargs: {refused[0]!r} is no variable of a template", param="chat_template_kwargs")
+            raise ApiError(
+                f"chat_template_kwargs: {refused[0]!r} is no variable of a template", param="chat_template_kwargs"
+            )
         if tools and "tools" not in str(tokenizer.chat_template):
             raise ApiError(f"the chat template of {self.name} knows no tools", param="tools")
         turns = [_turn(message) for message in messages]
@@ -305,7 +307,10 @@ class Service:
 
 def _turn(message: protocol.Message) -> dict[str, Any]:
     """A message as chat templates expect it."""
-    turn: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role, "content": message.text()}
+    turn: dict[str, Any] = {
+        "role": "system" if message.role == "developer" else message.role,
+        "content": message.text(),
+    }
     if message.tool_calls:
         turn["tool_calls"] = [
             {
