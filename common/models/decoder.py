@@ -94,10 +94,11 @@ class Decoder(nn.Module):
         For calibration and measurements: nothing is captured and nothing kept.
         """
         c = self.config
+        ids = [int(token) for token in ids]
         slot = self.backend.new_slot(c.num_layers, c.num_kv_heads, len(ids), c.head_dim)
         kept = []
         for first in range(0, len(ids), CHUNK_ROWS):
-            chunk = list(ids[first : first + CHUNK_ROWS])
+            chunk = ids[first : first + CHUNK_ROWS]
             keep = min(len(chunk), max(0, logits_to_keep - (len(ids) - first - len(chunk))))
             batch = Batch([Segment(slot, chunk, logits_to_keep=keep)])
             kept.append(self(torch.tensor(chunk, device=self.backend.device), batch))

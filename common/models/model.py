@@ -16,6 +16,7 @@ from quasar.backends.base import Backend
 from quasar.checkpoints import open_checkpoint
 from quasar.checkpoints.folder import read_json
 from quasar.errors import QuasarError
+from quasar.models.chat import render_chat
 from quasar.models.config import DTYPES, DUMMY_SHAPES, ModelConfig, read_config
 from quasar.models.decoder import Decoder
 from quasar.models.linear import W8A8Linear
@@ -85,17 +86,16 @@ class Model:
                 self._runtimes[decoder] = Runtime(decoder)
             return self._runtimes[decoder]
 
-    def encode(self, text: str, chat: bool = False) -> list[int]:
-        """Token ids of a prompt; chat puts it into the model's chat template as a user turn."""
+    def encode(self, text: str, chat: bool = False, system: str | None = None, think: str | None = None) -> list[int]:
+        """Token ids of a prompt; chat puts it into the model's chat template as a user turn.
+
+        system is the turn before it, think one of "slow", "fast" and "auto" (see `render_chat`); both go with chat.
+        """
         if self.tokenizer is None:
             raise QuasarError(f"{self.name} has random weights and no tokenizer; give --prompt-ids 1,2,3")
         if chat:
-            if not self.tokenizer.chat_template:
-                raise QuasarError(f"{self.name} has no chat template; leave out --chat")
-            turns = [{"role": "user", "content": text}]
-            return self.tokenizer.apply_chat_template(
-                turns, add_generation_prompt=True, tokenize=True, return_dict=False
-            )
+            turns = [] if system is None else [{"role": "system", "content": system}]
+            return render_chat(self.tokenizer, [*turns, {"role": "user", "content": text}], think=think)
         return self.tokenizer.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:

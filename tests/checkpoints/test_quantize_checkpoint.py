@@ -38,7 +38,7 @@ def logits(folder: Path) -> torch.Tensor:
 
 def logits_of(model: object) -> torch.Tensor:
     ids = list(range(5, 90))
-    return model.decoder.prefill(ids, model.decoder.new_cache(len(ids)), keep=len(ids))
+    return model.decoder.read(ids, logits_to_keep=len(ids))
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3-tied", "openpangu"])

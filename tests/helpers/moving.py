@@ -79,7 +79,7 @@ def make_static(decoder: Decoder, ids: list[int]) -> None:
         scales[module] = scale.amax(0, keepdim=True)
 
     hooks = [m.register_forward_pre_hook(observe) for m in decoder.linears() if isinstance(m, W8A8Linear)]
-    decoder.prefill(ids, decoder.new_cache(len(ids)), keep=0)
+    decoder.read(ids, logits_to_keep=0)
     for hook in hooks:
         hook.remove()
     for layer in decoder.layers:

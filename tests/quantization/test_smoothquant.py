@@ -33,7 +33,7 @@ def decoder_of(family, folder, dtype=torch.float32, outliers=False):
 
 def logits(decoder):
     ids = torch.arange(100)
-    return decoder.prefill(ids, decoder.new_cache(100), keep=100)
+    return decoder.read(ids, logits_to_keep=100)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
