@@ -25,7 +25,6 @@ def checkpoint(request, tmp_path):
 
 
 def logits(decoder):
-    decoder.pack()
     return decoder.read(torch.arange(12), logits_to_keep=12)
 
 

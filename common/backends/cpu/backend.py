@@ -45,10 +45,11 @@ class CpuBackend(ReferenceBackend):
             scale = scale.expand(tokens).contiguous()
         return kernels.int8_linear(x.values, scale, weight, bias)
 
-    def int4_weight(self, values: Tensor, scale: Tensor) -> Any:
+    def int4_weight(self, values: Tensor, scale: Tensor, offset: Tensor | None = None) -> Any:
         if not kernels.int4_available():
-            return super().int4_weight(values, scale)
-        return kernels.PackedInt4(values.contiguous(), scale.contiguous())
+            return super().int4_weight(values, scale, offset)
+        offset = None if offset is None else offset.contiguous()
+        return kernels.PackedInt4(values.contiguous(), scale.contiguous(), offset)
 
     def int4_linear(self, x: Tensor | Quantized, weight: Any, bias: Tensor | None) -> Tensor:
         if not isinstance(weight, kernels.PackedInt4):

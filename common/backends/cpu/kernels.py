@@ -272,11 +272,12 @@ class PackedFloat32(_Packed):
 
 
 class PackedInt4:
-    """int4 weight, int8 [n, k] between -8 and 7, with a bfloat16 scale per group of inputs [n, k / group]."""
+    """int4 weight, int8 [n, k] between -8 and 7, with a bfloat16 scale per group of inputs [n, k / group], and an
+    offset likewise or None."""
 
-    __slots__ = ("group", "k", "n", "pointer", "scale", "tensor")
+    __slots__ = ("group", "k", "n", "offset", "pointer", "scale", "tensor")
 
-    def __init__(self, weight: Tensor, scale: Tensor):
+    def __init__(self, weight: Tensor, scale: Tensor, offset: Tensor | None = None):
         (self.n, self.k), groups = weight.shape, scale.shape[1]
         self.group = self.k // groups
         if self.k % groups or self.group % 8:
@@ -289,6 +290,11 @@ class PackedInt4:
         _kernels.pack(4, _pointer(weight, _int8, self.n * self.k), self.pointer, self.n, self.k)
         source = _pointer(scale, torch.bfloat16, self.n * groups)
         _kernels.pack_scales(source, self.scale.data_ptr(), self.n, groups)
+        self.offset = None
+        if offset is not None:
+            self.offset = torch.empty_like(self.scale)
+            source = _pointer(offset, torch.bfloat16, self.n * groups)
+            _kernels.pack_scales(source, self.offset.data_ptr(), self.n, groups)
 
 
 def int4_available() -> bool:
@@ -315,6 +321,11 @@ def int4_linear(x: Tensor | Quantized, weight: PackedInt4, bias: Tensor | None =
         pointer, scale_pointer, _weight(weight), weight.scale.data_ptr(), _constant(bias, _float32, n), out_pointer,
         m, n, k, weight.group, _threads(),
     )  # fmt: skip
+    if weight.offset is not None:
+        source = _pointer(x, _float32, m * k) if isinstance(x, Tensor) else pointer
+        _kernels.add_offsets(
+            source, scale_pointer, weight.offset.data_ptr(), out_pointer, m, n, k, weight.group, _threads()
+        )
     return out
 
 

@@ -39,6 +39,15 @@ struct int4_linear_args {
     int64_t scratch_bytes, m, n, k, group;
 };
 
+#define MAX_GROUPS 2048 /* of inputs that share an offset */
+struct offset_args {
+    const void *x;           /* float [m, k], or int8 [m, k] where there is x_scale */
+    const float *x_scale;    /* [m] or NULL */
+    const uint16_t *offset;  /* bfloat16 [ceil(n / 32), k / group, 32] */
+    float *out;              /* [m, n], added to */
+    int64_t m, n, k, group;
+};
+
 struct embed_args {
     const void *table;       /* float or bf16 [vocab, k] */
     const int64_t *ids;      /* [m] */
@@ -152,7 +161,7 @@ typedef void (*task_fn)(void *args, int thread, int threads);
 struct kernels {
     const char *name;
     task_fn int8_linear, f32_linear, bf16_linear, rounded_linear, round_bf16, embed_bf16, embed_f32, quantize, norm;
-    task_fn swiglu, rope, attention, argmax, read, hadamard;
+    task_fn swiglu, rope, attention, argmax, read, hadamard, add_offsets;
     task_fn int4_linear; /* NULL where the instruction set has none */
     void (*exp)(const float *x, float *y, int64_t n); /* for the accuracy test */
 };
@@ -184,6 +193,7 @@ struct call {
         struct int8_linear_args int8_linear;
         struct float_linear_args float_linear;
         struct int4_linear_args int4_linear;
+        struct offset_args offsets;
         struct embed_args embed;
         struct round_args round;
         struct quantize_args quantize;
