@@ -16,10 +16,12 @@ __all__ = ["Generation", "GenerationSettings", "GenerationStats", "Result", "gen
 class Generation:
     """Text that is being generated: iterate for pieces as they become certain; `result()` runs to the end."""
 
-    def __init__(self, model: Model, prompt_ids: Sequence[int], settings: GenerationSettings) -> None:
+    def __init__(
+        self, model: Model, prompt_ids: Sequence[int], settings: GenerationSettings, **engine_options: Any
+    ) -> None:
         self.prompt_ids = list(prompt_ids)
         self.settings = settings
-        self._engine = Engine(model, max_sequences=1, lossless=settings.lossless, own_thread=False)
+        self._engine = Engine(model, max_sequences=1, lossless=settings.lossless, own_thread=False, **engine_options)
         self._events: list[TokenEvent] = []
         self._handle = self._engine.submit(self.prompt_ids, settings, on_events=self._take)
         self._pieces = self._run()

@@ -162,6 +162,7 @@ class Batch:
         self.ids: list[int] = []
         self.first_rows = [0]  # of each segment; the last entry is the number of rows
         self.keeps_all = True
+        self.on_device: Any = None  # what the backend made of the batch
         for segment in self.segments:
             if len(segment.ids) > segment.slot.free:
                 raise ValueError(

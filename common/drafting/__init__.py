@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from quasar.backends.base import Slot
@@ -30,6 +31,9 @@ class DraftTarget:
     lossless: bool = False  # the slot belongs to the full-precision decoder, and the quantised one drafts
 
 
+DrafterFactory = Callable[[DraftTarget], Drafter | None]
+
+
 def check_draft(name: str) -> None:
     """Raises QuasarError unless the name is one of DRAFTS; what a model cannot do shows in `new_drafter`."""
     kind, _, value = name.partition(":")
@@ -40,17 +44,19 @@ def check_draft(name: str) -> None:
         raise QuasarError(f"--draft {name} is unknown; use one of {', '.join(DRAFTS)}")
 
 
-def new_drafter(name: str, target: DraftTarget) -> Drafter | None:
+def new_drafter(name: str | DrafterFactory, target: DraftTarget) -> Drafter | None:
     """A fresh drafter for one sequence; None for "none" without a cascade.
 
     Raises QuasarError on an unknown name, or one that the target model cannot be drafted for by.
     """
-    check_draft(name)
     if target.lossless:
         runtime = target.model.runtime
         slot = runtime.new_slot(target.slot.capacity)
         inner = new_drafter(name, replace(target, slot=slot, lossless=False))
         return CascadeDrafter(runtime, slot, inner, target.sampling, target.gamma)
+    if not isinstance(name, str):
+        return name(target)
+    check_draft(name)
     if name in _DRAFTERS:
         made = _DRAFTERS[name]
         return None if made is None else made()

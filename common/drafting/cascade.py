@@ -15,7 +15,7 @@ from quasar.drafting.survival import SurvivalTable
 from quasar.models.runtime import PROMPT_ROWS, Runtime
 from quasar.speculation.choice import TokenChooser
 from quasar.speculation.draft import Draft, Drafter
-from quasar.speculation.rows import candidates_to_verify
+from quasar.speculation.rows import RowRule
 from quasar.speculation.sampling import Sampling
 from quasar.speculation.verifier import Verifier, Window
 
@@ -82,7 +82,7 @@ class CascadeDrafter(Drafter):
         draft = self._drafter.propose(min(self._gamma or _LONGEST_INNER, room), ahead)
         if self._gamma is not None or not draft.tokens:
             return draft, len(draft)
-        return draft, candidates_to_verify([draft], rows, self._runtime.costs)[0]
+        return draft, RowRule().candidates([draft], rows, self._runtime.costs)[0]
 
     def expected_survival(self, most: int) -> list[float]:
         return self._survival.chain("cascade", 0, most)[0]

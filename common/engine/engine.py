@@ -20,12 +20,13 @@ from quasar.memory import gigabytes, host_memory
 from quasar.models.model import Model
 from quasar.models.runtime import PROMPT_ROWS, Runtime
 from quasar.speculation.draft import Draft
-from quasar.speculation.rows import MOST_ROWS, candidates_to_verify, chain_to_draft
+from quasar.speculation.rows import MOST_ROWS, RowRule
 from quasar.speculation.verifier import Verdict, Verifier, Window
 
 PROMPT_SECONDS = 0.1  # for so long a prompt's rows may hold decoding sequences up, in each pass
 _LEAST_PROMPT_ROWS = 16
 _LONGEST_DRAFT = 15  # candidates of one sequence, where the settings set no cap
+_LONGEST_BLOCK = 31  # tokens that a cascade confirms at once
 _LONGEST_REST = 16  # steps for which a drafter that never helps is not asked
 _SHARED_PREFIX = 32  # tokens from which on a prompt waits for another that is about to hold its prefix
 _CAPACITY_STEP = 64  # slots are this much roomier than needed, so that the next prompt may fit them
@@ -63,6 +64,7 @@ class Engine:
         kv_bytes: int | None = None,
         lossless: bool = False,
         own_thread: bool = True,
+        row_rule: RowRule | None = None,
     ) -> None:
         """kv_bytes bounds the keys and values of all sequences, also of ended ones that are kept for their prefix
         (None: two fifths of the host's free memory). own_thread=False: whoever waits for a result calls `step`.
@@ -76,6 +78,7 @@ class Engine:
         self.runtime: Runtime = model.target_runtime(lossless)
         self.kv_bytes_limit = kv_bytes if kv_bytes is not None else int(_HOST_SHARE * host_memory())
         self._verifier = Verifier(self.runtime)
+        self._rule = row_rule or RowRule()
         self._prefixes = PrefixCache()
         self._running: list[Request] = []
         self._waiting: deque[Request] = deque()
@@ -311,15 +314,15 @@ class Engine:
         if request.draft_rest > 0:
             request.draft_rest -= 1
             return Draft()
-        most = min(settings.gamma or _LONGEST_DRAFT, request.room)
+        most = min(_longest(settings), request.room)
         clock = time.perf_counter()
         if settings.grammar is not None:
             forced = settings.grammar.forced()[:most]
             if forced:  # they must come: candidates that cost a row and no risk
                 return Draft.chain(forced, [1.0] * len(forced), [("grammar", 0, 0)] * len(forced))
-        if drafter.takes_passes and settings.gamma is None:
+        if drafter.takes_passes and (settings.gamma is None or self.lossless):
             others = len(self._running) - 1
-            most = chain_to_draft(drafter.expected_survival(most), self._seconds, drafter.seconds_per_token(), others)
+            most = self._rule.chain(drafter.expected_survival(most), self._seconds, drafter.seconds_per_token(), others)
         draft = drafter.propose(most) if most else Draft()
         if settings.grammar is not None:
             draft = _valid(draft, settings.grammar)
@@ -349,10 +352,10 @@ class Engine:
         proposed = [d for _, d in decoding]
         if not any(d.tokens for d in proposed):
             chosen = [0] * len(decoding)
-        elif all(r.settings.gamma is not None for r, _ in decoding):  # a fixed window: its user's choice
+        elif not self.lossless and all(r.settings.gamma is not None for r, _ in decoding):  # their users' choice
             chosen = [len(d.tokens) for d in proposed]
         else:
-            chosen = candidates_to_verify(proposed, base, self._seconds, max(MOST_ROWS, base))
+            chosen = self._rule.candidates(proposed, base, self._seconds, max(MOST_ROWS, base))
         count = dict(zip((r for r, _ in decoding), chosen, strict=True))
         windows = []
         for request, draft in zip(list(requests), drafts, strict=True):
@@ -389,7 +392,7 @@ class Engine:
         if drafter is not None and not over:
             clock = time.perf_counter()
             stats = request.result.stats
-            if stats.tokens > len(verdict.tokens):  # not the prompt's
+            if stats.passes:  # this was not the prompt's
                 drafter.observe(draft, len(window.draft), verdict.own, verdict.top)
                 if not draft.tokens or window.draft.tokens or drafter.takes_passes:
                     request.rest_after_miss = 1 if verdict.accepted else request.rest_after_miss
@@ -423,6 +426,12 @@ class Engine:
             self._prefixes.put(request.slot, request.tokens)
             request.slot = None
         request.finish(error)
+
+
+def _longest(settings: GenerationSettings) -> int:
+    if settings.lossless:  # gamma is the quantised model's
+        return _LONGEST_BLOCK
+    return settings.gamma or _LONGEST_DRAFT
 
 
 def _valid(draft: Draft, grammar: Any) -> Draft:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
-from quasar.drafting import check_draft
+from quasar.drafting import DrafterFactory, check_draft
 from quasar.errors import QuasarError
 from quasar.speculation.choice import Grammar, Rules
 from quasar.speculation.sampling import Sampling
@@ -22,7 +22,7 @@ class GenerationSettings:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
-    draft: str = "ngram"  # one of quasar.drafting.DRAFTS
+    draft: str | DrafterFactory = "ngram"  # one of quasar.drafting.DRAFTS, or what makes a drafter for a sequence
     gamma: int | None = None  # at most so many candidates a pass; None: as many as pay
     lossless: bool = False  # confirm what a quantised model says in full precision, block by block
     ignore_eos: bool = False
@@ -46,7 +46,8 @@ class GenerationSettings:
             raise QuasarError("a stop string is empty; give at least one character, or leave it out")
         if not self.repetition_penalty > 0:
             raise QuasarError(f"repetition_penalty is {self.repetition_penalty}; it must be above 0 (1 is off)")
-        check_draft(self.draft)
+        if isinstance(self.draft, str):
+            check_draft(self.draft)
         # Checked at temperature 0 too: a mistake in top_p should not wait for a temperature to show.
         Sampling(self.temperature or 1.0, self.top_k, self.top_p, self.seed, self.min_p)
 

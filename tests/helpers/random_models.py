@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from quasar import Model
+from quasar.backends import get_backend
 from quasar.backends.base import Backend
 from quasar.backends.reference import ReferenceBackend
 from quasar.checkpoints import open_checkpoint
@@ -41,6 +42,6 @@ def random_model(
 
 
 @cache
-def shared_random_model(family: str, precision: str = "full") -> Model:
+def shared_random_model(family: str, precision: str = "full", device: str = "reference") -> Model:
     """The same with its full-precision weights kept, made once. Do not change it."""
-    return random_model(family, precision, keep_full=precision != "full")
+    return random_model(family, precision, keep_full=precision != "full", backend=get_backend(device))
