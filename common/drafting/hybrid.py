@@ -41,14 +41,19 @@ class HybridDrafter(Drafter):
     verifier's recycled runners-up (`top_k`) are candidates on equal terms: `Evidence` says how probable each is.
     """
 
-    def __init__(self, memory: DraftMemory | None = None, top_k: int = 0) -> None:
-        """memory: what the sequences share; top_k: how many of the verifier's best successors to recycle, 0: none."""
+    def __init__(
+        self, memory: DraftMemory | None = None, *, text: bool = True, corpus: bool = True, top_k: int = 0
+    ) -> None:
+        """memory: what the sequences share; text, corpus: whether to draft from them; top_k: how many of the
+        verifier's best successors to recycle, 0: none.
+        """
         self._memory = DraftMemory() if memory is None else memory
+        self._text = text
         self.top_k = min(top_k, RUNNERS_UP)
         self._own = Successors(ORDER)
         self._last_row: Sequence[int] = ()  # the verifier's best tokens where the last committed one came
-        corpus = self._memory.corpus
-        self._corpus = None if corpus is None else corpus.follower()
+        earlier = self._memory.corpus if corpus else None
+        self._corpus = None if earlier is None else earlier.follower()
 
     def extend(self, tokens: Sequence[int]) -> None:
         self._own.extend(tokens)
@@ -56,7 +61,7 @@ class HybridDrafter(Drafter):
             self._corpus.extend(tokens)
 
     def finish(self) -> None:
-        if self._memory.corpus is not None:
+        if self._corpus is not None and self._memory.corpus is not None:
             self._memory.corpus.add(self._own.tokens)
 
     def propose(self, most: int, pending: Sequence[int] = ()) -> Draft:
@@ -66,10 +71,11 @@ class HybridDrafter(Drafter):
             return draft
         tokens, parents, survival, keys = draft.tokens, draft.parents, draft.survival, draft.keys
         own, corpus = self._own, self._corpus if self._corpus is not None and self._corpus.useful else None
-        context, ahead = own.context(), []
+        context, ahead = own.context() if self._text else own.outside(), []
         earlier = None if corpus is None else corpus.context()
         for token in pending:
-            context = own.follow(context, token, ahead)
+            if self._text:
+                context = own.follow(context, token, ahead)
             if corpus is not None:
                 earlier = corpus.follow(earlier, token)
             ahead.append(token)
@@ -93,7 +99,8 @@ class HybridDrafter(Drafter):
                 if alive <= waiting[0][0]:  # nothing below it could come before those that wait
                     places.append(())
                     continue
-            context = own.follow(context, token, ahead)
+            if self._text:
+                context = own.follow(context, token, ahead)
             if corpus is not None:
                 earlier = corpus.follow(earlier, token)
             place = (context, earlier, [*ahead, token], depth + 1)
@@ -104,7 +111,7 @@ class HybridDrafter(Drafter):
     def observe(
         self, draft: Draft, verified: int, own: Sequence[int], top: Sequence[Sequence[int]] | None = None
     ) -> None:
-        self._evidence.learn(_outcomes(draft, verified, own))
+        self._evidence.learn(outcomes(draft, verified, own))
         if top is not None and self.top_k:
             self._recycle(draft, verified, own, top)
 
@@ -171,23 +178,15 @@ class HybridDrafter(Drafter):
                 for feature in features:
                     odds += weights[feature]
                 helped[token] = helped.get(token, 0.0) + odds
-        most_help = max(helped.values(), default=0.0) if helped else 0.0
-        most_help = base + max(most_help, 0.0)
+        most_help = base + max(0.0, max(helped.values())) if helped else base
 
-        longest = max(len(nodes) - 1, leaf_order)
-        while longest and longest < len(nodes) and longest != leaf_order and not nodes[longest][1]:
-            longest -= 1
-        matches = MATCH + longest * (ORDER + 1)
+        matches = MATCH + max(len(nodes) - 1, leaf_order) * (ORDER + 1)
         seen = set()
-        order = ORDER if leaf >= 0 else len(nodes) - 1
-        if leaf >= 0:
-            token = own.at(leaf, ahead)
-            groups = [(leaf_order, ((token, leaf),))] if token >= 0 else []
-        else:
-            groups = []
+        groups = [(leaf_order, ((own.at(leaf, ahead), leaf),))] if leaf >= 0 else []  # (match, what followed it)
         for order in range(len(nodes) - 1, 0, -1):
             groups.append((order, reversed(nodes[order][1].items())))
-        groups.append((0, zip(own.common, own.common)))
+        if self._text:
+            groups.append((0, zip(own.common, own.common)))
         if helped:
             groups.append((0, zip(helped, helped)))
         for order, likely in groups:
@@ -255,7 +254,7 @@ def _named_by_corpus(earlier: Successors, context: Context) -> tuple[tuple[int, 
     return (matches,), named
 
 
-def _outcomes(draft: Draft, verified: int, own: Sequence[int]) -> Iterator[tuple[tuple[int, ...], float, bool]]:
+def outcomes(draft: Draft, verified: int, own: Sequence[int]) -> Iterator[tuple[tuple[int, ...], float, bool]]:
     """Features, probability given the parent, and outcome of the candidates whose ancestors were all right."""
     on_path = {-1}
     survival = draft.survival

@@ -16,6 +16,16 @@ class DraftMemory:
         self.recycled = Recycled()
         self._evidence: dict[tuple[bool, bool], Evidence] = {}
 
+    @classmethod
+    def for_requests(cls, warm: bool) -> DraftMemory:
+        """A memory for one request, or for many that learn from one another."""
+        return cls(Corpus() if warm else None)
+
+    def settle(self) -> None:
+        """Takes in at once what ended, which otherwise happens little by little."""
+        if self.corpus is not None:
+            self.corpus.work()
+
     def evidence(self, corpus: bool, recycled: bool) -> Evidence:
         """The weights for these sources beside the text: what one source says weighs less where others say it too."""
         if (corpus, recycled) not in self._evidence:

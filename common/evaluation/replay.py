@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from quasar.drafting.models_free import new_free_drafter
+from quasar.drafting.free import new_free_drafter
 from quasar.drafting.memory import DraftMemory
 from quasar.errors import QuasarError
 from quasar.speculation.draft import Draft, Drafter
@@ -92,7 +92,7 @@ def replay(file: str, log: Sequence[Logged], draft: str, rows: int, warm: bool) 
         at = 1
         while at < len(logged.answer):
             proposal = drafter.propose(rows - 1)
-            path, own, top = _verify(proposal, logged, at, drafter.top_k)
+            path, own, top = verify(proposal, logged, at, drafter.top_k)
             kept = [logged.answer[at + i] for i in range(min(len(path) + 1, len(logged.answer) - at))]
             for candidate in path:
                 source = str(proposal.keys[candidate][0])
@@ -107,7 +107,7 @@ def replay(file: str, log: Sequence[Logged], draft: str, rows: int, warm: bool) 
     return Replayed(file, draft, rows, warm, tokens, passes, sources)
 
 
-def _verify(draft: Draft, logged: Logged, at: int, top_k: int) -> tuple[list[int], list[int], list[list[int]] | None]:
+def verify(draft: Draft, logged: Logged, at: int, top_k: int) -> tuple[list[int], list[int], list[list[int]] | None]:
     """The accepted path, the target's own token of each row (-1: the log does not say), and its best tokens."""
     answer = logged.answer
     own = [-1] * (len(draft) + 1)
