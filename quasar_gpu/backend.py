@@ -30,6 +30,7 @@ from torch import Tensor
 from quasar.backends.base import ActivationQuant, AttentionSpec, Backend, Forward, KVCache, Quantized, WindowPass
 from quasar.backends.buffers import Buffers
 from quasar.backends.reference import MAX_WINDOW
+from quasar.errors import QuasarError
 from quasar_gpu.cache import CachePool, CudaCache, reach_bucket, rounded
 from quasar_gpu.device import require_free
 from quasar_gpu.graphs import WindowGraphs
@@ -98,7 +99,9 @@ class CudaBackend(Backend):
 
     # int4.
 
-    def int4_weight(self, values: Tensor, scale: Tensor) -> int4_kernels.Int4Weight:
+    def int4_weight(self, values: Tensor, scale: Tensor, offset: Tensor | None = None) -> int4_kernels.Int4Weight:
+        if offset is not None:
+            raise QuasarError("--device cuda has no int4 weights with zero points yet; symmetric groups run there")
         return int4_kernels.pack_int4(values.to(self.device), scale.to(self.device))
 
     def int4_linear(self, x: Tensor | Quantized, weight: Any, bias: Tensor | None) -> Tensor:

@@ -114,7 +114,9 @@ class NpuBackend(Backend):
 
     # int4 weights.
 
-    def int4_weight(self, values: Tensor, scale: Tensor) -> Int4Weight:
+    def int4_weight(self, values: Tensor, scale: Tensor, offset: Tensor | None = None) -> Int4Weight:
+        if offset is not None:
+            raise QuasarError("--device npu has no int4 weights with zero points yet; symmetric groups run there")
         return int4_packed(values.to(self.device), scale.to(self.device), self.dtype)
 
     def int4_linear(self, x: Tensor | Quantized, weight: Any, bias: Tensor | None) -> Tensor:

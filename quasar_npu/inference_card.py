@@ -56,7 +56,7 @@ class InferenceCardBackend(NpuBackend):
         units = None if bias is None else (bias / product).round().to(torch.int32)
         return self.ops.npu_trans_quant_param(product), units
 
-    def int4_weight(self, values: Tensor, scale: Tensor) -> NoReturn:
+    def int4_weight(self, values: Tensor, scale: Tensor, offset: Tensor | None = None) -> NoReturn:
         raise QuasarError(f"{self.soc} has no int4 weights (Atlas A2 and A3 do); use --precision w8a8 or full")
 
     def quantize(self, x: Tensor, quant: ActivationQuant) -> Quantized:

@@ -24,7 +24,6 @@ WARM_UP = 2
 
 def profile(decoder: Decoder, context: int, rows: int, repeats: int) -> dict[str, list[float]]:
     """Milliseconds of each pass: in each kernel, "outside" all of them, and "pass", the whole."""
-    decoder.pack()
     cache = decoder.new_cache(context + rows)
     decoder.prefill(context_ids(decoder.config.vocab_size, context), cache, keep=0)
     ids = torch.arange(rows)

@@ -11,8 +11,11 @@ from quasar.drafting import DRAFTS
 from quasar.errors import QuasarError
 from quasar.generation import GenerationSettings
 from quasar.loading import LM_HEADS, PRECISIONS, load, quantize, texts_or_default
+from quasar.models.chat import THINK_MODES
 from quasar.models.config import DUMMY_SHAPES
 from quasar.models.model import DEFAULT_MODEL, DUMMY_PREFIX, Model
+from quasar.quantization.methods import FITTED
+from quasar.quantization.recipe import ROUNDINGS, Recipe
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -58,15 +61,24 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--heldout", metavar="FILE", help="JSONL to measure the quantised model on (default: built in)")
     group.add_argument(
         "--alpha",
-        default="0.5",
+        default=FITTED,
         metavar="A",
-        help="SmoothQuant's migration strength, 0 to 1, or auto to search it per layer (default: 0.5)",
+        help="smoothing: SmoothQuant's migration strength, 0 to 1, auto to search it per layer, or fitted: scales that "
+        "make rounding noise least (default: %(default)s)",
     )
     group.add_argument(
         "--lm-head",
         choices=LM_HEADS,
         default="full",
         help="of a quantised model: int8 reads half the bytes of its largest layer (default: %(default)s)",
+    )
+    group.add_argument("--rounding", choices=ROUNDINGS, default="gptq", help="of int8 weights (default: %(default)s)")
+    group.add_argument(
+        "--budget",
+        default="0%",
+        metavar="P",
+        help="leave the inputs whose rounding costs most in 16 bits, as long as a pass reads at most P more bytes, such "
+        "as 2%% (default: 0%%)",
     )
     group.add_argument("--force", action="store_true", help="go on with a quantised model that measures as garbage")
     parser.add_argument("-v", "--verbose", action="count", default=0, help="log more; twice for debugging")
@@ -80,6 +92,13 @@ def add_generation_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--prompt-file", metavar="FILE", help="read the prompt from a file")
     group.add_argument("--prompt-ids", metavar="IDS", help="token ids instead of text: 1,2,3")
     group.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
+    group.add_argument("--system", metavar="TEXT", help="with --chat: the system prompt (default: the model's own)")
+    group.add_argument(
+        "--think",
+        choices=THINK_MODES,
+        help="with --chat: think first, answer at once, or let the model choose (auto: openPangu only; "
+        "default: the model's own)",
+    )
     group = parser.add_argument_group("generation")
     group.add_argument(
         "--max-new-tokens",
@@ -158,7 +177,7 @@ def load_model(args: argparse.Namespace, precision: str, lossless: bool = False)
     name = args.model if args.dummy is None else DUMMY_PREFIX + args.dummy
     progress = sys.stderr.isatty()
     calibration, heldout = texts_or_default(args.calibration), texts_or_default(args.heldout)
-    alpha = alpha_of(args)
+    recipe = recipe_of(args)
     model = load(
         name,
         device=args.device,
@@ -175,7 +194,9 @@ def load_model(args: argparse.Namespace, precision: str, lossless: bool = False)
             lm_head=args.lm_head,
             keep_full=lossless,
             heldout=heldout,
-            alpha=alpha,
+            alpha=recipe.alpha,
+            rounding=recipe.rounding,
+            budget=recipe.budget,
             force=args.force,
             progress=progress,
         )
@@ -211,6 +232,9 @@ def prompt_ids(args: argparse.Namespace, model: Model) -> list[int]:
     ]
     if len(given) > 1:
         raise QuasarError(f"give one prompt, not {' and '.join(given)}")
+    for flag, value in (("--system", args.system), ("--think", args.think)):
+        if value is not None and not args.chat:
+            raise QuasarError(f"{flag} goes with --chat")
     if args.prompt_ids is not None:
         try:
             return [int(part) for part in args.prompt_ids.split(",")]
@@ -218,7 +242,7 @@ def prompt_ids(args: argparse.Namespace, model: Model) -> list[int]:
             raise QuasarError(
                 f"--prompt-ids {args.prompt_ids}: should be whole numbers with commas, as 1,2,3"
             ) from None
-    return model.encode(_prompt_text(args), args.chat)
+    return model.encode(_prompt_text(args), args.chat, args.system, args.think)
 
 
 def _prompt_text(args: argparse.Namespace) -> str:
@@ -234,14 +258,26 @@ def _prompt_text(args: argparse.Namespace) -> str:
     return sys.stdin.read()
 
 
-def alpha_of(args: argparse.Namespace) -> float | None:
+def recipe_of(args: argparse.Namespace) -> Recipe:
+    """How W8A8 is made."""
+    return Recipe(_alpha(args.alpha), args.rounding, _share(args.budget))
+
+
+def _alpha(text: str) -> float | str | None:
     """SmoothQuant's migration strength; None for auto."""
-    if args.alpha == "auto":
-        return None
+    if text in ("auto", FITTED):
+        return None if text == "auto" else text
     try:
-        return float(args.alpha)
+        return float(text)
     except ValueError:
-        raise QuasarError(f"--alpha {args.alpha}: should be a number from 0 to 1, or auto") from None
+        raise QuasarError(f"--alpha {text}: should be a number from 0 to 1, auto or {FITTED}") from None
+
+
+def _share(text: str) -> float:
+    try:
+        return float(text.removesuffix("%")) / 100
+    except ValueError:
+        raise QuasarError(f"--budget {text}: should be a percentage, such as 2%") from None
 
 
 def _gamma(text: str) -> int | None:

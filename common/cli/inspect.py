@@ -14,6 +14,7 @@ from quasar.errors import QuasarError
 from quasar.models.config import ModelConfig, read_config
 from quasar.models.decoder import Decoder
 from quasar.models.linear import FullLinear, Linear, W8A8Linear
+from quasar.models.linear_int4 import W4A16Linear
 from quasar.models.loader import PROJECTIONS, build_decoder
 from quasar.models.model import find_checkpoint
 
@@ -52,7 +53,6 @@ def report(folder: Path) -> list[str]:
             # On the meta device tensors have shapes and no values: all that loading checks, without the reading.
             decoder = build_decoder(config, source, ReferenceBackend("meta", config.dtype))
             lines += _precisions(decoder)
-            decoder.pack()
             lines.append(_line("verification pass", f"reads {_size(decoder.weight_bytes_per_pass)} of weights"))
         except QuasarError as error:
             problem = error
@@ -98,7 +98,9 @@ def _precisions(decoder: Decoder) -> list[str]:
 
 def _kind(linear: Linear) -> str:
     if isinstance(linear, FullLinear):
-        return f"full ({str(linear.weight.dtype).removeprefix('torch.')})"
+        return f"full ({str(linear.stored_as).removeprefix('torch.')})"
+    if isinstance(linear, W4A16Linear):
+        return "w4a16"
     assert isinstance(linear, W8A8Linear)
     kind = "w8a8" if linear.static_scale is None else "w8a8-static"
     extras = [

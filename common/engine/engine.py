@@ -389,9 +389,11 @@ class Engine:
             return
         drafter = request.drafter
         over = request.take(window.draft, verdict)
+        stats = request.result.stats
+        if drafter is not None:
+            stats.draft_passes, stats.draft_weight_bytes = drafter.passes, drafter.weight_bytes
         if drafter is not None and not over:
             clock = time.perf_counter()
-            stats = request.result.stats
             if stats.passes:  # this was not the prompt's
                 drafter.observe(draft, len(window.draft), verdict.own, verdict.top)
                 if not draft.tokens or window.draft.tokens or drafter.takes_passes:
@@ -400,7 +402,6 @@ class Engine:
                     request.rest_after_miss = min(2 * request.rest_after_miss, _LONGEST_REST)
                     request.draft_rest = request.rest_after_miss - 1
             drafter.extend(verdict.tokens)
-            stats.draft_passes, stats.draft_weight_bytes = drafter.passes, drafter.weight_bytes
             stats.seconds_draft += time.perf_counter() - clock
         self._stats.tokens += len(verdict.tokens)
         self._stats.drafted += len(window.draft)

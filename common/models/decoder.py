@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from quasar.backends.base import AttentionSpec, Backend, Batch, Segment
 from quasar.models.config import ModelConfig
-from quasar.models.linear import FullLinear, Linear
+from quasar.models.linear import Linear
 
 CHUNK_ROWS = 512  # of a text in one pass, so that memory grows with the chunk and not with the text
 
@@ -94,10 +94,11 @@ class Decoder(nn.Module):
         For calibration and measurements: nothing is captured and nothing kept.
         """
         c = self.config
+        ids = [int(token) for token in ids]
         slot = self.backend.new_slot(c.num_layers, c.num_kv_heads, len(ids), c.head_dim)
         kept = []
         for first in range(0, len(ids), CHUNK_ROWS):
-            chunk = list(ids[first : first + CHUNK_ROWS])
+            chunk = ids[first : first + CHUNK_ROWS]
             keep = min(len(chunk), max(0, logits_to_keep - (len(ids) - first - len(chunk))))
             batch = Batch([Segment(slot, chunk, logits_to_keep=keep)])
             kept.append(self(torch.tensor(chunk, device=self.backend.device), batch))
@@ -108,13 +109,6 @@ class Decoder(nn.Module):
         """Every linear layer, lm_head last."""
         inner = [linear for layer in self.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
         return [*inner, self.lm_head]
-
-    def pack(self) -> None:
-        """Gives every full-precision weight its device layout, layer by layer. Needed before the first fast pass;
-        after it the weights can no longer be quantised. Does nothing the second time."""
-        for linear in self.linears():
-            if isinstance(linear, FullLinear):
-                linear.pack()
 
     @property
     def weight_bytes_per_pass(self) -> int:

@@ -14,14 +14,15 @@ import torch
 from quasar.backends import get_backend
 from quasar.backends.base import Backend
 from quasar.checkpoints import open_checkpoint
-from quasar.checkpoints.folder import read_json
+from quasar.checkpoints.folder import SafetensorsFolder, read_json
 from quasar.errors import QuasarError
+from quasar.models.build import WeightSource, assemble, precision_of
+from quasar.models.chat import render_chat
 from quasar.models.config import DTYPES, DUMMY_SHAPES, ModelConfig, read_config
 from quasar.models.decoder import Decoder
-from quasar.models.linear import W8A8Linear
-from quasar.models.loader import RandomTensors, build_decoder
+from quasar.models.fidelity import Fidelity
+from quasar.models.loader import CheckpointWeights, RandomTensors
 from quasar.models.runtime import Runtime
-from quasar.quantization.fidelity import Fidelity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,6 +43,7 @@ class Model:
     precision: str = "full"
     fidelity: Fidelity | None = None  # set by quantisation
     full: Decoder | None = None  # the full-precision decoder that lossless generation confirms with
+    weights: WeightSource | None = None  # what a full-precision decoder was built from, for quantising; read anew
     draft_runtimes: dict[str, Runtime] = field(default_factory=dict)  # that draft for this one, by --draft name
     trust_remote_code: bool = False  # whether a draft model's tokenizer may be Python code too
 
@@ -54,7 +56,7 @@ class Model:
 
     @property
     def runtime(self) -> Runtime:
-        """What runs the decoder, made at first use; from then on the model cannot be quantised any more."""
+        """What runs the decoder, made at first use."""
         return self._runtime_of(self.decoder)
 
     def target_runtime(self, lossless: bool) -> Runtime:
@@ -85,17 +87,16 @@ class Model:
                 self._runtimes[decoder] = Runtime(decoder)
             return self._runtimes[decoder]
 
-    def encode(self, text: str, chat: bool = False) -> list[int]:
-        """Token ids of a prompt; chat puts it into the model's chat template as a user turn."""
+    def encode(self, text: str, chat: bool = False, system: str | None = None, think: str | None = None) -> list[int]:
+        """Token ids of a prompt; chat puts it into the model's chat template as a user turn.
+
+        system is the turn before it, think one of "slow", "fast" and "auto" (see `render_chat`); both go with chat.
+        """
         if self.tokenizer is None:
             raise QuasarError(f"{self.name} has random weights and no tokenizer; give --prompt-ids 1,2,3")
         if chat:
-            if not self.tokenizer.chat_template:
-                raise QuasarError(f"{self.name} has no chat template; leave out --chat")
-            turns = [{"role": "user", "content": text}]
-            return self.tokenizer.apply_chat_template(
-                turns, add_generation_prompt=True, tokenize=True, return_dict=False
-            )
+            turns = [] if system is None else [{"role": "system", "content": system}]
+            return render_chat(self.tokenizer, [*turns, {"role": "user", "content": text}], think=think)
         return self.tokenizer.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -119,29 +120,71 @@ class LoadOptions:
         return get_backend(self.device, _dtype(self.dtype))
 
 
-def load_checkpoint(name: str, options: LoadOptions) -> Model:
-    """A model in its checkpoint's precision. `name` is a folder, a shipped model, `dummy:SHAPE`, or a hub name."""
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model that was found and checked, and whose weights are read when they are asked for."""
+
+    name: str
+    config: ModelConfig
+    weights: CheckpointWeights
+    backend: Backend
+    tokenizer: PreTrainedTokenizerBase | None
+    stop_ids: frozenset[int]
+    is_quantized: bool
+    nbytes: int
+    trust_remote_code: bool = False
+
+    def decoder(self, progress: bool = False) -> Decoder:
+        """Puts every layer on the device, one after the other. Raises QuasarError for a checkpoint that does not fit
+        its configuration, and where the device's memory does not suffice."""
+        self.backend.require_memory(self.nbytes, f"loading {self.name}")
+        decoder = assemble(self.config, self.weights, self.backend, progress)
+        self.weights.finish()
+        return decoder
+
+    def model(self, decoder: Decoder) -> Model:
+        """The model around a decoder of these weights."""
+        precision = precision_of(decoder)
+        return Model(
+            self.name,
+            decoder,
+            self.tokenizer,
+            self.stop_ids,
+            precision=precision,
+            weights=None if self.is_quantized else self.weights,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+
+def open_model(name: str, options: LoadOptions) -> Checkpoint:
+    """Finds a model: a folder, a shipped model, `dummy:SHAPE`, or a hub name. No layer is read yet."""
     backend = options.backend()
     if name.startswith(DUMMY_PREFIX):
         config = dummy_config(name.removeprefix(DUMMY_PREFIX))
-        backend.require_memory(config.matrix_parameters * config.dtype.itemsize, f"loading {name}")
-        decoder = build_decoder(config, RandomTensors(config.dtype, place=backend.place), backend, options.progress)
-        return Model(name, decoder, None, frozenset())
+        weights = CheckpointWeights(config, RandomTensors(config.dtype, place=backend.place), backend.place)
+        nbytes = config.matrix_parameters * config.dtype.itemsize
+        return Checkpoint(name, config, weights, backend, None, frozenset(), is_quantized=False, nbytes=nbytes)
     folder = find_checkpoint(name, options.trust_remote_code)
     config = read_config(folder)
-    checkpoint = open_checkpoint(folder)
-    backend.require_memory(checkpoint.nbytes, f"loading {name}")
-    decoder = build_decoder(config, checkpoint, backend, options.progress)
+    source = open_checkpoint(folder)
     tokenizer = load_tokenizer(folder, options.trust_remote_code)
-    quantized = any(isinstance(linear, W8A8Linear) for linear in decoder.linears())
-    return Model(
+    return Checkpoint(
         name,
-        decoder,
+        config,
+        CheckpointWeights(config, source, backend.place),
+        backend,
         tokenizer,
         _stop_ids(folder, tokenizer),
-        precision="w8a8" if quantized else "full",
+        is_quantized=source.format != SafetensorsFolder.format,
+        nbytes=source.nbytes,
         trust_remote_code=options.trust_remote_code,
     )
+
+
+def load_checkpoint(name: str, options: LoadOptions) -> Model:
+    """A model in its checkpoint's precision. `name` is a folder, a shipped model, `dummy:SHAPE`, or a hub name."""
+    found = open_model(name, options)
+    return found.model(found.decoder(options.progress))
 
 
 def dummy_config(shape: str) -> ModelConfig:

@@ -3,7 +3,6 @@
 The bounds are those of test_npu_backend.py: `rounding` is half a unit in the last place of the activations' type.
 """
 
-from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -19,24 +18,27 @@ from quasar import QuasarError, generate, load, quantize
 from quasar.backends import get_backend
 from quasar.backends.base import Quantized
 from quasar.backends.reference import ReferenceBackend
-from quasar.models.linear_int4 import W4A4Linear, W4A16Linear, quantize_weight_int4
-from quasar.quantization import quantize_int4
+from quasar.models.linear_int4 import in_w4a4
+from quasar.models.sharing import share
+from quasar.quantization.int4 import quantize_weight_int4
+from quasar.quantization.methods import Int4
 from quasar.quantization.rotation import hadamard
+from quasar.quantization.stream import quantized_decoder
 from quasar_npu.graphs import WindowGraphs
 from quasar_npu.inference_card import InferenceCardBackend
 from tests.conftest import FAMILIES, TINY
 
 __all__ = ["sides"]  # the fixture
-LAYERS = {"w4a16": W4A16Linear, "w4a4": W4A4Linear}
 
 
 @cache
 def model_on(family, precision, backend):
     """Rotated and quantised on that backend."""
-    model = replace(on_backend(family, "full", backend), precision=precision, draft_decoders={})
-    quantize_int4(model.decoder, LAYERS[precision])
-    model.decoder.pack()
-    return model
+    model = on_backend(family, "full", backend)
+    decoder, _ = quantized_decoder(model.config, model.weights, backend, Int4(model.config), [])
+    if precision == "w4a4":
+        decoder = share(decoder, convert=in_w4a4)
+    return model.with_decoder(decoder, precision)
 
 
 @cache
@@ -108,7 +110,7 @@ def test_a_layer_beyond_the_operator_s_limit_is_refused_in_one_line():
 def test_inference_cards_refuse_in_one_line(inference_card):
     card = InferenceCardBackend(torch.device("npu", 0), torch.float16, "Ascend310P3")
     with pytest.raises(QuasarError, match=r"Ascend310P3 has no int4 weights .*; use --precision w8a8 or full"):
-        quantize_int4(on_backend("qwen3", "full", card).decoder, W4A16Linear)
+        Int4(on_backend("qwen3", "full", card).config).check(card)
 
 
 PROMPT = "class Stack:\n    def push(self, item):\n        self.items.append(item)\n    def push"

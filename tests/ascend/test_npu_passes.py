@@ -34,7 +34,6 @@ AROUND = 6
 
 def decoder_on_npu(family="openpangu", precision="w8a8"):
     decoder = on_backend(family, precision, get_backend("npu")).decoder
-    decoder.pack()
     return decoder
 
 

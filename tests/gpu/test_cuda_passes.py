@@ -56,7 +56,6 @@ def master(family: str, precision: str) -> Model:
 def on(family: str, precision: str, backend: CudaBackend | ReferenceBackend) -> Model:
     model = master(family, precision)
     decoder = moved(model.decoder, backend)
-    decoder.pack()
     return replace(model, decoder=decoder)
 
 

@@ -40,8 +40,8 @@ def test_tokens_have_the_target_distribution(seed):
 
 
 def test_the_chi_square_test_finds_a_wrong_rule(monkeypatch):
-    """The classic mistake: noise that is not Gumbel's (here its logarithm is taken once)."""
-    monkeypatch.setattr(module, "gumbel", lambda *key: -np.log(module._uniform(module._hash(*key))))
+    """A mistake that looks like sampling: noise that is uniform, not Gumbel's."""
+    monkeypatch.setattr(module, "gumbel", lambda *key: module._uniform(module._hash(*key)))
     statistic, freedom = chi_square(counted(P, Sampling(seed=3)), P)
     assert statistic > 5 * CHI_SQUARE[freedom]
 

@@ -45,10 +45,11 @@ class CpuBackend(ReferenceBackend):
             scale = scale.expand(tokens).contiguous()
         return kernels.int8_linear(x.values, scale, weight, bias)
 
-    def int4_weight(self, values: Tensor, scale: Tensor) -> Any:
+    def int4_weight(self, values: Tensor, scale: Tensor, offset: Tensor | None = None) -> Any:
         if not kernels.int4_available():
-            return super().int4_weight(values, scale)
-        return kernels.PackedInt4(values.contiguous(), scale.contiguous())
+            return super().int4_weight(values, scale, offset)
+        offset = None if offset is None else offset.contiguous()
+        return kernels.PackedInt4(values.contiguous(), scale.contiguous(), offset)
 
     def int4_linear(self, x: Tensor | Quantized, weight: Any, bias: Tensor | None) -> Tensor:
         if not isinstance(weight, kernels.PackedInt4):
@@ -90,7 +91,7 @@ class CpuBackend(ReferenceBackend):
     def rope_rows(
         self, cos: Tensor, sin: Tensor, specs: Sequence[AttentionSpec], batch: Batch
     ) -> Iterable[tuple[Tensor, Tensor]]:
-        """The whole tables: the kernel looks positions up. Called once per pass, so the batch's segments are read here."""
+        """The whole tables: the kernel looks positions up. Called once per pass: segments are read here."""
         if specs[0].head_dim % _HEAD_STEP:
             return super().rope_rows(cos, sin, specs, batch)
         batch.on_device = segments_of(batch, batch.on_device)

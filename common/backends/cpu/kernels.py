@@ -151,7 +151,7 @@ class SlotMemory:
 
 
 class Segments:
-    """The table of what a pass runs over, at a fixed address: a recorded pass reads whatever it was filled with last."""
+    """The table of what a pass runs over, at a fixed address. A recorded pass reads what it holds by then."""
 
     __slots__ = ("_room", "_table", "pointer")
 
@@ -165,8 +165,7 @@ class Segments:
     def fill(self, segments: list[tuple[int, int, int, Sequence[int] | None]]) -> None:
         """A tuple for each segment: its `SlotMemory.pointer`, committed positions, rows, and parents (None: a chain).
 
-        Raises ValueError where rows do not fit their slot or the table, where a parent does not come before its row, and
-        for trees of more than 64 rows.
+        Raises ValueError where rows do not fit their slot or the table, or a parent does not come before its row.
         """
         _kernels.fill_segments(self.pointer, self._room, segments)
 
@@ -273,11 +272,12 @@ class PackedFloat32(_Packed):
 
 
 class PackedInt4:
-    """int4 weight, int8 [n, k] between -8 and 7, with a bfloat16 scale per group of inputs [n, k / group]."""
+    """int4 weight, int8 [n, k] between -8 and 7, with a bfloat16 scale per group of inputs [n, k / group], and an
+    offset likewise or None."""
 
-    __slots__ = ("group", "k", "n", "pointer", "scale", "tensor")
+    __slots__ = ("group", "k", "n", "offset", "pointer", "scale", "tensor")
 
-    def __init__(self, weight: Tensor, scale: Tensor):
+    def __init__(self, weight: Tensor, scale: Tensor, offset: Tensor | None = None):
         (self.n, self.k), groups = weight.shape, scale.shape[1]
         self.group = self.k // groups
         if self.k % groups or self.group % 8:
@@ -290,6 +290,11 @@ class PackedInt4:
         _kernels.pack(4, _pointer(weight, _int8, self.n * self.k), self.pointer, self.n, self.k)
         source = _pointer(scale, torch.bfloat16, self.n * groups)
         _kernels.pack_scales(source, self.scale.data_ptr(), self.n, groups)
+        self.offset = None
+        if offset is not None:
+            self.offset = torch.empty_like(self.scale)
+            source = _pointer(offset, torch.bfloat16, self.n * groups)
+            _kernels.pack_scales(source, self.offset.data_ptr(), self.n, groups)
 
 
 def int4_available() -> bool:
@@ -316,6 +321,11 @@ def int4_linear(x: Tensor | Quantized, weight: PackedInt4, bias: Tensor | None =
         pointer, scale_pointer, _weight(weight), weight.scale.data_ptr(), _constant(bias, _float32, n), out_pointer,
         m, n, k, weight.group, _threads(),
     )  # fmt: skip
+    if weight.offset is not None:
+        source = _pointer(x, _float32, m * k) if isinstance(x, Tensor) else pointer
+        _kernels.add_offsets(
+            source, scale_pointer, weight.offset.data_ptr(), out_pointer, m, n, k, weight.group, _threads()
+        )
     return out
 
 
@@ -511,8 +521,8 @@ def rope_qk_append(
 def attention(q: Tensor, segments: Segments, layer: int, kv_heads: int, scale: float) -> Tensor:
     """Attention of each row to the committed positions of its slot, its ancestors and itself, grouped queries.
 
-    q: float32 [m, heads, dim]; the slots hold the rows' keys and values already. A row's result is bit for bit that of a
-    chain of its ancestors. Returns float32 [m, heads * dim].
+    q: float32 [m, heads, dim]; the slots hold the rows' keys and values already. A row's result is bit for bit that
+    of a chain of its ancestors. Returns float32 [m, heads * dim].
     """
     m, heads, dim = q.shape
     if dim % 16 or heads % kv_heads:

@@ -1,7 +1,7 @@
 """Passes on CPU that are recorded once and made again: one call into C instead of hundreds.
 
-The pass runs through the decoder once for each number of rows, and its kernel calls are recorded (kernels.Recording); the
-next pass of that many rows makes them again, whichever sequences they belong to. What would not be repeated, any
+The pass runs through the decoder once for each number of rows, and its kernel calls are recorded (kernels.Recording).
+The next pass of that many rows makes them again, whichever sequences they belong to. What would not be repeated, any
 operation of PyTorch's own, is refused while recording: then the decoder's passes go on running plainly.
 """
 

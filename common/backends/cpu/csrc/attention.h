@@ -179,7 +179,7 @@ INLINE void attend(const float *q, const float *keys, const float *values, float
 
 /* The keys that a tree's rows see from position `base` on, a multiple of 64: the last committed ones, then each row's
  * own ancestors. Keys are scored where they lie, for all rows; each row's scores and values are then taken in the order
- * that they have in a chain of those ancestors. There are fewer than 128 of them. */
+ * that they have in a chain of those ancestors. */
 static void attend_tree(const struct attention_args *a, const struct segment *s, int64_t head, int64_t first,
                         int64_t last, float *q, float *keys, float *scores, float *out, float *maximum, float *sum,
                         float *tree_scores)
@@ -189,7 +189,7 @@ static void attend_tree(const struct attention_args *a, const struct segment *s,
     const int64_t at = ((a->layer * a->kv_heads + head) * s->slot.capacity + base) * dim;
     const float *k = (const float *)s->slot.k + at, *v = (const float *)s->slot.v + at;
     const struct row *tree = a->segments->row + s->first_row;
-    for (int64_t part = 0; part * KEYS < n; part++) { /* tree_scores: [2, rows, 64] */
+    for (int64_t part = 0; part * KEYS < n; part++) { /* tree_scores: [chunks, rows, 64] */
         int64_t here = n - part * KEYS < KEYS ? n - part * KEYS : KEYS;
         float *to = tree_scores + part * rows * KEYS;
         transpose_keys(k + part * KEYS * dim, v + part * KEYS * dim, keys, here, dim);
@@ -199,8 +199,8 @@ static void attend_tree(const struct attention_args *a, const struct segment *s,
         for (; row < rows; row++)
             score_tile(q + row * dim, keys, to + row * KEYS, dim, 1, here);
     }
+    int32_t *pick = (int32_t *)tree_scores + tree_chunks(a->m) * rows * KEYS; /* where the keys that a token sees lie */
     for (int64_t token = first; token < last; token++) {
-        int32_t pick[2 * KEYS]; /* where the keys that this token sees lie */
         int64_t seen = tree[token].position + 1 - base;
         for (int64_t key = 0; key < committed; key++)
             pick[key] = (int32_t)key;

@@ -39,6 +39,15 @@ struct int4_linear_args {
     int64_t scratch_bytes, m, n, k, group;
 };
 
+#define MAX_GROUPS 2048 /* of inputs that share an offset */
+struct offset_args {
+    const void *x;           /* float [m, k], or int8 [m, k] where there is x_scale */
+    const float *x_scale;    /* [m] or NULL */
+    const uint16_t *offset;  /* bfloat16 [ceil(n / 32), k / group, 32] */
+    float *out;              /* [m, n], added to */
+    int64_t m, n, k, group;
+};
+
 struct embed_args {
     const void *table;       /* float or bf16 [vocab, k] */
     const int64_t *ids;      /* [m] */
@@ -112,7 +121,6 @@ struct segments {
     struct segment *segment; /* [count] */
     struct row *row;         /* [rows] */
 };
-#define TREE_ROWS 64         /* rows of one segment that is a tree */
 
 struct rope_args {
     const float *qkv;        /* [m, (heads + 2 * kv_heads) * dim] */
@@ -153,7 +161,7 @@ typedef void (*task_fn)(void *args, int thread, int threads);
 struct kernels {
     const char *name;
     task_fn int8_linear, f32_linear, bf16_linear, rounded_linear, round_bf16, embed_bf16, embed_f32, quantize, norm;
-    task_fn swiglu, rope, attention, argmax, read, hadamard;
+    task_fn swiglu, rope, attention, argmax, read, hadamard, add_offsets;
     task_fn int4_linear; /* NULL where the instruction set has none */
     void (*exp)(const float *x, float *y, int64_t n); /* for the accuracy test */
 };
@@ -185,6 +193,7 @@ struct call {
         struct int8_linear_args int8_linear;
         struct float_linear_args float_linear;
         struct int4_linear_args int4_linear;
+        struct offset_args offsets;
         struct embed_args embed;
         struct round_args round;
         struct quantize_args quantize;
@@ -228,10 +237,15 @@ static inline int64_t int4_scratch_bytes(int64_t k, int64_t group)
 /* Rows of q that share one pass over a chunk of keys, and the keys of a chunk. */
 #define ATTENTION_ROWS 64
 #define ATTENTION_KEYS 64
-static inline int64_t attention_scratch_bytes(int64_t rows, int64_t dim)
+/* Chunks that hold the last committed keys, fewer than one chunk's, and those of so many rows of a tree. */
+static inline int64_t tree_chunks(int64_t rows)
+{
+    return (rows + 2 * ATTENTION_KEYS - 2) / ATTENTION_KEYS;
+}
+static inline int64_t attention_scratch_bytes(int64_t rows, int64_t dim, int64_t m)
 {
     /* transposed keys, scores of up to 4 rows, then per row: scaled query, output, maximum, sum, and its scores over a
-     * tree's last keys, committed or not (and alignment) */
-    int64_t floats = (dim + 4) * ATTENTION_KEYS + rows * (2 * dim + 2 + 2 * ATTENTION_KEYS) + 16;
+     * tree's keys; where a token's keys lie (and alignment) */
+    int64_t floats = (dim + 4) * ATTENTION_KEYS + rows * (2 * dim + 2) + (rows + 1) * tree_chunks(m) * ATTENTION_KEYS + 16;
     return (int64_t)sizeof(float) * (floats - floats % 16);
 }

@@ -179,6 +179,21 @@ FUNCTION(py_int4_linear, 11)
     return run(&call, k * BLOCK, INT(10));
 }
 
+/* x, x_scale (0: x is float), offset, out, m, n, k, group, threads */
+FUNCTION(py_add_offsets, 9)
+    int64_t n = INT(5), k = INT(6), blocks = (n + BLOCK - 1) / BLOCK, groups = k / INT(7);
+    if (groups > MAX_GROUPS)
+        return PyErr_Format(PyExc_ValueError, "%lld groups of inputs; at most %d", (long long)groups, MAX_GROUPS);
+    struct call call = {
+        .name = "add_offsets", .task = isa->add_offsets, .items = blocks,
+        .offsets = {
+            .x = ADDRESS(0), .x_scale = ADDRESS(1), .offset = ADDRESS(2), .out = ADDRESS(3), .m = INT(4), .n = n, .k = k,
+            .group = INT(7),
+        },
+    };
+    return run(&call, groups * BLOCK, INT(8));
+}
+
 /* x, y, block, m, k, threads */
 FUNCTION(py_hadamard, 6)
     struct call call = {
@@ -379,7 +394,7 @@ FUNCTION(py_attention, 10)
         .attention = {
             .q = ADDRESS(0), .segments = segments, .out = ADDRESS(3), .scale = FLOAT(4), .m = m, .heads = heads,
             .kv_heads = kv_heads, .dim = dim, .layer = INT(2), .tokens_per_item = tokens,
-            .scratch_bytes = attention_scratch_bytes(tokens * group, dim),
+            .scratch_bytes = attention_scratch_bytes(tokens * group, dim, m),
         },
     };
     const char *wrong = attention_check(&call.attention);
@@ -557,6 +572,7 @@ static PyMethodDef methods[] = {
     FAST("int8_linear", py_int8_linear),
     FAST("float_linear", py_float_linear),
     FAST("int4_linear", py_int4_linear),
+    FAST("add_offsets", py_add_offsets),
     FAST("hadamard", py_hadamard),
     FAST("pack_scales", py_pack_scales),
     FAST("embed", py_embed),

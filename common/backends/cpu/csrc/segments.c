@@ -23,8 +23,6 @@ const char *segments_finish(struct segments *t)
             s->is_tree |= row[i].parent != i - 1;
             t->last_position = row[i].position > t->last_position ? row[i].position : t->last_position;
         }
-        if (s->is_tree && s->rows > TREE_ROWS)
-            return "a tree has at most 64 rows";
     }
     return NULL;
 }
