@@ -7,6 +7,6 @@
 #include "rows.h"
 
 const struct kernels KERNELS = {
-    ISA_NAME, int8_linear, f32_linear, bf16_linear, rounded_linear, round_bf16, embed_bf16, embed_f32, quantize, norm,
-    swiglu, rope, attention, argmax, read_memory, hadamard, int4_linear, exp_array,
+    ISA_NAME, {INT8_WIDTH, INT8_INPUTS, FLOAT_WIDTH, INT8_SHIFT}, int8_linear, f32_linear, bf16_linear, rounded_linear, round_bf16, embed_bf16, embed_f32, quantize, norm,
+    swiglu, rope, attention, argmax, read_memory, hadamard, int4_linear, round_int4, exp_array,
 };

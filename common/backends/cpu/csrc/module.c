@@ -156,11 +156,9 @@ FUNCTION(py_float_linear, 10)
     return run(&call, k * BLOCK, INT(8));
 }
 
-/* x, x_scale (0: x is bfloat16), weight, w_scale, bias, out, m, n, k, group, threads */
+/* x, x_scale (0: x is what round_bf16 made for it), weight, w_scale, bias, out, m, n, k, group, threads */
 FUNCTION(py_int4_linear, 11)
     int64_t n = INT(7), k = INT(8), blocks = (n + BLOCK - 1) / BLOCK;
-    if (!isa->int4_linear)
-        return PyErr_Format(PyExc_NotImplementedError, "no int4 kernel for %s", isa->name);
     struct call call = {
         .name = "int4_linear", .task = isa->int4_linear, .items = blocks,
         .weight = ADDRESS(2), .block_bytes = k / 2 * BLOCK, .blocks = blocks,
@@ -200,10 +198,10 @@ FUNCTION(py_embed, 8)
     return run(&call, INT(6), INT(7));
 }
 
-/* x, rounded, m, k, threads */
-FUNCTION(py_round_bf16, 5)
+/* x, rounded, m, k, threads, for int4_linear? */
+FUNCTION(py_round_bf16, 6)
     struct call call = {
-        .name = "round_bf16", .task = isa->round_bf16, .items = INT(2),
+        .name = "round_bf16", .task = INT(5) ? isa->round_int4 : isa->round_bf16, .items = INT(2),
         .round = {.x = ADDRESS(0), .rounded = ADDRESS(1), .m = INT(2), .k = INT(3)},
     };
     return run(&call, INT(3), INT(4));
@@ -306,9 +304,9 @@ FUNCTION(py_pack, 5)
     Py_BEGIN_ALLOW_THREADS
     switch (INT(0)) {
     case 4: pack_int4(ADDRESS(1), ADDRESS(2), INT(3), INT(4)); break;
-    case 8: pack_int8(ADDRESS(1), ADDRESS(2), INT(3), INT(4)); break;
-    case 16: pack_bf16(ADDRESS(1), ADDRESS(2), INT(3), INT(4)); break;
-    case 32: pack_f32(ADDRESS(1), ADDRESS(2), INT(3), INT(4)); break;
+    case 8: pack_int8(&isa->layout, ADDRESS(1), ADDRESS(2), INT(3), INT(4)); break;
+    case 16: pack_bf16(&isa->layout, ADDRESS(1), ADDRESS(2), INT(3), INT(4)); break;
+    case 32: pack_f32(&isa->layout, ADDRESS(1), ADDRESS(2), INT(3), INT(4)); break;
     }
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
@@ -421,12 +419,6 @@ static PyObject *py_supported(PyObject *Py_UNUSED(self), PyObject *Py_UNUSED(unu
     return names;
 }
 
-/* Whether the chosen instruction set has int4 kernels. */
-static PyObject *py_has_int4(PyObject *Py_UNUSED(self), PyObject *Py_UNUSED(unused))
-{
-    return PyBool_FromLong(isa->int4_linear != NULL);
-}
-
 static PyObject *py_select(PyObject *Py_UNUSED(self), PyObject *name)
 {
     PyObject *bytes = PyUnicode_AsUTF8String(name);
@@ -467,7 +459,6 @@ static PyMethodDef methods[] = {
     FAST("record", py_record),
     {"recorded", py_recorded, METH_NOARGS, NULL},
     {"use_openmp", py_use_openmp, METH_O, NULL},
-    {"has_int4", py_has_int4, METH_NOARGS, NULL},
     {"supported", py_supported, METH_NOARGS, NULL},
     {"select", py_select, METH_O, NULL},
     {NULL, NULL, 0, NULL},

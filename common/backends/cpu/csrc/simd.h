@@ -22,10 +22,22 @@
 #define NV (BLOCK / VL) /* vectors per block of outputs */
 
 #define INLINE static inline __attribute__((always_inline))
+#define NOINLINE static __attribute__((noinline))
 #define UNROLL _Pragma("GCC unroll 16")
+/* Pins an accumulator to a register here: without it gcc orders a tile's sums so that they spill. */
+#if ISA_AVX512
+#define KEEP(accumulator) __asm__("" : "+v"(accumulator))
+#elif ISA_AVX2
+#define KEEP(accumulator) __asm__("" : "+x"(accumulator))
+#elif defined(__aarch64__)
+#define KEEP(accumulator) __asm__("" : "+w"(accumulator))
+#else
+#define KEEP(accumulator) (void)(accumulator)
+#endif
 
 typedef float vf __attribute__((vector_size(VL * 4)));
 typedef int32_t vi __attribute__((vector_size(VL * 4)));
+typedef uint32_t vu __attribute__((vector_size(VL * 4)));
 typedef int16_t vh __attribute__((vector_size(VL * 2)));
 typedef int8_t vb __attribute__((vector_size(VL)));
 typedef float vf_any __attribute__((vector_size(VL * 4), aligned(4), may_alias));
