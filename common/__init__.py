@@ -14,12 +14,14 @@ import os
 # and our small operations wait for a scheduler slice (measured: a pass of 15 ms took 1.8 s). It reads this when loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
+from quasar.engine.engine import Engine
 from quasar.errors import QuasarError
 from quasar.generation import Generation, GenerationSettings, GenerationStats, Result, generate
 from quasar.loading import load, quantize
 from quasar.models.model import Model
 
 __all__ = [
+    "Engine",
     "Generation",
     "GenerationSettings",
     "GenerationStats",

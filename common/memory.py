@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
 from quasar.errors import QuasarError
 
 
 def gigabytes(nbytes: int) -> str:
     """As in "1.50 GB"."""
     return f"{nbytes / 1e9:.2f} GB"
+
+
+def host_memory() -> int:
+    """Bytes of the host's memory that are free now, by what the system says it could give."""
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @contextmanager

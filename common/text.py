@@ -17,6 +17,7 @@ class TextStream:
         self._held = ""  # decoded, but maybe the beginning of a stop string
         self.text = ""
         self.stopped = False
+        self.stop_string: str | None = None  # the one that ended the text: of several, the one that begins first
 
     def push(self, token: int) -> str:
         """Takes a token; returns the text that became certain."""
@@ -37,9 +38,10 @@ class TextStream:
 
     def _release(self, new: str, final: bool) -> str:
         pending = self._held + new
-        found = [at for at in (pending.find(stop) for stop in self._stops) if at >= 0]
+        found = [(at, stop) for stop in self._stops if (at := pending.find(stop)) >= 0]
         if found:
-            self.stopped, pending, keep = True, pending[: min(found)], 0
+            first, self.stop_string = min(found)
+            self.stopped, pending, keep = True, pending[:first], 0
         else:
             keep = 0 if final else self._possible_stop(pending)
         certain = pending[: len(pending) - keep]

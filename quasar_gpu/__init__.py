@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from quasar.backends.base import Backend
 
+from quasar.backends.base import Backend
 from quasar_gpu.device import open_cuda
 
 

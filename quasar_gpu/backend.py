@@ -25,11 +25,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from quasar.backends.base import ActivationQuant, AttentionSpec, Backend, Forward, KVCache, Quantized, WindowPass
 from quasar.backends.buffers import Buffers
 from quasar.backends.reference import MAX_WINDOW
-from torch import Tensor
-
 from quasar_gpu.cache import CachePool, CudaCache, reach_bucket, rounded
 from quasar_gpu.device import require_free
 from quasar_gpu.graphs import WindowGraphs

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
+
 from quasar.backends.base import Forward, KVCache
 from quasar.backends.buffers import unused
 from quasar.backends.reference import MAX_WINDOW
-from torch import Tensor
 
 if TYPE_CHECKING:
     from quasar_gpu.graphs import Captured

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import torch
+
 from quasar.errors import QuasarError
 from quasar.memory import gigabytes
 

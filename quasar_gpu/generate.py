@@ -3,6 +3,7 @@
 import sys
 
 import torch
+
 from quasar.cli import main
 
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-from quasar.backends.base import Forward
-from quasar.backends.reference import MAX_WINDOW
 from torch import Tensor
 
+from quasar.backends.base import Forward
+from quasar.backends.reference import MAX_WINDOW
 from quasar_gpu.cache import CudaCache, reach_bucket
 
 log = logging.getLogger(__name__)

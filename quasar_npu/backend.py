@@ -27,6 +27,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
 from quasar.backends.base import (
     ActivationQuant,
     AttentionSpec,
@@ -37,9 +40,6 @@ from quasar.backends.base import (
     WindowPass,
 )
 from quasar.errors import QuasarError
-from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
-
 from quasar_npu.cache import NpuCache, to_device
 from quasar_npu.device import is_inference_card, open_npu
 from quasar_npu.graphs import WindowGraphs, graphs_wanted

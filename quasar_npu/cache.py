@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from quasar.backends.base import KVCache
 from torch import Tensor
+
+from quasar.backends.base import KVCache
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+
 from quasar.errors import QuasarError
 from quasar.models.model import find_checkpoint
-
 from quasar_npu.device import import_torch_npu, is_inference_card
 
 _OLDEST_CANN = (8, 1)  # of the published experiments

@@ -6,6 +6,7 @@ import importlib.util
 import warnings
 
 import torch
+
 from quasar.errors import QuasarError
 
 _INFERENCE_CARDS = ("Ascend310P",)

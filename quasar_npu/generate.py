@@ -4,7 +4,6 @@ import sys
 
 from quasar.cli import main
 from quasar.errors import QuasarError
-
 from quasar_npu.device import open_npu
 
 

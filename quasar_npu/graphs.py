@@ -13,9 +13,9 @@ import os
 from collections.abc import Sequence
 
 import torch
-from quasar.backends.base import Forward, WindowPass
 from torch import Tensor
 
+from quasar.backends.base import Forward, WindowPass
 from quasar_npu.cache import NpuCache, Places
 
 _LONGEST = 40  # tokens: above the largest draft there is; longer passes are bound by arithmetic, not by launches

@@ -11,10 +11,10 @@ from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
-from quasar.backends.base import ActivationQuant, AttentionSpec, KVCache, Quantized
-from quasar.errors import QuasarError
 from torch import Tensor
 
+from quasar.backends.base import ActivationQuant, AttentionSpec, KVCache, Quantized
+from quasar.errors import QuasarError
 from quasar_npu.backend import NpuBackend
 from quasar_npu.weights import Int8Part, bias_of, int8_parts, joined
 

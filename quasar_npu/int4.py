@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from quasar.backends.base import Quantized
 from quasar.errors import QuasarError
-from torch import Tensor
 
 _MAX_FEATURES = 65535  # of either dimension of the weight
 

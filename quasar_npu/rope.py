@@ -17,8 +17,9 @@ import math
 from collections.abc import Iterator, Sequence
 
 import torch
-from quasar.backends.base import AttentionSpec
 from torch import Tensor
+
+from quasar.backends.base import AttentionSpec
 
 _TOGETHER = 16  # passes up to this long (windows) get the rows of all layers at once; longer ones layer by layer
 

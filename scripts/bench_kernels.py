@@ -18,8 +18,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from quasar.backends.cpu import kernels
 from torch import Tensor
+
+from quasar.backends.cpu import kernels
 
 Layer = Callable[[int], object]  # runs on the i-th copy of the weight
 Kernels = dict[str, tuple[int, Callable[[int], Layer]]]  # name -> bytes per weight, rows -> layer to time

@@ -10,12 +10,11 @@ import argparse
 import statistics
 from collections.abc import Sequence
 
+from quasar import GenerationSettings, Model, drafting, generate, load
 from quasar.loading import PRECISIONS
 from quasar.models.model import ASSETS
 from quasar.quantization.calibration import read_texts
 from quasar.speculation.draft import Draft, Drafter
-
-from quasar import GenerationSettings, Model, drafting, generate, load
 
 GAMMAS = (1, 2, 3, 5, 8, 15)
 

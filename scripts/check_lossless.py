@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
 
+from tqdm import tqdm
+
+from quasar import GenerationSettings, Model, generate, generation, load
 from quasar.evaluation.tasks import SCHEMES, Scheme
 from quasar.models.model import ASSETS
 from quasar.quantization.calibration import read_texts
 from quasar.speculation.window import MAX_GAMMA, FixedWindow
-from tqdm import tqdm
-
-from quasar import GenerationSettings, Model, generate, generation, load
 
 NAMES = ("plain-full", "ngram-full", "quasar", "lossless")
 
@@ -42,7 +41,7 @@ def main() -> None:
         generation.adaptive_window = lambda *_, **__: FixedWindow(args.block)
     quantised = load(args.model, device=args.device, precision="w8a8", lossless=True)
     assert quantised.full is not None
-    full = replace(quantised, decoder=quantised.full, precision="full", full=None, draft_decoders={})
+    full = quantised.with_decoder(quantised.full, "full")
     models = {"full": full, "w8a8": quantised}
     schemes = [scheme for scheme in SCHEMES if scheme.name in NAMES]
     totals = {scheme.name: [0, 0, 0.0, 0.0, 0] for scheme in schemes}  # tokens, passes, seconds, bytes, equal

@@ -10,12 +10,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from quasar import load, quantize
 from quasar.loading import LM_HEADS
 from quasar.models.model import ASSETS
 from quasar.quantization.calibration import read_texts
 from quasar.quantization.fidelity import Fidelity, FidelityProbe
-
-from quasar import load, quantize
 
 ALLOWED_POINTS = 0.1  # percentage points of agreement
 

@@ -9,6 +9,9 @@ Rounding is simulated in floating point, so that all ways differ in what they ro
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
+from quasar import load
 from quasar.drafting.draft_models import calibration_ids
 from quasar.models.linear import FullLinear, quantize_weight
 from quasar.models.linear_int4 import quantize_weight_int4
@@ -17,9 +20,6 @@ from quasar.models.sharing import unpacked_copy
 from quasar.quantization.calibration import SMOOTHED, collect, read_texts
 from quasar.quantization.fidelity import FidelityProbe
 from quasar.quantization.rotation import hadamard, rotate_decoder, rotate_last
-from torch import Tensor
-
-from quasar import load
 
 
 class Simulated(FullLinear):

@@ -55,6 +55,7 @@ def device(report: Report) -> None:
     import torch
     import transformers
     import triton
+
     from quasar.backends import get_backend
     from quasar.evaluation.speed import BandwidthProbe
 
@@ -93,9 +94,9 @@ def device(report: Report) -> None:
 def operators(report: Report) -> None:
     """Every operator against the reference backend, and windows against longer ones."""
     import torch
+
     from quasar.backends import get_backend
     from quasar.models.model import dummy_config
-
     from scripts.gpu.operators import operator_errors
 
     for dtype in (torch.bfloat16, torch.float32, torch.float16):
@@ -127,9 +128,9 @@ def ids(report: Report) -> None:
 def step(report: Report) -> None:
     """Passes of Qwen3-8B's shape, with what they gain by graphs, and transformers'."""
     import torch
-    from quasar.evaluation import peers, speed
 
     from quasar import load
+    from quasar.evaluation import peers, speed
 
     steps = {}
     for precision in ("full", "w8a8"):
@@ -165,9 +166,8 @@ def time_table(report: Report, steps: dict[str, Any], rows: list[int], vocab: in
 
 def decode(report: Report) -> None:
     """Tokens per second at the paper's acceptance length."""
-    from quasar.evaluation import decode as ends
-
     from quasar import load
+    from quasar.evaluation import decode as ends
 
     models = {p: load(f"dummy:{SHAPE}", device="cuda", precision=p) for p in ("full", "w8a8")}
     for speed in ends.compare_runs(ends.replayed(models, ACCEPTANCE, 128, 128), 3, stated=True):
@@ -178,9 +178,8 @@ def decode(report: Report) -> None:
 
 def int4(report: Report) -> None:
     """Passes with int4 weights beside full precision's."""
-    from quasar.evaluation import speed
-
     from quasar import load
+    from quasar.evaluation import speed
 
     models = {p: load(f"dummy:{SHAPE}", device="cuda", precision=p) for p in ("full", "w4a16", "w4a4")}
     steps = {p: speed.decoder_step(model.decoder, 128, 16) for p, model in models.items()}
@@ -190,8 +189,8 @@ def int4(report: Report) -> None:
 def kernels(report: Report) -> None:
     """Each kernel alone, with and without dependent launch."""
     import torch
-    from quasar.models.model import dummy_config
 
+    from quasar.models.model import dummy_config
     from quasar_gpu.kernels.launch import use_dependent_launch
     from scripts.gpu.kernels import KernelBench, graph_seconds, table_row
 
@@ -212,8 +211,8 @@ def kernels(report: Report) -> None:
 def sweep(report: Report) -> None:
     """Every cut of the matmuls at six rows."""
     import torch
-    from quasar.models.model import dummy_config
 
+    from quasar.models.model import dummy_config
     from quasar_gpu.kernels.launch import use_dependent_launch
     from scripts.gpu.kernels import KernelBench, graph_seconds, table_row
 

@@ -11,13 +11,13 @@ import time
 from collections import Counter, defaultdict
 
 import torch
+
+from quasar import load
 from quasar.backends.cpu import kernels
 from quasar.evaluation.speed import context_ids
 from quasar.loading import LM_HEADS, quantize
 from quasar.models.decoder import Decoder
 from quasar.models.model import DUMMY_PREFIX
-
-from quasar import load
 
 WARM_UP = 2
 

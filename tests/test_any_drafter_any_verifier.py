@@ -9,20 +9,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quasar.backends.base import KVCache
-from quasar.drafting import DraftTarget, new_drafter
-from quasar.drafting.cascade import CascadeDrafter
-from quasar.drafting.decoder import FollowedText
-from quasar.loading import PRECISIONS
-from quasar.models.sharing import share
-from quasar.speculation.acceptance import GreedyAcceptance
-from quasar.speculation.draft import Draft, Drafter
-from quasar.speculation.sampling import Sampling, target_distribution
-from quasar.speculation.speculator import Speculator
-from quasar.speculation.verifier import Verifier
-from quasar.speculation.window import FixedWindow
 
 from quasar import GenerationSettings, QuasarError, generate, generation, load
+from quasar.backends.base import Slot
+from quasar.drafting import DraftTarget, new_drafter
+from quasar.drafting.cascade import CascadeDrafter
+from quasar.drafting.decoder_drafter import FollowedText
+from quasar.loading import PRECISIONS
+from quasar.models.runtime import Runtime
+from quasar.models.sharing import share
+from quasar.speculation.choice import TokenChooser
+from quasar.speculation.rows import FixedRows
+from quasar.speculation.sampling import Sampling, distribution
+from quasar.speculation.verifier import Verifier, Window
 from tests.conftest import FAMILIES
 from tests.helpers.random_models import random_model, shared_random_model
 
@@ -34,9 +33,8 @@ COMBINATIONS = [(d, p) for d, p in itertools.product(DRAFTS, PRECISIONS) if d !=
 def _model(family: str, precision: str):
     """A random model for which "model:small" is its own first two layers: wrong often, right at times."""
     model = shared_random_model(family, precision)
-    if "model:small" not in model.draft_decoders:
-        model.decoder.pack()
-        model.draft_decoders["model:small"] = share(model.decoder, keep=[0, 1, 3])
+    if "model:small" not in model.draft_runtimes:
+        model.draft_runtimes["model:small"] = Runtime(share(model.runtime.decoder, keep=[0, 1, 3]))
     return model
 
 
@@ -65,11 +63,14 @@ def test_shipped_models_on_the_fast_backend(shipped, draft):
 
 
 @pytest.fixture(params=[None, 1, 7])
-def block(request, monkeypatch):
-    """The cascade's block size: adaptive, or always the same, so that blocks are used whatever passes cost here."""
-    if request.param is not None:
-        monkeypatch.setattr(generation, "adaptive_window", lambda *_, **__: FixedWindow(request.param))
+def block(request):
+    """The cascade's block: as the rule for rows says, or always the same, so that blocks are used whatever they cost."""
     return request.param
+
+
+def lossless(model, prompt, block, **options):
+    rule = None if block is None else FixedRows(block)
+    return generation.Generation(model, prompt, GenerationSettings(lossless=True, **options), row_rule=rule)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -77,7 +78,7 @@ def block(request, monkeypatch):
 def test_lossless_ids_are_full_precisions(family, draft, precision, block):
     model = _model(family, precision)
     full = generate(_model(family, "full"), PROMPT, draft="none", max_new_tokens=40).result()
-    confirmed = generate(model, PROMPT, draft=draft, gamma=2, lossless=True, max_new_tokens=40).result()
+    confirmed = lossless(model, PROMPT, block, draft=draft, gamma=2, max_new_tokens=40).result()
     assert confirmed.token_ids == full.token_ids
     if block is not None:
         assert confirmed.stats.drafted > confirmed.stats.passes * block / 2
@@ -87,7 +88,7 @@ def test_lossless_streams_full_precisions_text(shipped, block):
     model = load("tiny-qwen3", device="cpu", precision="w8a8", lossless=True)
     full = shipped("qwen3")
     prompt = "def main():\n    "
-    confirmed = generate(model, prompt, lossless=True, max_new_tokens=96, ignore_eos=True)
+    confirmed = lossless(model, model.encode(prompt), block, max_new_tokens=96, ignore_eos=True)
     pieces = "".join(confirmed)
     expected = generate(full, prompt, draft="none", max_new_tokens=96, ignore_eos=True).result()
     assert pieces == expected.text and confirmed.result().token_ids == expected.token_ids
@@ -115,22 +116,29 @@ def _exact(decoder, length: int) -> dict[tuple[int, ...], float]:
     for _ in range(length):
         longer = {}
         for tokens, p in found.items():
-            logits = decoder.prefill([*PROMPT, *tokens], decoder.new_cache(32), keep=1)
-            for token, q in enumerate(target_distribution(logits, sampling)[0].tolist()):
+            logits = decoder.read([*PROMPT, *tokens], logits_to_keep=1)[0]
+            for token, q in enumerate(distribution(logits, sampling).tolist()):
                 if q:
                     longer[(*tokens, token)] = p * q
         found = longer
     return found
 
 
-@pytest.mark.parametrize(("draft", "precision", "lossless"), CASES)
-def test_sampled_tokens_have_the_targets_distribution(draft, precision, lossless, monkeypatch):
-    monkeypatch.setattr(generation, "adaptive_window", lambda *_, **__: FixedWindow(2))  # of the cascade's block
+@pytest.mark.parametrize(("draft", "precision", "cascade"), CASES)
+def test_sampled_tokens_have_the_targets_distribution(draft, precision, cascade):
     model = _model("qwen3", precision)
-    exact = _exact(model.full if lossless else model.decoder, SAMPLED["max_new_tokens"])
+    exact = _exact(model.full if cascade else model.decoder, SAMPLED["max_new_tokens"])
     samples = 400
     seen = Counter(
-        tuple(generate(model, PROMPT, draft=draft, gamma=3, lossless=lossless, seed=seed, **SAMPLED).result().token_ids)
+        tuple(
+            (
+                lossless(model, PROMPT, 2, draft=draft, gamma=3, seed=seed, **SAMPLED)
+                if cascade
+                else generate(model, PROMPT, draft=draft, gamma=3, seed=seed, **SAMPLED)
+            )
+            .result()
+            .token_ids
+        )
         for seed in range(samples)
     )
     assert set(seen) <= set(exact)
@@ -162,12 +170,17 @@ def test_a_wrong_distribution_would_be_seen():
     assert sum((counts[t] - 300 * p) ** 2 / (300 * p) for t, p in exact.items()) > 40
 
 
-@pytest.mark.parametrize("draft", ["ngram", "suffix"])
-def test_point_mass_drafts_keep_the_seeds_text(draft):
-    model = _model("openpangu", "w8a8")
-    plain = generate(model, PROMPT, draft="none", temperature=0.9, seed=7, max_new_tokens=40).result()
-    drafted = generate(model, PROMPT, draft=draft, temperature=0.9, seed=7, max_new_tokens=40).result()
-    assert drafted.token_ids == plain.token_ids
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("draft", "precision"), COMBINATIONS)
+def test_the_seed_decides_the_text_whatever_drafts(family, draft, precision):
+    model = _model(family, precision)
+    for seed in (7, 8):
+        options = {"temperature": 0.9, "seed": seed, "max_new_tokens": 40}
+        plain = generate(model, PROMPT, draft="none", **options).result().token_ids
+        assert generate(model, PROMPT, draft=draft, gamma=4, **options).result().token_ids == plain
+        if precision != "full":
+            full = generate(_model(family, "full"), PROMPT, draft="none", **options).result().token_ids
+            assert lossless(model, PROMPT, 5, draft=draft, gamma=4, **options).result().token_ids == full
 
 
 # Caches.
@@ -179,86 +192,38 @@ def test_point_mass_drafts_keep_the_seeds_text(draft):
 )
 def test_the_verifier_overwrites_what_a_self_drafter_wrote(family, draft, precision):
     model = _model(family, precision)
-    decoder = model.decoder
-    decoder.pack()
-    cache, alone = decoder.new_cache(64), decoder.new_cache(64)
-    drafter = new_drafter(draft, DraftTarget(model, cache, None))
-    verifier = Verifier(decoder, cache, GreedyAcceptance(decoder.backend.argmax))
-    text = [*PROMPT, verifier.start(PROMPT)]
-    decoder.prefill(PROMPT, alone, keep=0)
+    runtime = model.runtime
+    slot, alone = runtime.new_slot(64), runtime.new_slot(64)
+    drafter = new_drafter(draft, DraftTarget(model, slot, None))
+    verifier, chooser = Verifier(runtime), TokenChooser()
+    text = [*PROMPT, *verifier.step([Window(slot, PROMPT, chooser)])[0].tokens]
+    runtime.prefill(alone, PROMPT, logits_to_keep=0)
     drafter.extend(text)
-    speculator = Speculator(verifier, drafter, FixedWindow(3))
     for _ in range(10):
-        tokens = speculator.step(text[-1:], len(text) - len(PROMPT), 8)
+        tokens = verifier.step([Window(slot, text[-1:], chooser, drafter.propose(3))])[0].tokens
         for token in [text[-1], *tokens[:-1]]:
-            decoder(torch.tensor([token]), alone, keep=0)
-            alone.commit(1)
+            runtime.prefill(alone, [token], logits_to_keep=0)
         text += tokens
         drafter.extend(tokens)
-        assert cache.length == alone.length == len(text) - 1
-        assert torch.equal(cache.k[:, :, : cache.length], alone.k[:, :, : cache.length])
-        assert torch.equal(cache.v[:, :, : cache.length], alone.v[:, :, : cache.length])
-
-
-class _Script(Drafter):
-    """Proposes the true continuation, spoiled where the script says so."""
-
-    def __init__(self, truth: list[int], script: list[int]) -> None:
-        self._truth, self._script, self._known = truth, itertools.cycle(script), 0
-
-    def extend(self, tokens):
-        self._known += len(tokens)
-
-    def propose(self, gamma, pending=()):
-        start = self._known + len(pending)
-        right = next(self._script)
-        tokens = [t if i < right else (t + 1) % 160 for i, t in enumerate(self._truth[start : start + gamma])]
-        return Draft(tokens[: right + 2])
-
-
-@given(st.lists(st.integers(0, 6), min_size=1, max_size=8), st.integers(1, 6))
-@settings(max_examples=25, deadline=None)
-def test_any_pattern_of_acceptance_gives_the_same_ids_and_cache(script, gamma):
-    decoder = _model("qwen3", "w4a16").decoder
-    decoder.pack()
-    plain, cache = decoder.new_cache(64), decoder.new_cache(64)
-    verifier = Verifier(decoder, plain, GreedyAcceptance(decoder.backend.argmax))
-    truth = [*PROMPT, verifier.start(PROMPT)]
-    for position in range(1, 24):
-        truth += verifier.step(truth[-1:], Draft(), position)
-    drafter = _Script(truth, script)
-    verifier = Verifier(decoder, cache, GreedyAcceptance(decoder.backend.argmax))
-    text = [*PROMPT, verifier.start(PROMPT)]
-    drafter.extend(text)
-    speculator = Speculator(verifier, drafter, FixedWindow(gamma))
-    while len(text) < len(truth):
-        tokens = speculator.step(text[-1:], len(text) - len(PROMPT), len(truth) - len(text))
-        text += tokens
-        drafter.extend(tokens)
-    assert text == truth
-    assert torch.equal(cache.k[:, :, : cache.length], plain.k[:, :, : cache.length])
+        assert slot.length == alone.length == len(text) - 1
+        assert torch.equal(slot.k[:, :, : slot.length], alone.k[:, :, : slot.length])
+        assert torch.equal(slot.v[:, :, : slot.length], alone.v[:, :, : slot.length])
 
 
 @given(st.lists(st.tuples(st.integers(1, 7), st.integers(0, 7)), min_size=1, max_size=6), st.booleans())
 @settings(max_examples=20, deadline=None)
-def test_the_cascades_cache_follows_the_confirmed_text(rounds, agree_with_bonus):
+def test_the_cascades_slot_follows_the_confirmed_text(rounds, other_token):
     """Blocks of any size, confirmed up to anywhere: what the quantised model proposes is what it says by itself."""
-    decoder = _model("openpangu", "w8a8").decoder
-    decoder.pack()
-    inner = new_drafter("ngram", DraftTarget(_model("openpangu", "w8a8"), decoder.new_cache(1), None))
-    drafter = CascadeDrafter(decoder, decoder.new_cache(120), inner, FixedWindow(3), None)
+    model = _model("openpangu", "w8a8")
+    inner = new_drafter("ngram", DraftTarget(model, model.runtime.new_slot(1), None))
+    drafter = CascadeDrafter(model.runtime, model.runtime.new_slot(120), inner, None, gamma=3)
     text = [*PROMPT, 17]
     drafter.extend(text)
     for block, kept in rounds:
         proposed = drafter.propose(block).tokens
         assert len(proposed) == block
-        cache = decoder.new_cache(120)
-        verifier = Verifier(decoder, cache, GreedyAcceptance(decoder.backend.argmax))
-        expected = [verifier.start(text)]
-        while len(expected) < block:
-            expected += verifier.step(expected[-1:], Draft(), len(expected))
-        assert proposed == expected
-        confirmed = [*proposed[: min(kept, block)], 40 if agree_with_bonus else 41]
+        assert proposed == generate(model, text, draft="none", max_new_tokens=block).result().token_ids
+        confirmed = [*proposed[: min(kept, block)], 40 if other_token else 41]
         text += confirmed
         drafter.extend(confirmed)
 
@@ -267,15 +232,15 @@ def test_the_cascades_cache_follows_the_confirmed_text(rounds, agree_with_bonus)
     st.lists(st.tuples(st.lists(st.integers(0, 1), max_size=4), st.lists(st.integers(0, 1), max_size=5)), max_size=8)
 )
 @settings(max_examples=200, deadline=None)
-def test_a_followed_text_holds_what_the_cache_holds(rounds):
-    cache = KVCache(1, 1, 200, 1, torch.float32, torch.device("cpu"))
-    followed, committed = FollowedText(cache), [1]
+def test_a_followed_text_holds_what_the_slot_holds(rounds):
+    slot = Slot(1, 1, 200, 1, torch.float32, torch.device("cpu"))
+    followed, committed = FollowedText(slot), [1]
     for confirmed, ahead in rounds:
-        behind = followed.behind(committed, ahead)
+        uncached = followed.uncached(committed, ahead)
         text = [*committed, *ahead]
-        assert behind and followed.held + behind == text and cache.length == len(followed.held)
-        followed.held += behind  # the decoder runs over them
-        cache.commit(len(behind))
+        assert uncached and followed.held + uncached == text and slot.length == len(followed.held)
+        followed.held += uncached  # the decoder runs over them
+        slot.commit(len(uncached))
         committed = [*committed, *confirmed]
 
 

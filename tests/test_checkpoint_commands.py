@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from quasar.cli import main
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from quasar.cli import main
 from quasar.cli.compare import LOSSLESS, SCHEMES
 

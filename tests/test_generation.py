@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from quasar.drafting import _DRAFTERS
-from quasar.loading import PRECISIONS
-from quasar.speculation.draft import Draft, Drafter
-from quasar.speculation.verifier import Verifier
 
 from quasar import GenerationSettings, QuasarError, generate
+from quasar.loading import PRECISIONS
+from quasar.speculation.choice import TokenChooser
+from quasar.speculation.draft import Draft, Drafter
+from quasar.speculation.verifier import Verifier
 from tests.conftest import FAMILIES
 
 NEW = 24
@@ -55,28 +55,23 @@ def test_greedy_speculation_equals_plain_decoding(shipped, family, precision, ga
 
 
 class Scripted(Drafter):
-    """Drafts whatever a test wants: `script` maps the number of committed tokens to a draft."""
+    """Drafts whatever a test wants: `script` maps the committed tokens and a length to candidates."""
 
-    script = staticmethod(lambda committed, gamma: [])
-
-    def __init__(self):
+    def __init__(self, script):
+        self.script = script
         self.committed = []
 
     def extend(self, tokens):
         self.committed += tokens
 
-    def propose(self, gamma, pending=()):
-        return Draft(type(self).script(self.committed, gamma)[:gamma])
+    def propose(self, most, pending=()):
+        tokens = self.script(self.committed, most)[:most]
+        return Draft.chain(tokens, [0.5**i for i in range(len(tokens))], [("script", 0, 0)] * len(tokens))
 
 
-@pytest.fixture
-def scripted(monkeypatch):
-    monkeypatch.setitem(_DRAFTERS, "scripted", Scripted)
-
-    def use(script):
-        monkeypatch.setattr(Scripted, "script", staticmethod(script))
-
-    return use
+def scripted(script):
+    """For settings.draft."""
+    return lambda target: Scripted(script)
 
 
 PROMPT = [5, 9, 30, 5, 9]
@@ -96,88 +91,80 @@ def oracle_script(prompt, ids, flip):
 @given(
     data=st.data(), gamma=st.integers(1, 8), family=st.sampled_from(FAMILIES), temperature=st.sampled_from([0.0, 0.9])
 )
-def test_any_pattern_of_accepting_and_rejecting(shipped, scripted, data, gamma, family, temperature):
+def test_any_pattern_of_accepting_and_rejecting(shipped, data, gamma, family, temperature):
     """Full windows, empty drafts, and every rejection in between leave the same text, greedy and sampled."""
     model = shipped(family, "w8a8")
     settings_ = GenerationSettings(max_new_tokens=20, draft="none", temperature=temperature, seed=5, ignore_eos=True)
     plain = generate(model, PROMPT, settings_).result().token_ids
     flips = data.draw(st.sets(st.integers(0, 20)))
-    scripted(oracle_script(PROMPT, plain, flips))
-    result = generate(model, PROMPT, replace(settings_, draft="scripted", gamma=gamma)).result()
+    drafter = scripted(oracle_script(PROMPT, plain, flips))
+    result = generate(model, PROMPT, replace(settings_, draft=drafter, gamma=gamma)).result()
     assert result.token_ids == plain
     assert result.stats.accepted + result.stats.passes + 1 == len(plain)
 
 
-def test_every_draft_right_commits_whole_windows(shipped, scripted):
+def test_every_draft_right_commits_whole_windows(shipped):
     model = shipped("qwen3", "w8a8")
     plain = generate(model, PROMPT, max_new_tokens=25, draft="none", ignore_eos=True).result()
     assert (plain.stats.passes, plain.stats.acceptance_length) == (24, 1.0)
-    scripted(oracle_script(PROMPT, plain.token_ids, ()))
-    stats = generate(model, PROMPT, max_new_tokens=25, draft="scripted", gamma=5, ignore_eos=True).result().stats
+    drafter = scripted(oracle_script(PROMPT, plain.token_ids, ()))
+    stats = generate(model, PROMPT, max_new_tokens=25, draft=drafter, gamma=5, ignore_eos=True).result().stats
     assert (stats.passes, stats.drafted, stats.accepted, stats.acceptance_length) == (4, 20, 20, 6.0)
 
 
-def test_drafts_that_always_fail_cost_almost_no_rows(shipped, scripted, monkeypatch):
+def test_drafts_that_always_fail_cost_almost_no_rows(shipped, monkeypatch):
     """Never slower than plain decoding: the window closes, after which a pass is a plain step."""
     model = shipped("qwen3", "w8a8")
     plain = generate(model, PROMPT, max_new_tokens=150, draft="none", ignore_eos=True).result().token_ids
-    scripted(oracle_script(PROMPT, plain, range(1000)))
+    drafter = scripted(oracle_script(PROMPT, plain, range(1000)))
     rows = []
     step = Verifier.step
-    monkeypatch.setattr(
-        Verifier,
-        "step",
-        lambda self, behind, draft, position: (
-            rows.append(len(behind) + len(draft.tokens)) or step(self, behind, draft, position)
-        ),
-    )
-    result = generate(model, PROMPT, max_new_tokens=150, draft="scripted", ignore_eos=True).result()
+
+    def counting(self, windows):
+        rows.extend(len(w.uncached_tokens) + len(w.draft) for w in windows)
+        return step(self, windows)
+
+    monkeypatch.setattr(Verifier, "step", counting)
+    result = generate(model, PROMPT, max_new_tokens=150, draft=drafter, ignore_eos=True).result()
     assert result.token_ids == plain
-    assert sum(rows) < 1.5 * 149
+    assert sum(rows[1:]) < 1.5 * 149  # the first are the prompt's
     assert set(rows[-100:]) == {1}
 
 
 @pytest.mark.parametrize("at", range(1, 6))
-def test_a_stop_id_inside_an_accepted_window(shipped, scripted, at):
+def test_a_stop_id_inside_an_accepted_window(shipped, at):
     """As the first to fifth of five drafted tokens, all of them right."""
     model = shipped("qwen3", "w8a8")
     plain = generate(model, PROMPT, max_new_tokens=12, draft="none", ignore_eos=True).result().token_ids
     stop = next(t for t in range(model.config.vocab_size) if t not in plain)
     changed = [*plain[:at], stop, *plain[at + 1 :]]
 
-    class Sayer:
-        """Says the changed text, whatever the model would."""
-
-        def __init__(self, argmax):
-            pass
-
-        def __call__(self, logits, draft, position):
-            own, agreed = changed[position : position + len(logits)], 0
-            while agreed < len(draft.tokens) and draft.tokens[agreed] == own[agreed]:
-                agreed += 1
-            return own[: agreed + 1]
+    def say(self, token):  # the changed text, whatever the model would
+        self.index += 1
+        return changed[self.index - 1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("quasar.generation.GreedyAcceptance", Sayer)
-        scripted(oracle_script(PROMPT, changed, ()))
+        patch.setattr(TokenChooser, "takes_argmax", False)
+        patch.setattr(TokenChooser, "choose", say)
+        drafter = scripted(oracle_script(PROMPT, changed, ()))
         stopping = replace(model, stop_ids=frozenset({stop}))
-        for draft, gamma in (("none", None), ("scripted", 5)):
+        for draft, gamma in (("none", None), (drafter, 5)):
             result = generate(stopping, PROMPT, max_new_tokens=12, draft=draft, gamma=gamma).result()
             assert result.token_ids == changed[: at + 1]
             assert result.finish_reason == "stop"
             assert result.stats.tokens == at + 1
-        ignoring = generate(stopping, PROMPT, max_new_tokens=12, draft="scripted", gamma=5, ignore_eos=True).result()
+        ignoring = generate(stopping, PROMPT, max_new_tokens=12, draft=drafter, gamma=5, ignore_eos=True).result()
         assert ignoring.token_ids == changed
 
 
-def test_a_stop_string_inside_an_accepted_window(shipped, scripted):
+def test_a_stop_string_inside_an_accepted_window(shipped):
     model = shipped("qwen3", "w8a8")
     whole = generate(model, "def main():\n", max_new_tokens=40, draft="none", ignore_eos=True).result()
-    scripted(oracle_script(model.encode("def main():\n"), whole.token_ids, ()))
+    drafter = scripted(oracle_script(model.encode("def main():\n"), whole.token_ids, ()))
     stop = whole.text[17:20]
     results = [
         generate(model, "def main():\n", max_new_tokens=40, draft=draft, gamma=gamma, stop=(stop,), ignore_eos=True)
-        for draft, gamma in (("none", None), ("scripted", 5))
+        for draft, gamma in (("none", None), (drafter, 5))
     ]
     pieces = ["".join(result) for result in results]
     assert pieces[0] == pieces[1] == results[0].result().text == results[1].result().text
@@ -187,25 +174,25 @@ def test_a_stop_string_inside_an_accepted_window(shipped, scripted):
 
 
 @pytest.mark.parametrize("room", range(1, 9))
-def test_the_context_limit_inside_a_window(shipped, scripted, room):
+def test_the_context_limit_inside_a_window(shipped, room):
     """A prompt that leaves `room` positions gives exactly that many tokens, all drafts right."""
     model = shipped("qwen3", "w8a8")
     ids = (PROMPT * 500)[: model.config.max_position_embeddings - room]
     plain = generate(model, ids, max_new_tokens=100, draft="none", ignore_eos=True).result()
     assert (len(plain.token_ids), plain.finish_reason) == (room, "length")
-    scripted(oracle_script(ids, plain.token_ids, ()))
-    result = generate(model, ids, max_new_tokens=100, draft="scripted", gamma=5, ignore_eos=True).result()
+    drafter = scripted(oracle_script(ids, plain.token_ids, ()))
+    result = generate(model, ids, max_new_tokens=100, draft=drafter, gamma=5, ignore_eos=True).result()
     assert result.token_ids == plain.token_ids
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 6, 7])
-def test_max_new_tokens_inside_a_window(shipped, scripted, count):
+def test_max_new_tokens_inside_a_window(shipped, count):
     model = shipped("openpangu", "w8a8")
     plain = generate(model, PROMPT, max_new_tokens=count, draft="none", ignore_eos=True).result().token_ids
     assert len(plain) == count
-    scripted(lambda committed, gamma: [1] * gamma)
+    drafter = scripted(lambda committed, gamma: [1] * gamma)
     assert (
-        generate(model, PROMPT, max_new_tokens=count, draft="scripted", gamma=5, ignore_eos=True).result().token_ids
+        generate(model, PROMPT, max_new_tokens=count, draft=drafter, gamma=5, ignore_eos=True).result().token_ids
         == plain
     )
 
@@ -227,9 +214,7 @@ def test_sampled_text_depends_on_the_seed_alone(shipped, family, precision):
 def test_first_sampled_token_follows_the_model(shipped):
     """End to end: frequencies of the first token against the softmax of the model's own logits."""
     model = shipped("qwen3")
-    decoder = model.decoder
-    decoder.pack()
-    logits = decoder.prefill(PROMPT, decoder.new_cache(8))[0].double()
+    logits = model.runtime.decoder.read(PROMPT, logits_to_keep=1)[0].double()
     top = logits.topk(5).indices
     probs = (logits[top]).softmax(0)
     counts = torch.zeros(5)
@@ -273,6 +258,8 @@ def test_prompts_that_cannot_be_continued(shipped, prompt, message):
         ({"gamma": 33}, "gamma is 33"),
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"temperature": 1.0, "top_p": 2.0}, "top_p is 2.0"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"stop": ("",)}, "a stop string is empty"),
     ],
 )
 def test_settings_out_of_range(shipped, options, message):

@@ -3,9 +3,9 @@
 import importlib.util
 
 import pytest
-from quasar.backends import get_backend
 
 from quasar import QuasarError
+from quasar.backends import get_backend
 from quasar_npu import generate
 
 needs_no_npu = pytest.mark.skipif(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from quasar.backends.base import Backend
 from quasar.backends.cpu import kernels
 from quasar.backends.cpu.backend import CpuBackend, CpuBfloat16Backend

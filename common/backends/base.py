@@ -3,7 +3,7 @@
 A backend is free to fuse (an RMSNorm may quantise its output, attention may append to the cache first), so
 the contract is cut where devices fuse, not where textbooks cut. Shapes use these names:
 
-    tokens      new positions in this pass (1 for a plain step, gamma + 1 for a verification window)
+    tokens      rows of a pass: new positions of one or many sequences
     in, out     features of a linear layer
     heads, kv_heads, head_dim, capacity    attention and its cache
 """
@@ -11,13 +11,14 @@ the contract is cut where devices fuse, not where textbooks cut. Shapes use thes
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from quasar.errors import QuasarError
 from torch import Tensor
+
+from quasar.errors import QuasarError
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,11 @@ class AttentionSpec:
     eps: float
 
 
-class KVCache:
-    """Keys and values of one sequence, preallocated; only committed positions count.
+class Slot:
+    """Keys and values of one sequence, in memory of its own; only committed positions count.
 
-    A pass writes at positions length .. length + tokens - 1; `commit(n)` keeps the first n of them. What is not
-    committed is overwritten by the next pass and never attended to, so rolling a rejected draft back costs nothing.
+    A pass writes its rows at positions length, length + 1, ...; `commit` keeps those that turned out right. What is not
+    committed is overwritten by the next pass and never attended to, so rejecting a draft costs nothing.
     """
 
     def __init__(
@@ -67,32 +68,142 @@ class KVCache:
         shape = (layers, kv_heads, capacity, head_dim)
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
-        self.layer_k, self.layer_v = self.k.unbind(), self.v.unbind()  # the same memory, a tensor for each layer
         self.capacity = capacity
         self.length = 0
-
-    def rewind(self, length: int) -> None:
-        """Keep only the first `length` positions. Raises ValueError if there are fewer."""
-        if not 0 <= length <= self.length:
-            raise ValueError(f"cannot keep {length} positions: {self.length} are in use")
-        self.length = length
-
-    def commit(self, tokens: int) -> None:
-        """Keep `tokens` more positions. Raises ValueError beyond the capacity."""
-        if not 0 <= tokens <= self.capacity - self.length:
-            raise ValueError(f"cannot commit {tokens} positions: {self.length} of {self.capacity} are in use")
-        self.length += tokens
 
     @property
     def free(self) -> int:
         """Positions that are left."""
         return self.capacity - self.length
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values, used or not."""
+        return self.k.nbytes + self.v.nbytes
 
-# The decoder's call: ids [tokens], cache, keep -> logits [keep, vocab] of the last `keep` positions.
-Forward = Callable[[Tensor, KVCache, int], Tensor]
-# A verification window: ids on the host, keep -> logits [keep, vocab] on the device, valid until the next window.
-WindowPass = Callable[[Sequence[int], int], Tensor]
+    def commit(self, rows: int | Sequence[int]) -> None:
+        """Keeps the first `rows` rows of the last pass, or the rows of a path through its draft tree, in order.
+
+        A path's rows move to where a chain would have written them. Raises ValueError beyond the capacity.
+        """
+        count = rows if isinstance(rows, int) else len(rows)
+        if not 0 <= count <= self.free:
+            raise ValueError(f"cannot commit {count} positions: {self.length} of {self.capacity} are in use")
+        if not isinstance(rows, int):
+            moved = next((i for i, row in enumerate(rows) if row != i), count)
+            if moved < count:
+                self._move([self.length + row for row in rows[moved:]], self.length + moved)
+        self.length += count
+
+    def _move(self, positions: Sequence[int], to: int) -> None:
+        """Copies keys and values of all layers from `positions` to `to`, `to` + 1, ..."""
+        source = torch.tensor(positions, device=self.k.device)
+        for memory in (self.k, self.v):
+            memory[:, :, to : to + len(positions)] = memory[:, :, source]
+
+    def rewind(self, length: int) -> None:
+        """Keeps only the first `length` positions. Raises ValueError if there are fewer."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot keep {length} positions: {self.length} are in use")
+        self.length = length
+
+    def share_prefix(self, other: Slot, length: int) -> None:
+        """Becomes the first `length` positions of another slot of the same model. Raises ValueError beyond either."""
+        if not 0 <= length <= min(other.length, self.capacity):
+            raise ValueError(f"cannot share {length} positions of {other.length} with a slot for {self.capacity}")
+        self.k[:, :, :length] = other.k[:, :, :length]
+        self.v[:, :, :length] = other.v[:, :, :length]
+        self.length = length
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One sequence's part of a pass: `ids` follow its committed text, as a chain or as a tree of drafts.
+
+    Row i follows row `parents[i]` < i, or the committed text where that is -1; None is the chain -1, 0, 1, ... Its
+    keys and values are written at position length + i, it is rotated by position length + its depth, and it attends to
+    the committed text and its ancestors. Logits are kept of the last `logits_to_keep` rows.
+    """
+
+    slot: Slot
+    ids: Sequence[int]
+    parents: Sequence[int] | None = None
+    logits_to_keep: int = 1
+
+    def depths(self) -> Sequence[int]:
+        """How many rows of the segment each row follows."""
+        if self.parents is None:
+            return range(len(self.ids))
+        depths: list[int] = []
+        for parent in self.parents:
+            depths.append(0 if parent < 0 else depths[parent] + 1)
+        return depths
+
+    def path(self, row: int) -> list[int]:
+        """The rows that `row` attends to: its ancestors, first to last, and itself."""
+        if self.parents is None:
+            return list(range(row + 1))
+        path = []
+        while row >= 0:
+            path.append(row)
+            row = self.parents[row]
+        return path[::-1]
+
+
+class Batch:
+    """What one pass runs over: segments of different slots, their rows one after another.
+
+    A row's numbers depend on its own segment's committed text and its ancestors: on no other row, bit for bit.
+    """
+
+    def __init__(self, segments: Sequence[Segment]) -> None:
+        """Raises ValueError where a segment does not fit its slot."""
+        self.segments = tuple(segments)
+        self.ids: list[int] = []
+        self.first_rows = [0]  # of each segment; the last entry is the number of rows
+        self.keeps_all = True
+        self.on_device: Any = None  # what the backend made of the batch
+        for segment in self.segments:
+            if len(segment.ids) > segment.slot.free:
+                raise ValueError(
+                    f"{len(segment.ids)} tokens do not fit the KV cache: {segment.slot.free} positions are free"
+                )
+            self.ids += segment.ids
+            self.first_rows.append(len(self.ids))
+            self.keeps_all = self.keeps_all and segment.logits_to_keep == len(segment.ids)
+
+    @property
+    def rows(self) -> int:
+        """New positions in this pass."""
+        return len(self.ids)
+
+    @property
+    def positions(self) -> list[int]:
+        """The position by which each row is rotated."""
+        return [segment.slot.length + depth for segment in self.segments for depth in segment.depths()]
+
+    @property
+    def kept_rows(self) -> list[int]:
+        """The rows whose logits are kept, in order."""
+        ends = self.first_rows[1:]
+        return [
+            row
+            for segment, end in zip(self.segments, ends, strict=True)
+            for row in range(end - segment.logits_to_keep, end)
+        ]
+
+
+# The decoder's call: ids [rows] on the device, batch -> logits float32 [kept rows, vocab].
+Forward = Callable[[Tensor, Batch], Tensor]
+
+
+class CapturedPass(Protocol):
+    """A pass that ran once and can be made again for every batch of the same `Backend.pass_key`."""
+
+    logits: Tensor  # [kept rows, vocab], overwritten by the next replay
+
+    def replay(self, batch: Batch) -> Tensor:
+        """Runs the pass over another batch; returns `logits`."""
 
 
 class Backend(ABC):
@@ -177,26 +288,27 @@ class Backend(ABC):
 
     @abstractmethod
     def append_rotated(
-        self, qkv: Tensor, spec: AttentionSpec, cos: Tensor, sin: Tensor, cache: KVCache, layer: int
+        self, qkv: Tensor, spec: AttentionSpec, cos: Tensor, sin: Tensor, batch: Batch, layer: int
     ) -> Tensor:
         """Splits [tokens, (heads + 2 * kv_heads) * head_dim], norms q and k per head if the model does, rotates
-        them by cos, sin [tokens, head_dim / 2] ("half" layout), writes k and v behind the committed positions.
+        them by cos, sin [tokens, head_dim / 2] ("half" layout), writes k and v of row i of a segment at position
+        length + i of its slot.
 
         cos and sin may also come as this backend's `rope_rows` made them. Returns q [tokens, heads, head_dim].
         """
 
     @abstractmethod
-    def attention(self, q: Tensor, spec: AttentionSpec, cache: KVCache, layer: int) -> Tensor:
-        """Causal attention of a window: row i sees the committed positions and the window's first i + 1.
+    def attention(self, q: Tensor, spec: AttentionSpec, batch: Batch, layer: int) -> Tensor:
+        """Each row sees its slot's committed positions, its ancestors in the segment, and itself.
 
         Returns [tokens, heads * head_dim].
         """
 
     def attend(
-        self, q: Tensor, spec: AttentionSpec, cache: KVCache, layer: int, quant: ActivationQuant | None
+        self, q: Tensor, spec: AttentionSpec, batch: Batch, layer: int, quant: ActivationQuant | None
     ) -> Tensor | Quantized:
         """`attention`, quantised if the next layer wants it so."""
-        y = self.attention(q, spec, cache, layer)
+        y = self.attention(q, spec, batch, layer)
         return y if quant is None else self.quantize(y, quant)
 
     def argmax(self, logits: Tensor) -> Tensor:
@@ -206,26 +318,38 @@ class Backend(ABC):
     # Once per pass.
 
     def rope_rows(
-        self, cos: Tensor, sin: Tensor, specs: Sequence[AttentionSpec], cache: KVCache, tokens: int
+        self, cos: Tensor, sin: Tensor, specs: Sequence[AttentionSpec], batch: Batch
     ) -> Iterable[tuple[Tensor, Tensor]]:
-        """What `append_rotated` takes as cos and sin for the next `tokens` positions, a pair for each layer.
+        """What `append_rotated` takes as cos and sin for the batch's positions, a pair for each layer.
 
         cos, sin [positions, head_dim / 2] are the decoder's whole tables and `specs` its layers. A device may lay the
         rows out for its rotation, fold a layer's q and k norms into them, or look positions up on the device.
         """
-        rows = slice(cache.length, cache.length + tokens)
+        rows = torch.tensor(batch.positions, device=self.device)
         return [(cos[rows], sin[rows])] * len(specs)
 
-    def window_pass(self, forward: Forward, cache: KVCache) -> WindowPass:
-        """How verification windows of one sequence run: here, as any pass does.
+    def kept(self, x: Tensor, batch: Batch) -> Tensor:
+        """The rows of x [tokens, hidden] whose logits are kept."""
+        if batch.keeps_all:
+            return x
+        rows = batch.kept_rows
+        first = rows[0] if rows else batch.rows
+        if batch.rows - first == len(rows):  # the last ones
+            return x[first:]
+        return x[torch.tensor(rows, device=self.device)]
 
-        A device that pays for each kernel launch captures a graph for each window size instead. The caller commits.
-        """
+    # Passes that come again: `CapturedPasses` (capture.py) decides when, the device how.
 
-        def run(ids: Sequence[int], keep: int) -> Tensor:
-            return forward(torch.tensor(ids, device=self.device), cache, keep)
+    runs_before_capture = 0  # passes of a kind that run plainly before one is captured
 
-        return run
+    def pass_key(self, batch: Batch) -> Hashable | None:
+        """What a captured pass depends on: batches of equal keys share one. None: this batch runs plainly."""
+        return None
+
+    def capture(self, forward: Forward, batch: Batch) -> CapturedPass:
+        """Runs the pass, and returns it for replays. Raises NotImplementedError or RuntimeError where it cannot be
+        captured; then nothing was committed and a plain pass over the batch is still right."""
+        raise NotImplementedError
 
     def logits(self, lm_head: Callable[[Any], Tensor], x: Tensor | Quantized) -> Tensor:
         """`lm_head` of x [tokens, hidden] -> float32 [tokens, vocab] (float64 for float64).
@@ -241,9 +365,13 @@ class Backend(ABC):
         """Raises QuasarError unless `nbytes` are free for `what`; called before they are used, where that is known."""
         return
 
-    def new_cache(self, layers: int, kv_heads: int, capacity: int, head_dim: int) -> KVCache:
-        """An empty cache on this device."""
-        return KVCache(layers, kv_heads, capacity, head_dim, self.dtype, self.device)
+    def kv_bytes(self, layers: int, kv_heads: int, head_dim: int) -> int:
+        """Bytes of the keys and values of one position, all layers together."""
+        return 2 * layers * kv_heads * head_dim * self.dtype.itemsize
+
+    def new_slot(self, layers: int, kv_heads: int, capacity: int, head_dim: int) -> Slot:
+        """An empty slot for `capacity` positions on this device."""
+        return Slot(layers, kv_heads, capacity, head_dim, self.dtype, self.device)
 
     def synchronize(self) -> None:
         """Waits until the device has finished; a no-op where calls are synchronous. For clocks."""

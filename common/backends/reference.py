@@ -1,8 +1,8 @@
 """The reference backend: CPU, plain PyTorch. It defines the numbers; every other backend is tested against it.
 
-Windows are computed row by row where PyTorch's kernels would otherwise round differently for different window
-sizes, so a token's logits never depend on which other tokens shared its pass. That is what makes greedy
-speculative output equal plain decoding bit for bit rather than almost always.
+Rows are computed one by one where PyTorch's kernels would otherwise round differently for different numbers of rows,
+so a token's logits never depend on which other tokens shared its pass. That is what makes speculative and batched
+output equal plain decoding bit for bit rather than almost always.
 """
 
 from __future__ import annotations
@@ -11,11 +11,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from quasar.backends.base import ActivationQuant, AttentionSpec, Backend, KVCache, Quantized
 from torch import Tensor
 
-# Passes up to this long are windows (computed row by row); longer ones are prefill chunks.
-MAX_WINDOW = 16
+from quasar.backends.base import ActivationQuant, AttentionSpec, Backend, Batch, Quantized
 
 
 class ReferenceBackend(Backend):
@@ -32,8 +30,6 @@ class ReferenceBackend(Backend):
         return values.to(self.device), scale.to(self.device)
 
     def linear(self, x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
-        if x.shape[0] > MAX_WINDOW:
-            return F.linear(x, weight, bias)
         return torch.cat([F.linear(row, weight, bias) for row in x.split(1)])
 
     def int8_linear(self, x: Quantized, weight: Any, bias: Tensor | None) -> Tensor:
@@ -70,8 +66,6 @@ class ReferenceBackend(Backend):
 
     def rotate(self, x: Tensor, hadamard: Tensor) -> Tensor:
         block = len(hadamard)
-        if x.shape[0] > MAX_WINDOW:
-            return (x.view(x.shape[0], -1, block) @ hadamard).flatten(1)
         return torch.stack([(row.view(-1, block) @ hadamard).flatten() for row in x])
 
     def quantize(self, x: Tensor, quant: ActivationQuant) -> Quantized:
@@ -98,33 +92,29 @@ class ReferenceBackend(Backend):
         return y if quant is None else self.quantize(y, quant)
 
     def append_rotated(
-        self, qkv: Tensor, spec: AttentionSpec, cos: Tensor, sin: Tensor, cache: KVCache, layer: int
+        self, qkv: Tensor, spec: AttentionSpec, cos: Tensor, sin: Tensor, batch: Batch, layer: int
     ) -> Tensor:
         tokens = qkv.shape[0]
         q, k, v = qkv.view(tokens, -1, spec.head_dim).split([spec.heads, spec.kv_heads, spec.kv_heads], dim=1)
         if spec.q_norm is not None and spec.k_norm is not None:
             q, k = _rms_norm(q, spec.q_norm, spec.eps), _rms_norm(k, spec.k_norm, spec.eps)
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-        end = cache.length + tokens
-        cache.k[layer, :, cache.length : end] = k.transpose(0, 1)
-        cache.v[layer, :, cache.length : end] = v.transpose(0, 1)
+        for segment, first in zip(batch.segments, batch.first_rows, strict=False):
+            slot, last = segment.slot, first + len(segment.ids)
+            positions = slice(slot.length, slot.length + len(segment.ids))
+            slot.k[layer, :, positions] = k[first:last].transpose(0, 1)
+            slot.v[layer, :, positions] = v[first:last].transpose(0, 1)
         return q
 
-    def attention(self, q: Tensor, spec: AttentionSpec, cache: KVCache, layer: int) -> Tensor:
-        tokens, start = q.shape[0], cache.length
-        k, v = cache.k[layer, :, : start + tokens], cache.v[layer, :, : start + tokens]
-        if tokens > MAX_WINDOW:
-            return masked_attention(q, k, v, start)
-        rows = [_attend_row(q[i], k[:, : start + i + 1], v[:, : start + i + 1]) for i in range(tokens)]
+    def attention(self, q: Tensor, spec: AttentionSpec, batch: Batch, layer: int) -> Tensor:
+        rows = []
+        for segment, first in zip(batch.segments, batch.first_rows, strict=False):
+            slot = segment.slot
+            for row in range(len(segment.ids)):
+                seen = [*range(slot.length), *(slot.length + ancestor for ancestor in segment.path(row))]
+                keys, values = (memory[layer][:, torch.tensor(seen)] for memory in (slot.k, slot.v))
+                rows.append(_attend_row(q[first + row], keys, values))
         return torch.stack(rows)
-
-
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
-    """q [tokens, heads, head_dim]; k, v [kv_heads, start + tokens, head_dim] -> [tokens, heads * head_dim]."""
-    tokens, length = q.shape[0], k.shape[1]
-    mask = torch.ones(tokens, length, dtype=torch.bool, device=q.device).tril(start)
-    y = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k[None], v[None], attn_mask=mask, enable_gqa=True)
-    return y[0].transpose(0, 1).reshape(tokens, -1)
 
 
 def _attend_row(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from quasar.checkpoints.folder import SafetensorsFolder, read_json
 from quasar.checkpoints.weights import FullWeights, Int8Weights, LinearWeights
 from quasar.errors import QuasarError
-from torch import Tensor
 
 _DESCRIPTION = "quant_model_description.json"
 _TYPES = ("FLOAT", "W8A8", "W8A8_DYNAMIC", "W8A8_MIX")

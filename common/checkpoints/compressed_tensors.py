@@ -14,10 +14,11 @@ from typing import Any
 
 import regex  # re has no time limit, and the patterns come with the checkpoint
 import torch
+from torch import Tensor
+
 from quasar.checkpoints.folder import SafetensorsFolder
 from quasar.checkpoints.weights import FullWeights, Int8Weights, LinearWeights
 from quasar.errors import QuasarError
-from torch import Tensor
 
 _FORMATS = ("int-quantized", "naive-quantized")  # the second is the name of the same layout in early releases
 _PATTERN_SECONDS = 0.1

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quasar.checkpoints.weights import FullWeights, LinearWeights
-from quasar.errors import QuasarError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from quasar.checkpoints.weights import FullWeights, LinearWeights
+from quasar.errors import QuasarError
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
+
 from quasar.backends import get_backend
 from quasar.cli import flags
 from quasar.errors import QuasarError
@@ -18,7 +20,6 @@ from quasar.generation import GenerationSettings
 from quasar.loading import PRECISIONS, texts_or_default
 from quasar.models.model import ASSETS, Model, find_checkpoint
 from quasar.quantization.calibration import read_texts
-from tqdm import tqdm
 
 
 def add_parser(subparsers: Any) -> None:
@@ -118,8 +119,9 @@ def step_table(costs: list[speed.StepCost], name: str, context: int, backend: st
 
 def run_decode(args: argparse.Namespace) -> None:
     _positive(args, "repeats", "context", "limit", "max_new_tokens")
-    if args.acceptance is not None and not 1 <= args.acceptance <= decode.MAX_GAMMA + 1:
-        raise QuasarError(f"--acceptance {args.acceptance}: tokens per pass lie between 1 and {decode.MAX_GAMMA + 1}")
+    if args.acceptance is not None and not 1 <= args.acceptance <= decode.PUBLISHED_GAMMA + 1:
+        most = decode.PUBLISHED_GAMMA + 1
+        raise QuasarError(f"--acceptance {args.acceptance}: tokens per pass lie between 1 and {most}")
     models = {precision: flags.load_model(args, precision) for precision in ("full", "w8a8")}
     if args.acceptance is not None:
         runs = decode.replayed(models, args.acceptance, args.context, args.max_new_tokens)

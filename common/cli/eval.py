@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from quasar.cli import flags
 from quasar.drafting import check_draft
 from quasar.errors import QuasarError
@@ -16,7 +18,6 @@ from quasar.generation import GenerationSettings
 from quasar.loading import CALIBRATION_TOKENS, texts_or_default
 from quasar.models.model import ASSETS
 from quasar.quantization.calibration import read_texts
-from tqdm import tqdm
 
 _DRAFTS = ["ngram", "suffix", "self:skip=1", "self:w4a4"]
 

@@ -11,6 +11,7 @@ from quasar.drafting import DRAFTS
 from quasar.errors import QuasarError
 from quasar.generation import GenerationSettings
 from quasar.loading import LM_HEADS, PRECISIONS, load, quantize, texts_or_default
+from quasar.models.chat import THINK_MODES
 from quasar.models.config import DUMMY_SHAPES
 from quasar.models.model import DEFAULT_MODEL, DUMMY_PREFIX, Model
 
@@ -80,6 +81,13 @@ def add_generation_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--prompt-file", metavar="FILE", help="read the prompt from a file")
     group.add_argument("--prompt-ids", metavar="IDS", help="token ids instead of text: 1,2,3")
     group.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
+    group.add_argument("--system", metavar="TEXT", help="with --chat: the system prompt (default: the model's own)")
+    group.add_argument(
+        "--think",
+        choices=THINK_MODES,
+        help="with --chat: think first, answer at once, or let the model choose (auto: openPangu only; "
+        "default: the model's own)",
+    )
     group = parser.add_argument_group("generation")
     group.add_argument(
         "--max-new-tokens",
@@ -211,6 +219,9 @@ def prompt_ids(args: argparse.Namespace, model: Model) -> list[int]:
     ]
     if len(given) > 1:
         raise QuasarError(f"give one prompt, not {' and '.join(given)}")
+    for flag, value in (("--system", args.system), ("--think", args.think)):
+        if value is not None and not args.chat:
+            raise QuasarError(f"{flag} goes with --chat")
     if args.prompt_ids is not None:
         try:
             return [int(part) for part in args.prompt_ids.split(",")]
@@ -218,7 +229,7 @@ def prompt_ids(args: argparse.Namespace, model: Model) -> list[int]:
             raise QuasarError(
                 f"--prompt-ids {args.prompt_ids}: should be whole numbers with commas, as 1,2,3"
             ) from None
-    return model.encode(_prompt_text(args), args.chat)
+    return model.encode(_prompt_text(args), args.chat, args.system, args.think)
 
 
 def _prompt_text(args: argparse.Namespace) -> str:

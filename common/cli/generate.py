@@ -11,6 +11,7 @@ from typing import Any
 from quasar.cli import flags
 from quasar.errors import QuasarError
 from quasar.generation import Generation, GenerationSettings, Result, generate
+from quasar.models.chat import Pieces, ReasoningSplitter, splitter_for
 from quasar.models.model import Model
 
 
@@ -42,20 +43,44 @@ def run(args: argparse.Namespace) -> None:
     model = flags.load_model(args, args.precision, args.lossless)
     ids = flags.prompt_ids(args, model)
     generation = generate(model, ids, settings)
+    splitter = splitter_for(model.tokenizer, ids) if args.chat else ReasoningSplitter(None)
     if args.json:
-        print(json.dumps(as_json(generation.result(), model, settings), ensure_ascii=False))
+        answer = as_json(generation.result(), model, settings)
+        if args.chat:
+            answer |= answer_of(answer["text"], splitter)
+        print(json.dumps(answer, ensure_ascii=False))
         return
     if args.stream:
-        stream(generation)
+        stream(generation, splitter)
     result = generation.result()
-    print("" if args.stream else result.text, flush=True)
+    if args.stream:
+        print(flush=True)
+    else:
+        show(splitter.push(result.text) + splitter.finish())
+        print(flush=True)
     print(summary(result), file=sys.stderr)
 
 
-def stream(generation: Generation) -> None:
+def stream(generation: Generation, splitter: ReasoningSplitter) -> None:
     """Prints pieces as they become certain."""
     for piece in generation:
-        print(piece, end="", flush=True)
+        show(splitter.push(piece))
+    show(splitter.finish())
+
+
+def show(pieces: Pieces) -> None:
+    """The answer on stdout, the reasoning before it on stderr."""
+    for kind, text in pieces:
+        print(text, end="", flush=True, file=sys.stdout if kind == "content" else sys.stderr)
+
+
+def answer_of(text: str, splitter: ReasoningSplitter) -> dict[str, str]:
+    """{"text": the answer, "reasoning": what the model thought before it} of a whole text."""
+    pieces = splitter.push(text) + splitter.finish()
+    return {
+        "text": "".join(part for kind, part in pieces if kind == "content"),
+        "reasoning": "".join(part for kind, part in pieces if kind == "reasoning"),
+    }
 
 
 def as_json(result: Result, model: Model, settings: GenerationSettings) -> dict[str, Any]:

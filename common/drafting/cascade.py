@@ -1,94 +1,114 @@
 """The cascade: output of full precision at nearly the quantised model's cost.
 
 Seen from the full-precision verifier, speculative decoding in W8A8 is one more drafter: it proposes a block of tokens,
-and one pass in full precision verifies them all. So the block is a window like any other, its size adapts to the
-agreement of the two models as every window does, and acceptance is what it always is: greedy keeps the longest
-agreeing prefix and corrects; sampling is rejection against the full-precision distribution with W8A8's as proposal.
+and one pass in full precision verifies them all. Both sample with the same noise, so sampled blocks agree as greedy
+ones do. The block's length follows the rule for rows as every draft's does: where it does not pay, decoding is plain.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from quasar.backends.base import KVCache
-from quasar.drafting.costs import pass_costs
-from quasar.drafting.decoder import PREFILL_FROM, FollowedText
-from quasar.models.decoder import PREFILL_CHUNK, Decoder
-from quasar.speculation.acceptance import GreedyAcceptance, SamplingAcceptance
+from quasar.backends.base import Slot
+from quasar.drafting.decoder_drafter import PREFILL_FROM, FollowedText
+from quasar.drafting.survival import SurvivalTable
+from quasar.models.runtime import PROMPT_ROWS, Runtime
+from quasar.speculation.choice import TokenChooser
 from quasar.speculation.draft import Draft, Drafter
-from quasar.speculation.sampling import Sampling, target_distribution
-from quasar.speculation.speculator import Speculator
-from quasar.speculation.verifier import Verifier
-from quasar.speculation.window import Window
-from torch import Tensor
+from quasar.speculation.rows import RowRule
+from quasar.speculation.sampling import Sampling
+from quasar.speculation.verifier import Verifier, Window
+
+_LONGEST_INNER = 15  # candidates of the inner drafter in one pass of the quantised model
 
 
 class CascadeDrafter(Drafter):
-    """Drafts by speculative decoding with a quantised model, over its own KV cache."""
+    """Drafts by speculative decoding with a quantised model, over a slot of its own."""
 
     takes_passes = True
 
     def __init__(
-        self, decoder: Decoder, cache: KVCache, drafter: Drafter | None, window: Window, sampling: Sampling | None
+        self, runtime: Runtime, slot: Slot, drafter: Drafter | None, sampling: Sampling | None, gamma: int | None
     ) -> None:
-        """drafter and window: those of the quantised model; sampling: the target's, None for greedy."""
-        self._decoder, self._followed, self._sampling = decoder, FollowedText(cache), sampling
+        """drafter and gamma: those of the quantised model; sampling: the target's, None for greedy."""
+        self._runtime, self._sampling, self._gamma = runtime, sampling, gamma
+        self._drafter, self._verifier = drafter, Verifier(runtime)
+        self._followed = FollowedText(slot)
         self._tokens: list[int] = []
-        # Numbers of its own: whether full precision accepts must not depend on how the proposal was drawn.
-        acceptance = (
-            GreedyAcceptance(decoder.backend.argmax)
-            if sampling is None
-            else SamplingAcceptance(sampling.independent(2))
-        )
-        self._speculator = Speculator(Verifier(decoder, cache, acceptance), drafter, window)
-        self._prefills = self._drawn = 0
+        self._prompt_tokens = 0
+        self._survival = SurvivalTable(lambda source, match, depth: 0.95)
+        self._drafted_tokens = 0
+        self._own_passes = 0
 
     def extend(self, tokens: Sequence[int]) -> None:
+        if not self._tokens:
+            self._prompt_tokens = len(tokens)
         self._tokens.extend(tokens)
-        if self._speculator.drafter is not None:
-            self._speculator.drafter.extend(tokens)
-        behind = self._followed.behind(self._tokens, ())[:-1]
-        if len(behind) >= PREFILL_FROM:  # a prompt, now rather than in the first draft
-            self._decoder.prefill(behind, self._followed.cache, keep=0)
-            self._followed.held += behind
-            self._prefills += -(-len(behind) // PREFILL_CHUNK)
+        if self._drafter is not None:
+            self._drafter.extend(tokens)
+        uncached = self._followed.uncached(self._tokens, ())[:-1]
+        if len(uncached) >= PREFILL_FROM:  # a prompt, now rather than in the first draft
+            with self._runtime.lock:
+                self._runtime.prefill(self._followed.slot, uncached, logits_to_keep=0)
+            self._followed.held += uncached
+            self._own_passes += -(-len(uncached) // PROMPT_ROWS)
 
-    def propose(self, gamma: int, pending: Sequence[int] = ()) -> Draft:
-        gamma = min(gamma, self._followed.cache.free)
+    def propose(self, most: int, pending: Sequence[int] = ()) -> Draft:
         tokens: list[int] = []
-        probs: list[Tensor] = []
-        while len(tokens) < gamma:
+        while len(tokens) < most:
             ahead = [*pending, *tokens]
-            behind = self._followed.behind(self._tokens, ahead)
-            # Its uniforms are numbered as they are drawn, not by output index: a token that was taken back must
-            # not lend its number to the one that comes instead.
-            step = self._speculator.step(behind, self._drawn, gamma - len(tokens), ahead)
-            self._drawn += len(step)
-            self._followed.held += [*behind, *step[:-1]]
-            if self._sampling is not None:
-                probs.append(target_distribution(self._speculator.verifier.logits[: len(step)], self._sampling))
-            tokens += step
-        return Draft(tokens, torch.cat(probs) if probs else None)
+            uncached = self._followed.uncached(self._tokens, ahead)
+            room = min(most - len(tokens) - 1, self._followed.slot.free - len(uncached))
+            if room < 0:
+                break
+            proposed, count = self._inner_draft(room, ahead, len(uncached))
+            chooser = TokenChooser(self._sampling)
+            chooser.index = len(self._tokens) + len(ahead) - self._prompt_tokens
+            window = Window(self._followed.slot, uncached, chooser, proposed.first(count))
+            with self._runtime.lock:
+                verdict = self._verifier.step([window])[0]
+            if self._drafter is not None:
+                self._drafter.observe(proposed, count, verdict.own)
+            self._own_passes += 1
+            self._followed.held += [*uncached, *verdict.tokens[:-1]]
+            tokens += verdict.tokens
+        self._drafted_tokens += len(tokens)
+        return Draft.chain(tokens, *self._survival.chain("cascade", 0, len(tokens)))
+
+    def _inner_draft(self, room: int, ahead: Sequence[int], rows: int) -> tuple[Draft, int]:
+        """What the quantised model's drafter proposes, and how many of its candidates to verify."""
+        if self._drafter is None or room < 1:
+            return Draft(), 0
+        draft = self._drafter.propose(min(self._gamma or _LONGEST_INNER, room), ahead)
+        if self._gamma is not None or not draft.tokens:
+            return draft, len(draft)
+        return draft, RowRule().candidates([draft], rows, self._runtime.costs)[0]
+
+    def expected_survival(self, most: int) -> list[float]:
+        return self._survival.chain("cascade", 0, most)[0]
+
+    def observe(
+        self, draft: Draft, verified: int, own: Sequence[int], top: Sequence[Sequence[int]] | None = None
+    ) -> None:
+        self._survival.learn(draft.outcomes(verified, own))
 
     def seconds_per_token(self) -> float:
-        drafted = 0 if self._speculator.drafter is None else 1
-        return pass_costs(self._decoder)(drafted + 1) / (drafted + 1)  # a modest guess: every draft of one is right
+        """Of the quantised model's passes; at first a modest guess: every draft of one is right."""
+        if self._drafted_tokens < 8:
+            drafted = 0 if self._drafter is None else 1
+            return self._runtime.costs(drafted + 1) / (drafted + 1)
+        return self._runtime.costs(2) * self._own_passes / self._drafted_tokens
 
     @property
-    def passes(self) -> int:
+    def passes(self) -> int:  # type: ignore[override]
         """Of the quantised model and of its drafter."""
-        return self._prefills + self._speculator.verifier.passes + self._inner.passes
+        return self._own_passes + (self._drafter.passes if self._drafter is not None else 0)
 
     @property
-    def weight_bytes(self) -> int:
-        own = (self._prefills + self._speculator.verifier.passes) * self._decoder.weight_bytes_per_pass
-        return own + self._inner.weight_bytes
-
-    @property
-    def _inner(self) -> Drafter | type[Drafter]:
-        return self._speculator.drafter or Drafter  # whose class attributes are the zeros of no drafter
+    def weight_bytes(self) -> int:  # type: ignore[override]
+        inner = self._drafter.weight_bytes if self._drafter is not None else 0
+        return self._own_passes * self._runtime.decoder.weight_bytes_per_pass + inner
 
     def finish(self) -> None:
-        if self._speculator.drafter is not None:
-            self._speculator.drafter.finish()
+        if self._drafter is not None:
+            self._drafter.finish()

@@ -8,24 +8,25 @@ from quasar.models.linear import Linear
 from quasar.models.linear_int4 import W4A4Linear, W4A16Linear
 from quasar.models.model import ASSETS, LoadOptions, Model, load_checkpoint
 from quasar.models.pruning import layers_to_keep
+from quasar.models.runtime import Runtime
 from quasar.models.sharing import share
 from quasar.quantization.calibration import read_texts
 
 _PROMPTS, _PROMPT_TOKENS = 8, 256  # enough to rank layers by
 
 
-def draft_decoder(model: Model, name: str) -> Decoder:
-    """The decoder for "self:w4a4", "self:skip=K" or "model:PATH". Raises QuasarError where the model cannot have it."""
-    if name not in model.draft_decoders:
-        if name == "self:w4a4":
-            made = _in_w4a4(model)
-        elif name.startswith("self:"):
-            made = _skipping(model, int(name.partition("=")[2]))
-        else:
-            made = _other_model(model, name.partition(":")[2])
-        made.pack()
-        model.draft_decoders[name] = made
-    return model.draft_decoders[name]
+def draft_runtime(model: Model, name: str) -> Runtime:
+    """For "self:w4a4", "self:skip=K" or "model:PATH". Raises QuasarError where the model cannot have it."""
+    with model.lock:  # made once, whichever thread asks first
+        if name not in model.draft_runtimes:
+            if name == "self:w4a4":
+                made = _in_w4a4(model)
+            elif name.startswith("self:"):
+                made = _skipping(model, int(name.partition("=")[2]))
+            else:
+                made = _other_model(model, name.partition(":")[2])
+            model.draft_runtimes[name] = Runtime(made)
+        return model.draft_runtimes[name]
 
 
 def _in_w4a4(model: Model) -> Decoder:

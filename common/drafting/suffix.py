@@ -8,7 +8,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from quasar.drafting.ngram import prior
 from quasar.drafting.suffix_automaton import ROOT, SuffixAutomaton
+from quasar.drafting.survival import SurvivalTable
 from quasar.errors import QuasarError
 from quasar.speculation.draft import Draft, Drafter
 
@@ -18,6 +20,11 @@ if TYPE_CHECKING:
 # A match of n tokens is trusted for TRUST * n more (the paper's alpha), as far as the counts give the path at least
 # LEAST; of the longest MATCHES matches the one that promises most tokens is taken.
 TRUST, LEAST, MATCHES = 2, 0.1, 8
+LONGEST = 12  # longer matches are counted as this long
+
+
+def _prior(source: str, match: int, depth: int) -> float:
+    return prior(source, min(match, 3), depth + max(match - 3, 0))
 
 
 class SuffixStore:
@@ -68,10 +75,12 @@ def open_store(path: str, model: Model) -> SuffixStore:
 
 
 class SuffixDrafter(Drafter):
-    """Drafts as much as the matches justify, so its length adapts even under a fixed gamma."""
+    """Drafts as much as the matches justify, so its length adapts to the text."""
 
-    def __init__(self, store: SuffixStore | None = None) -> None:
+    def __init__(self, store: SuffixStore | None = None, survival: SurvivalTable | None = None) -> None:
+        """survival: a table to share with other sequences."""
         self._store = store
+        self._survival = SurvivalTable(_prior) if survival is None else survival
         self._automaton = SuffixAutomaton() if store is None else store.automaton
         self._tokens: list[int] = []
         self._state = ROOT  # of the whole text
@@ -81,18 +90,23 @@ class SuffixDrafter(Drafter):
             self._state = self._automaton.extend(self._state, token)
         self._tokens.extend(tokens)
 
-    def propose(self, gamma: int, pending: Sequence[int] = ()) -> Draft:
+    def propose(self, most: int, pending: Sequence[int] = ()) -> Draft:
         automaton, state = self._automaton, self._state
         for token in pending:
             state = automaton.follow(state, token)
         best: list[int] = []
-        best_expected = 0.0
+        best_expected, match = 0.0, 0
         matches = (suffix for suffix in automaton.suffixes(state) if automaton.following[suffix])
         for suffix in islice(matches, MATCHES):
-            tokens, expected = self._continue(suffix, min(gamma, TRUST * automaton.length[suffix]))
+            tokens, expected = self._continue(suffix, min(most, TRUST * automaton.length[suffix]))
             if expected > best_expected:
-                best, best_expected = tokens, expected
-        return Draft(best)
+                best, best_expected, match = tokens, expected, automaton.length[suffix]
+        return Draft.chain(best, *self._survival.chain("suffix", min(match, LONGEST), len(best)))
+
+    def observe(
+        self, draft: Draft, verified: int, own: Sequence[int], top: Sequence[Sequence[int]] | None = None
+    ) -> None:
+        self._survival.learn(draft.outcomes(verified, own))
 
     def _continue(self, state: int, most: int) -> tuple[list[int], float]:
         """The commonest continuation of a state, and how many of its tokens the counts make us expect."""

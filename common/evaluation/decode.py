@@ -8,13 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
+
+from quasar.backends.base import Batch, Segment
 from quasar.generation import GenerationSettings, generate
 from quasar.models.model import Model
-from quasar.speculation.acceptance import Acceptance
-from quasar.speculation.draft import Draft
-from quasar.speculation.verifier import Verifier
-from quasar.speculation.window import MAX_GAMMA
-from torch import Tensor
+from quasar.speculation.rows import PUBLISHED_GAMMA
 
 # name, precision, draft: the paper's comparison
 SCHEMES = (
@@ -61,39 +59,32 @@ def over_prompts(models: dict[str, Model], prompts: Sequence[Sequence[int]], set
     return [run(precision, draft) for _, precision, draft in SCHEMES]
 
 
-class ReplayedAcceptance(Acceptance):
-    """Accepts as many drafted tokens as make up a stated acceptance length on average; for random weights, whose own
-    opinion of a draft means nothing. It does the greedy rule's work all the same, so that its cost is counted."""
-
-    def __init__(self, acceptance_length: float, argmax: Callable[[Tensor], Tensor]) -> None:
-        self._extra, self._due, self._argmax = acceptance_length - 1, 0.0, argmax
-
-    def __call__(self, logits: Tensor, draft: Draft, position: int) -> list[int]:
-        own = self._argmax(logits).tolist()
-        self._due += self._extra if draft.tokens else 0.0
-        accepted = min(int(self._due), len(draft.tokens))
-        self._due -= accepted
-        return own[: accepted + 1]
-
-
 def replayed(models: dict[str, Model], acceptance_length: float, context: int, tokens: int) -> list[Run]:
-    """A run per scheme that commits `tokens` behind `context` random ones; drafting schemes draft MAX_GAMMA a time."""
+    """A run per scheme that commits `tokens` behind `context` random ones; with PUBLISHED_GAMMA drafted a pass.
+
+    As many candidates are accepted as make up the stated acceptance length on average: for random weights, whose own
+    opinion of a draft means nothing. The work of the greedy rule is done all the same, so that its cost is counted.
+    """
 
     def run(precision: str, draft: str) -> Run:
         def measure() -> tuple[float, int, int]:
-            decoder = models[precision].decoder
-            decoder.pack()
-            cache = decoder.new_cache(context + tokens + MAX_GAMMA + 1)
-            verifier = Verifier(decoder, cache, ReplayedAcceptance(acceptance_length, decoder.backend.argmax))
-            ids = torch.randint(0, decoder.config.vocab_size, (context,)).tolist()
-            last, done = verifier.start(ids), 0
+            runtime = models[precision].runtime
+            slot = runtime.new_slot(context + tokens + PUBLISHED_GAMMA + 1)
+            ids = torch.randint(0, runtime.config.vocab_size, (context,)).tolist()
+            last = int(runtime.backend.argmax(runtime.prefill(slot, ids))[0])
+            drafted = ids[:PUBLISHED_GAMMA] if draft != "none" else []
+            done, passes, due = 0, 0, 0.0
             start = time.perf_counter()
             while done < tokens:
-                drafted = ids[:MAX_GAMMA] if draft != "none" else []
-                committed = verifier.step([last], Draft(drafted), done + 1)
-                last, done = committed[-1], done + len(committed)
-            decoder.backend.synchronize()
-            return time.perf_counter() - start, done, verifier.passes
+                window = Segment(slot, [last, *drafted], logits_to_keep=len(drafted) + 1)
+                own = runtime.backend.argmax(runtime.run(Batch([window]))).tolist()
+                due += acceptance_length - 1 if drafted else 0.0
+                accepted = min(int(due), len(drafted))
+                due -= accepted
+                slot.commit(accepted + 1)
+                last, done, passes = own[accepted], done + accepted + 1, passes + 1
+            runtime.backend.synchronize()
+            return time.perf_counter() - start, done, passes
 
         return measure
 

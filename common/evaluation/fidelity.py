@@ -17,7 +17,7 @@ from quasar.models.sharing import share, unpacked_copy
 from quasar.quantization import quantize_int4, quantize_w8a8
 from quasar.quantization.calibration import SMOOTHED
 from quasar.quantization.fidelity import Fidelity, FidelityProbe
-from quasar.speculation.window import MAX_GAMMA
+from quasar.speculation.rows import PUBLISHED_GAMMA
 
 PRUNED_SHARES = (0.10, 0.25, 0.50)  # of the layers, as in table 5 of arXiv 2603.01399
 
@@ -44,7 +44,7 @@ def verifiers(model: Model, calibration: Sequence[Sequence[int]]) -> Iterator[tu
         # Packing is for good, and the full-precision model is needed again: lm_head must not be shared with it.
         decoder.lm_head = type(decoder.lm_head)(decoder.backend, decoder.lm_head.weight, decoder.lm_head.bias)
         change(decoder)
-        return replace(model, decoder=decoder, precision=precision, draft_decoders={})
+        return model.with_decoder(decoder, precision)
 
     def without_smoothing(decoder: Decoder) -> None:
         for layer in decoder.layers:
@@ -77,7 +77,7 @@ def measure_fidelity(
     """model: unpacked and in full precision; texts: token ids to compare distributions on; prompts: to generate from
     with each drafter; settings: of that, gamma None meaning the published 5."""
     probe = FidelityProbe(model.decoder, texts)
-    settings = replace(settings, gamma=settings.gamma or MAX_GAMMA)
+    settings = replace(settings, gamma=settings.gamma or PUBLISHED_GAMMA)
     for name, verifier in verifiers(model, calibration):
         tick(name)
         fidelity = probe.compare(verifier.decoder)

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from tqdm import tqdm
+
 from quasar.errors import QuasarError
 from quasar.generation import GenerationSettings, generate
 from quasar.loading import load
-from tqdm import tqdm
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -99,7 +100,7 @@ class QuasarLM(TemplateLM):
         ids = [*context, *continuation][-(self._decoder.config.max_position_embeddings + 1) :]
         following = ids[-min(len(continuation), len(ids) - 1) :]
         inputs = ids[:-1]
-        logits = self._decoder.prefill(inputs, self._decoder.new_cache(len(inputs)), keep=len(following))
+        logits = self._decoder.read(inputs, logits_to_keep=len(following))
         log_probs = logits.log_softmax(dim=-1)
         total = sum(log_probs[i, token].item() for i, token in enumerate(following))
         return total, logits.argmax(dim=-1).tolist() == following

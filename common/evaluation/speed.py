@@ -12,9 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from quasar.backends.base import Backend
+
+from quasar.backends.base import Backend, Batch, Segment
 from quasar.backends.cpu import kernels
 from quasar.models.decoder import Decoder
+from quasar.models.runtime import Runtime
 
 _READ_BYTES = 512 << 20  # larger than the outer caches
 _READS = 2  # each time; the faster counts
@@ -89,14 +91,13 @@ class BandwidthProbe:
 
 def decoder_step(decoder: Decoder, context: int, most_rows: int) -> Step:
     """Passes of a decoder behind `context` committed tokens."""
-    decoder.pack()
-    cache = decoder.new_cache(context + most_rows)
-    decoder.prefill(context_ids(decoder.config.vocab_size, context), cache, keep=1)
-
-    window_pass = decoder.backend.window_pass(decoder, cache)
+    runtime = Runtime(decoder)
+    slot = runtime.new_slot(context + most_rows)
+    runtime.prefill(slot, context_ids(decoder.config.vocab_size, context).tolist())
 
     def run(ids: torch.Tensor) -> torch.Tensor:
-        return window_pass(ids.tolist(), len(ids))  # never committed: the next pass overwrites it
+        # Never committed: the next pass overwrites it.
+        return runtime.run(Batch([Segment(slot, ids.tolist(), logits_to_keep=len(ids))]))
 
     return Step(run, weight_bytes=decoder.weight_bytes_per_pass)
 

@@ -12,6 +12,7 @@ from uuid import uuid4
 
 from quasar.errors import QuasarError
 from quasar.generation import GenerationSettings, Result, generate
+from quasar.models.chat import render_chat
 from quasar.models.model import Model
 
 
@@ -195,7 +196,7 @@ def encode_turns(model: Model, turns: Sequence[str], said: Sequence[str], room: 
             messages.append({"role": "user", "content": turn})
             if i < len(said):
                 messages.append({"role": "assistant", "content": said[i]})
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        ids = render_chat(tokenizer, messages)
     else:
         parts = [part for i, turn in enumerate(turns) for part in (turn, *said[i : i + 1])]
         ids = model.encode("\n".join(parts) + "\n")

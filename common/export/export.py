@@ -21,7 +21,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from quasar.backends.base import Backend
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from quasar.backends.base import Backend, Batch, Segment
 from quasar.backends.reference import ReferenceBackend
 from quasar.checkpoints import WRITERS, open_checkpoint
 from quasar.checkpoints.folder import SafetensorsFolder, read_json
@@ -36,10 +41,6 @@ from quasar.models.model import ASSETS, LoadOptions, find_checkpoint, load_token
 from quasar.quantization import SEARCH_ROWS, quantize_layer, static_scale
 from quasar.quantization.calibration import observing, read_texts
 from quasar.quantization.fidelity import Fidelity, FidelityTally, held_out
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-from tqdm import tqdm
 
 SCHEMES = ("w8a8", "w8a8-static")
 _RESUME, _STATE = "resume.json", "hidden_states.resume"
@@ -218,8 +219,9 @@ class _Export:
     def _through(self, layer: DecoderLayer, x: Tensor) -> Tensor:
         """[tokens, hidden] -> [tokens, hidden], from position 0."""
         c, tokens = self.config, len(x)
-        cache = self.backend.new_cache(1, c.num_kv_heads, tokens, c.head_dim)
-        y, residual = layer(x, None, self.cos[:tokens], self.sin[:tokens], cache)
+        slot = self.backend.new_slot(1, c.num_kv_heads, tokens, c.head_dim)
+        batch = Batch([Segment(slot, [0] * tokens)])
+        y, residual = layer(x, None, self.cos[:tokens], self.sin[:tokens], batch)
         return y + residual
 
     def _normed(self, x: Tensor, norm: Tensor) -> Tensor:

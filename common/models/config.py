@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
 from quasar.checkpoints.folder import read_json
 from quasar.errors import QuasarError
 
 MAX_POSITIONS = 1 << 20  # tables of cosines are made for all of them
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,16 @@ _FAMILIES = {
     "Qwen3ForCausalLM": {"bias_field": "attention_bias", "qk_norm": True},
     "PanguEmbeddedForCausalLM": {"bias_field": "bias", "qk_norm": False},
 }
+
+# Members of the openPangu family that are no dense decoders of this kind, by the architecture in their config.json.
+_OTHER_PANGU = {
+    "PanguProMoEForCausalLM": "openPangu Pro MoE 72B (a mixture of experts)",
+    "PanguProMoEV2ForCausalLM": "openPangu-R-72B-2512 (a mixture of experts)",
+    "PanguUltraMoEForCausalLM": "openPangu-Ultra-MoE-718B (a mixture of experts with latent attention)",
+    "OpenPanguV2ForCausalLM": "openPangu-2.0 (Flash and Pro: mixtures of experts with latent attention)",
+    "OpenPanguVLForConditionalGeneration": "openPangu-VL-7B (images and text)",
+}
+_DENSE_PANGU = "openPangu-Embedded-1B and -7B, their V1.1, openPangu-R-7B-2512"
 
 _SHARED_QWEN3 = {
     "architecture": "Qwen3ForCausalLM",
@@ -123,9 +137,15 @@ def read_config(folder: Path) -> ModelConfig:
     architectures = fields.get("architectures") or [fields.get("model_type")]
     architecture = architectures[0] if isinstance(architectures, list) else architectures
     family = _FAMILIES.get(str(architecture))
+    if family is None and str(architecture) in _OTHER_PANGU:
+        raise QuasarError(
+            f"{path}: {_OTHER_PANGU[str(architecture)]} is not supported; of openPangu Quasar runs the dense models: "
+            f"{_DENSE_PANGU}"
+        )
     if family is None:
         raise QuasarError(f"{path}: architecture {architecture} is not supported; Quasar runs {', '.join(_FAMILIES)}")
     _refuse_variants(path, fields)
+    _warn_of_diffusion(path, fields)
 
     def size(name: str, default: int | None = None, most: int = 1 << 31) -> int:
         value = fields.get(name, default)
@@ -184,6 +204,13 @@ def _refuse_variants(path: Path, fields: dict[str, Any]) -> None:
         raise QuasarError(f"{path}: hidden_act {fields['hidden_act']!r} is not supported; Quasar runs silu")
     if fields.get("use_sliding_window"):
         raise QuasarError(f"{path}: use_sliding_window is not supported; set it to false")
+
+
+def _warn_of_diffusion(path: Path, fields: dict[str, Any]) -> None:
+    """openPangu-7B-Diffusion has the architecture of the dense models, and was trained to fill blocks in."""
+    hints = (str(path.parent.name), str(fields.get("_name_or_path", "")), *map(str, fields))
+    if str(fields.get("model_type")) == "PanguEmbedded" and any("diffusion" in hint.lower() for hint in hints):
+        log.warning("%s is a diffusion model: Quasar decodes it token by token, which it was not trained for", path)
 
 
 def _rope(path: Path, fields: dict[str, Any], older: str | None = None) -> dict[str, Any]:

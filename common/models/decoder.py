@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from quasar.backends.base import AttentionSpec, Backend, KVCache
-from quasar.models.config import ModelConfig
-from quasar.models.linear import FullLinear, Linear
 from torch import Tensor, nn
 
-PREFILL_CHUNK = 512
+from quasar.backends.base import AttentionSpec, Backend, Batch, Segment
+from quasar.models.config import ModelConfig
+from quasar.models.linear import FullLinear, Linear
+
+CHUNK_ROWS = 512  # of a text in one pass, so that memory grows with the chunk and not with the text
 
 
 class DecoderLayer(nn.Module):
@@ -36,19 +37,19 @@ class DecoderLayer(nn.Module):
         self.qkv, self.o, self.gate_up, self.down = qkv, o, gate_up, down
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, cache: KVCache
+        self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, batch: Batch
     ) -> tuple[Tensor, Tensor]:
         backend = self.backend
         h, residual = backend.add_rms_norm(x, residual, self.input_norm, self.eps, self.qkv.activation_quant)
-        q = backend.append_rotated(self.qkv(h), self.attention, cos, sin, cache, self.index)
-        x = self.o(backend.attend(q, self.attention, cache, self.index, self.o.activation_quant))
+        q = backend.append_rotated(self.qkv(h), self.attention, cos, sin, batch, self.index)
+        x = self.o(backend.attend(q, self.attention, batch, self.index, self.o.activation_quant))
         h, residual = backend.add_rms_norm(x, residual, self.post_norm, self.eps, self.gate_up.activation_quant)
         x = self.down(backend.swiglu(self.gate_up(h), self.down.activation_quant))
         return x, residual
 
 
 class Decoder(nn.Module):
-    """Token ids in, logits out, over a KV cache."""
+    """Token ids in, logits out, over the slots of a batch."""
 
     def __init__(
         self,
@@ -69,42 +70,39 @@ class Decoder(nn.Module):
         self.lm_head = lm_head
         self.cos, self.sin = rope_tables(config, backend)
 
-    def new_cache(self, capacity: int) -> KVCache:
-        """An empty cache for `capacity` positions."""
-        c = self.config
-        return self.backend.new_cache(c.num_layers, c.num_kv_heads, capacity, c.head_dim)
-
     @torch.inference_mode()
-    def forward(self, ids: Tensor, cache: KVCache, keep: int) -> Tensor:
-        """One pass over `ids` [tokens], whose positions follow the committed ones.
+    def forward(self, ids: Tensor, batch: Batch) -> Tensor:
+        """One pass over the batch's `ids` [rows], on the device.
 
-        Returns logits float32 [keep, vocab] of the last `keep` positions. The caller commits what it keeps.
+        Returns logits float32 [kept rows, vocab]. The caller commits what it keeps to the batch's slots.
         """
-        tokens = ids.shape[0]
-        if tokens > cache.free:
-            raise ValueError(f"{tokens} tokens do not fit the KV cache: {cache.free} positions are free")
-        rope = self.backend.rope_rows(self.cos, self.sin, self.attention_specs, cache, tokens)
+        rope = self.backend.rope_rows(self.cos, self.sin, self.attention_specs, batch)
         x, residual = self.backend.embed(self.embedding, ids), None
         for layer, (cos, sin) in zip(self.layers, rope, strict=True):
-            x, residual = layer(x, residual, cos, sin, cache)
-        if not keep:
+            x, residual = layer(x, residual, cos, sin, batch)
+        x, residual = self.backend.kept(x, batch), self.backend.kept(residual, batch)
+        if not len(x):
             return x.new_empty(0, self.config.vocab_size)
         h, _ = self.backend.add_rms_norm(
-            x[-keep:], residual[-keep:], self.norm, self.config.rms_norm_eps, self.lm_head.activation_quant
+            x, residual, self.norm, self.config.rms_norm_eps, self.lm_head.activation_quant
         )
         return self.backend.logits(self.lm_head, h)
 
-    def prefill(self, ids: Sequence[int] | Tensor, cache: KVCache, keep: int = 1) -> Tensor:
-        """Commits a prompt in chunks of PREFILL_CHUNK, so memory grows with the chunk and not with its square.
+    def read(self, ids: Sequence[int], logits_to_keep: int = 0) -> Tensor:
+        """Runs a text by itself, in chunks; logits float32 [logits_to_keep, vocab] of its last tokens.
 
-        Returns logits float32 [keep, vocab] of the last `keep` positions.
+        For calibration and measurements: nothing is captured and nothing kept.
         """
-        prompt = torch.as_tensor(ids, dtype=torch.long, device=self.backend.device)
-        kept, done = [], 0
-        for chunk in prompt.split(PREFILL_CHUNK):
-            done += len(chunk)
-            kept.append(self(chunk, cache, keep=min(len(chunk), max(0, keep - (len(prompt) - done)))))
-            cache.commit(len(chunk))
+        c = self.config
+        ids = [int(token) for token in ids]
+        slot = self.backend.new_slot(c.num_layers, c.num_kv_heads, len(ids), c.head_dim)
+        kept = []
+        for first in range(0, len(ids), CHUNK_ROWS):
+            chunk = ids[first : first + CHUNK_ROWS]
+            keep = min(len(chunk), max(0, logits_to_keep - (len(ids) - first - len(chunk))))
+            batch = Batch([Segment(slot, chunk, logits_to_keep=keep)])
+            kept.append(self(torch.tensor(chunk, device=self.backend.device), batch))
+            slot.commit(len(chunk))
         return torch.cat(kept)
 
     def linears(self) -> list[Linear]:

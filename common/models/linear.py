@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from quasar.backends.base import ActivationQuant, Backend, Quantized
 from quasar.checkpoints.weights import FullWeights, Int8Weights, LinearWeights
 from quasar.errors import QuasarError
-from torch import Tensor, nn
 
 _ROWS = 8192  # quantised at a time
 

@@ -6,10 +6,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from quasar.backends.base import Backend, Quantized
 from quasar.errors import QuasarError
 from quasar.models.linear import FullLinear, Linear
-from torch import Tensor
 
 
 class W4A16Linear(Linear):

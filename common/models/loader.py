@@ -6,14 +6,15 @@ from collections.abc import Callable
 from typing import Protocol
 
 import torch
+from torch import Tensor
+from tqdm import tqdm
+
 from quasar.backends.base import AttentionSpec, Backend
 from quasar.checkpoints.weights import FullWeights, LinearWeights
 from quasar.errors import QuasarError
 from quasar.models.config import ModelConfig
 from quasar.models.decoder import Decoder, DecoderLayer
 from quasar.models.linear import Linear, fused_linear
-from torch import Tensor
-from tqdm import tqdm
 
 
 class TensorSource(Protocol):

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+
 from quasar.backends import get_backend
 from quasar.backends.base import Backend
 from quasar.checkpoints import open_checkpoint
 from quasar.checkpoints.folder import read_json
 from quasar.errors import QuasarError
+from quasar.models.chat import render_chat
 from quasar.models.config import DTYPES, DUMMY_SHAPES, ModelConfig, read_config
 from quasar.models.decoder import Decoder
 from quasar.models.linear import W8A8Linear
 from quasar.models.loader import RandomTensors, build_decoder
+from quasar.models.runtime import Runtime
 from quasar.quantization.fidelity import Fidelity
 
 if TYPE_CHECKING:
@@ -39,24 +43,59 @@ class Model:
     precision: str = "full"
     fidelity: Fidelity | None = None  # set by quantisation
     full: Decoder | None = None  # the full-precision decoder that lossless generation confirms with
-    draft_decoders: dict[str, Decoder] = field(default_factory=dict)  # that draft for this one, by --draft name
+    draft_runtimes: dict[str, Runtime] = field(default_factory=dict)  # that draft for this one, by --draft name
     trust_remote_code: bool = False  # whether a draft model's tokenizer may be Python code too
+
+    lock: threading.RLock = field(default_factory=threading.RLock)  # for whatever a first use makes
+    _runtimes: dict[Decoder, Runtime] = field(default_factory=dict)
 
     @property
     def config(self) -> ModelConfig:
         return self.decoder.config
 
-    def encode(self, text: str, chat: bool = False) -> list[int]:
-        """Token ids of a prompt; chat puts it into the model's chat template as a user turn."""
+    @property
+    def runtime(self) -> Runtime:
+        """What runs the decoder, made at first use; from then on the model cannot be quantised any more."""
+        return self._runtime_of(self.decoder)
+
+    def target_runtime(self, lossless: bool) -> Runtime:
+        """Of the decoder whose output it is: this one, or with lossless the full-precision one behind it."""
+        if not lossless:
+            return self.runtime
+        if self.precision == "full":
+            raise QuasarError("--lossless confirms what a quantised model says; --precision full already is lossless")
+        if self.full is None:
+            raise QuasarError("--lossless needs the full-precision weights too; load with lossless=True")
+        return self._runtime_of(self.full)
+
+    def with_decoder(self, decoder: Decoder, precision: str) -> Model:
+        """The same model around another decoder, with nothing made yet."""
+        return Model(
+            self.name,
+            decoder,
+            self.tokenizer,
+            self.stop_ids,
+            precision,
+            self.fidelity,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+    def _runtime_of(self, decoder: Decoder) -> Runtime:
+        with self.lock:
+            if decoder not in self._runtimes:
+                self._runtimes[decoder] = Runtime(decoder)
+            return self._runtimes[decoder]
+
+    def encode(self, text: str, chat: bool = False, system: str | None = None, think: str | None = None) -> list[int]:
+        """Token ids of a prompt; chat puts it into the model's chat template as a user turn.
+
+        system is the turn before it, think one of "slow", "fast" and "auto" (see `render_chat`); both go with chat.
+        """
         if self.tokenizer is None:
             raise QuasarError(f"{self.name} has random weights and no tokenizer; give --prompt-ids 1,2,3")
         if chat:
-            if not self.tokenizer.chat_template:
-                raise QuasarError(f"{self.name} has no chat template; leave out --chat")
-            turns = [{"role": "user", "content": text}]
-            return self.tokenizer.apply_chat_template(
-                turns, add_generation_prompt=True, tokenize=True, return_dict=False
-            )
+            turns = [] if system is None else [{"role": "system", "content": system}]
+            return render_chat(self.tokenizer, [*turns, {"role": "user", "content": text}], think=think)
         return self.tokenizer.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from quasar.models.decoder import Decoder
 from torch import Tensor
+
+from quasar.models.decoder import Decoder
 
 
 def layer_influence(decoder: Decoder, sequences: Sequence[Sequence[int]]) -> list[float]:
@@ -34,10 +35,8 @@ def layer_influence(decoder: Decoder, sequences: Sequence[Sequence[int]]) -> lis
     hooks = [layer.register_forward_pre_hook(entering(i)) for i, layer in enumerate(decoder.layers)]
     hooks += [layer.register_forward_hook(leaving(i)) for i, layer in enumerate(decoder.layers)]
     try:
-        cache = decoder.new_cache(max(map(len, sequences)))
         for ids in sequences:
-            cache.rewind(0)
-            decoder.prefill(ids, cache, keep=0)
+            decoder.read(ids)
     finally:
         for hook in hooks:
             hook.remove()

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from tqdm import tqdm
+
 from quasar.checkpoints.weights import Int8Weights
 from quasar.models.linear import W8A8Linear, quantize_linear
 from quasar.models.linear_int4 import W4A16Linear
 from quasar.quantization.calibration import SMOOTHED, InputStats, collect
 from quasar.quantization.rotation import rotate_decoder
 from quasar.quantization.smoothquant import smooth_layer
-from tqdm import tqdm
 
 if TYPE_CHECKING:
     from quasar.models.decoder import Decoder, DecoderLayer

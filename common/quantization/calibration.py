@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from quasar.errors import QuasarError
 from torch import Tensor
 from tqdm import tqdm
+
+from quasar.errors import QuasarError
 
 if TYPE_CHECKING:
     from quasar.models.decoder import Decoder, DecoderLayer
@@ -74,10 +75,8 @@ def collect(
     """
     with ExitStack() as stack:
         stats = [stack.enter_context(observing(layer, sample)) for layer in decoder.layers]
-        cache = decoder.new_cache(max(map(len, sequences)))
         for ids in tqdm(sequences, desc="calibrating", unit="prompt", disable=not progress, leave=False):
-            cache.length = 0
-            decoder.prefill(ids, cache, keep=0)
+            decoder.read(ids)
     return stats
 
 

@@ -93,4 +93,4 @@ class FidelityProbe:
 def _log_probs(decoder: Decoder, ids: Sequence[int]) -> Tensor:
     """float32 [len(ids) - 1, vocab]: what is predicted after each token but the last."""
     inputs = ids[:-1]
-    return decoder.prefill(inputs, decoder.new_cache(len(inputs)), keep=len(inputs)).log_softmax(dim=-1)
+    return decoder.read(inputs, logits_to_keep=len(inputs)).log_softmax(dim=-1)

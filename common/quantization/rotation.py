@@ -10,8 +10,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from quasar.models.linear import FullLinear
 from torch import Tensor
+
+from quasar.models.linear import FullLinear
 
 if TYPE_CHECKING:
     from quasar.models.decoder import Decoder, DecoderLayer

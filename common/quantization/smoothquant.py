@@ -10,9 +10,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
+
 from quasar.models.linear import FullLinear, quantize_weight
 from quasar.quantization.calibration import SMOOTHED, InputStats
-from torch import Tensor
 
 if TYPE_CHECKING:
     from quasar.models.decoder import DecoderLayer

@@ -1,44 +1,108 @@
-"""The verifier: one forward pass of the target over [last token + draft], one acceptance rule, one commit."""
+"""The verifier: one forward pass of the target over many sequences' drafts, one acceptance rule, one commit each."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-from quasar.backends.base import KVCache
-from quasar.models.decoder import Decoder
-from quasar.speculation.acceptance import Acceptance
-from quasar.speculation.draft import Draft
 from torch import Tensor
+
+from quasar.backends.base import Batch, Segment, Slot
+from quasar.models.runtime import Runtime
+from quasar.speculation.acceptance import accept
+from quasar.speculation.choice import TokenChooser
+from quasar.speculation.draft import Draft
+
+UNKNOWN = -1  # the own token of a row that nobody asked for
+
+
+@dataclass
+class Window:
+    """One sequence's part of a pass: committed tokens that its slot lacks, and the candidates to verify behind them."""
+
+    slot: Slot
+    uncached_tokens: Sequence[int]
+    chooser: TokenChooser | None  # None: a part of a prompt, of which no token follows
+    draft: Draft = field(default_factory=Draft)
+    top_k: int = 0  # of the most probable tokens that the drafter wants to know for every row
+    logprobs: int | None = None  # that many alternatives beside every committed token's own
+
+
+@dataclass
+class Verdict:
+    """What became of a window."""
+
+    tokens: list[int] = field(default_factory=list)  # committed: the accepted candidates and the target's own last one
+    accepted: list[int] = field(default_factory=list)  # candidates, as indices
+    own: list[int] = field(default_factory=list)  # [drafted + 1] the target's token in each place, or UNKNOWN
+    top: list[list[int]] | None = None  # [drafted + 1][top_k]
+    logprobs: list[tuple[float, list[tuple[int, float]]]] | None = (
+        None  # of each committed token: its own, alternatives
+    )
 
 
 class Verifier:
-    """The target's state of one sequence: a KV cache that holds everything committed but the last token."""
+    """Whoever steps holds the runtime's lock."""
 
-    def __init__(self, decoder: Decoder, cache: KVCache, acceptance: Acceptance) -> None:
-        self._decoder, self._cache, self._acceptance = decoder, cache, acceptance
-        self._window_pass = decoder.backend.window_pass(decoder, cache)
-        self.passes = 0
-        self.logits: Tensor | None = None  # [drafted + 1, vocab] of the latest step
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
 
-    def start(self, prompt: Sequence[int]) -> int:
-        """Reads the prompt; returns the first token of the output."""
-        logits = self._decoder.prefill(prompt, self._cache, keep=1)
-        return self._acceptance(logits, Draft(), 0)[0]
+    def step(self, windows: Sequence[Window]) -> list[Verdict]:
+        """Runs one pass over all windows and commits to their slots what it accepts."""
+        batch = Batch([_segment(window) for window in windows])
+        logits = self._runtime.run(batch)
+        argmax = None
+        if any(window.chooser is not None and window.chooser.takes_argmax for window in windows):
+            argmax = self._runtime.backend.argmax(logits).tolist()
+        verdicts, first = [], 0
+        for window, segment in zip(windows, batch.segments, strict=True):
+            last = first + segment.logits_to_keep
+            rows = None if argmax is None else argmax[first:last]
+            verdicts.append(_judge(window, logits[first:last], rows))
+            first = last
+        return verdicts
 
-    def step(self, behind: Sequence[int], draft: Draft, position: int) -> list[int]:
-        """Verifies `draft` behind the committed tokens that the cache does not hold yet, mostly just the last one;
-        returns the 1 to len(draft) + 1 tokens it commits.
 
-        `position` is the output index of the first of them.
-        """
-        self.logits = self._window_pass([*behind, *draft.tokens], len(draft.tokens) + 1)
-        tokens = self._acceptance(self.logits, draft, position)
-        # `behind` and the accepted draft; the target's own last token is not in yet.
-        self._cache.commit(len(behind) + len(tokens) - 1)
-        self.passes += 1
-        return tokens
+def _segment(window: Window) -> Segment:
+    uncached, draft = len(window.uncached_tokens), window.draft
+    if window.chooser is None:
+        return Segment(window.slot, window.uncached_tokens, logits_to_keep=0)
+    parents = None
+    if any(parent != row - 1 for row, parent in enumerate(draft.parents)):
+        parents = [*range(-1, uncached - 1), *(parent + uncached for parent in draft.parents)]
+    return Segment(window.slot, [*window.uncached_tokens, *draft.tokens], parents, len(draft.tokens) + 1)
 
-    @property
-    def room(self) -> int:
-        """The longest draft that the cache still holds behind the last token."""
-        return self._cache.free - 1
+
+def _judge(window: Window, logits: Tensor, argmax: list[int] | None) -> Verdict:
+    """logits [drafted + 1, vocab]: after the last committed token, then after each candidate."""
+    chooser, draft, uncached = window.chooser, window.draft, len(window.uncached_tokens)
+    if chooser is None:
+        window.slot.commit(uncached)
+        return Verdict()
+    own = [UNKNOWN] * (len(draft.tokens) + 1)
+    if chooser.takes_argmax and argmax is not None:
+        own = argmax
+        tokens, path = accept(lambda row: chooser.take(own[row + 1]), draft.tokens, draft.parents)
+    else:
+
+        def choose(row: int) -> int:
+            own[row + 1] = chooser.choose(logits[row + 1].cpu())
+            return own[row + 1]
+
+        tokens, path = accept(choose, draft.tokens, draft.parents)
+    window.slot.commit([*range(uncached), *(uncached + row for row in path)])
+    verdict = Verdict(tokens, path, own)
+    if window.top_k:
+        verdict.top = logits.topk(window.top_k, dim=-1).indices.tolist()
+    if window.logprobs is not None:
+        verdict.logprobs = [
+            logprobs_of(logits[row + 1], token, window.logprobs) for row, token in zip([-1, *path], tokens, strict=True)
+        ]
+    return verdict
+
+
+def logprobs_of(logits: Tensor, token: int, alternatives: int) -> tuple[float, list[tuple[int, float]]]:
+    """The log-probability of a token by logits float32 [vocab], and the most probable tokens with theirs."""
+    logprobs = logits.float().log_softmax(dim=-1)
+    best = logprobs.topk(alternatives)
+    return float(logprobs[token]), list(zip(best.indices.tolist(), best.values.tolist(), strict=True))

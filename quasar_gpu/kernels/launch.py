@@ -17,8 +17,9 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from quasar.errors import QuasarError
 from torch import Tensor
+
+from quasar.errors import QuasarError
 
 WINDOW = 16  # rows of the padded tile: the N of the tensor cores' instructions, and the longest window
 

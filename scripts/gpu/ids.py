@@ -6,10 +6,10 @@ import gc
 from collections.abc import Iterator
 
 import torch
-from quasar.models.model import ASSETS
-from quasar.quantization.calibration import read_texts
 
 from quasar import Model, generate, load
+from quasar.models.model import ASSETS
+from quasar.quantization.calibration import read_texts
 from quasar_gpu.backend import CudaBackend
 
 MODELS = ("tiny-qwen3", "tiny-openpangu")

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from quasar.models.config import ModelConfig
 from torch import Tensor
 
+from quasar.models.config import ModelConfig
 from quasar_gpu.cache import reach_bucket
 from quasar_gpu.kernels import attention, linear, rows
 

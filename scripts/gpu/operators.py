@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from quasar.backends.base import ActivationQuant, AttentionSpec, Backend, Quantized
 from quasar.backends.reference import MAX_WINDOW, ReferenceBackend
 from quasar.models.config import ModelConfig
-from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 
 import torch
-from quasar.models.model import ASSETS
-from quasar.quantization.calibration import read_texts
 
 from quasar import generate, load
+from quasar.models.model import ASSETS
+from quasar.quantization.calibration import read_texts
 
 PROMPTS, LENGTH, NEW_TOKENS, LEAST = 200, 24, 32, 0.95
 

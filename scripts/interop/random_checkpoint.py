@@ -12,11 +12,12 @@ import shutil
 import sys
 from pathlib import Path
 
+from safetensors.torch import save_file
+from torch import Tensor
+
 from quasar.models.config import DUMMY_SHAPES
 from quasar.models.loader import PROJECTIONS, DecoderParts, RandomTensors
 from quasar.models.model import ASSETS
-from safetensors.torch import save_file
-from torch import Tensor
 
 
 def main() -> None:

@@ -25,9 +25,10 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from quasar.backends.base import ActivationQuant, AttentionSpec, KVCache, Quantized
 from quasar.backends.reference import ReferenceBackend
-from torch import Tensor
 
 
 class FusedRounding(ReferenceBackend):

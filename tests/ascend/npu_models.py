@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 
+from quasar import Model, load
 from quasar.backends.base import Backend
 from quasar.quantization import quantize_w8a8
-
-from quasar import Model, load
 from tests.conftest import TINY
 from tests.helpers.moving import make_static, moved
 

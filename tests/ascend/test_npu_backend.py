@@ -7,6 +7,7 @@ bound counts the roundings that the two sides do not share.
 import pytest
 import torch
 from fused_rounding import FusedRounding
+
 from quasar.backends import get_backend
 from quasar.backends.base import ActivationQuant, AttentionSpec, Quantized
 from quasar.backends.reference import ReferenceBackend

@@ -11,13 +11,13 @@ import pytest
 import torch
 from fused_rounding import FusedRounding
 from npu_models import CALIBRATION, PRECISIONS, on_backend
+
+from quasar import generate, load
 from quasar.backends import get_backend
 from quasar.backends.reference import ReferenceBackend
 from quasar.checkpoints import open_checkpoint
 from quasar.models.config import DTYPES
 from quasar.models.loader import build_decoder
-
-from quasar import generate, load
 from tests.conftest import FAMILIES
 
 GOLDEN = Path(__file__).parent.parent / "golden"

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from npu_models import on_backend
-from quasar.backends.base import ActivationQuant, AttentionSpec
-from quasar.backends.reference import ReferenceBackend
 
 from quasar import QuasarError, generate
+from quasar.backends.base import ActivationQuant, AttentionSpec
+from quasar.backends.reference import ReferenceBackend
 from quasar_npu.backend import npu_backend
 from quasar_npu.device import is_inference_card
 from quasar_npu.inference_card import InferenceCardBackend

@@ -11,17 +11,17 @@ import torch
 from emulated_npu import counting
 from fused_rounding import FusedRounding
 from npu_models import CALIBRATION, on_backend
+from test_npu_backend import assert_near, assert_same, random, sides
+from test_npu_ids import logits_of
+from test_npu_passes import AROUND, WINDOW, verifier_of
+
+from quasar import QuasarError, generate, load, quantize
 from quasar.backends import get_backend
 from quasar.backends.base import Quantized
 from quasar.backends.reference import ReferenceBackend
 from quasar.models.linear_int4 import W4A4Linear, W4A16Linear, quantize_weight_int4
 from quasar.quantization import quantize_int4
 from quasar.quantization.rotation import hadamard
-from test_npu_backend import assert_near, assert_same, random, sides
-from test_npu_ids import logits_of
-from test_npu_passes import AROUND, WINDOW, verifier_of
-
-from quasar import QuasarError, generate, load, quantize
 from quasar_npu.graphs import WindowGraphs
 from quasar_npu.inference_card import InferenceCardBackend
 from tests.conftest import FAMILIES, TINY

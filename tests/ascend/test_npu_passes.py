@@ -10,13 +10,13 @@ import torch
 import torch_npu
 from emulated_npu import Refused, counting
 from npu_models import on_backend
+
+from quasar import QuasarError, generate
 from quasar.backends import get_backend
 from quasar.speculation.acceptance import GreedyAcceptance, SamplingAcceptance
 from quasar.speculation.draft import Draft
 from quasar.speculation.sampling import Sampling
 from quasar.speculation.verifier import Verifier
-
-from quasar import QuasarError, generate
 from quasar_npu.backend import NpuBackend
 from quasar_npu.graphs import WindowGraphs
 

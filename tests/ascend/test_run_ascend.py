@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from fused_rounding import FusedRounding
+
+from quasar import generate
 from quasar.checkpoints import open_checkpoint
 from quasar.models.config import read_config
 from quasar.models.loader import build_decoder
 from quasar.models.model import Model, load_tokenizer
-
-from quasar import generate
 from quasar_npu import check
 
 ROOT = Path(__file__).parents[2]

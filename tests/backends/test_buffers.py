@@ -1,6 +1,7 @@
 """Buffers: what is in use is never handed out again, what is not always is."""
 
 import torch
+
 from quasar.backends.buffers import Buffers
 
 

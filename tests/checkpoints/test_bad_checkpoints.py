@@ -14,13 +14,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from quasar import QuasarError
 from quasar.backends.reference import ReferenceBackend
 from quasar.checkpoints import open_checkpoint
 from quasar.cli.inspect import report
 from quasar.models.config import read_config
 from quasar.models.loader import build_decoder
-
-from quasar import QuasarError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 O_PROJ = "model.layers.0.self_attn.o_proj"

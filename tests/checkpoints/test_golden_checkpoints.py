@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from quasar.models.linear import W8A8Linear
-from quasar.quantization.fidelity import FidelityProbe
 
 from quasar import Model, QuasarError, generate, load
+from quasar.models.linear import W8A8Linear
+from quasar.quantization.fidelity import FidelityProbe
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TEXTS = ["def main():\n    print('hello world')\n", "The quick brown fox jumps over the lazy dog, 1234567890 times."]

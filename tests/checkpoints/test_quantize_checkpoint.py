@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from quasar import QuasarError, load, quantize
 from quasar.checkpoints import WRITERS, open_checkpoint
 from quasar.export import export as exporting
 from quasar.export.export import ExportSettings, quantize_checkpoint
 from quasar.models.linear import W8A8Linear
 from quasar.models.model import LoadOptions
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-
-from quasar import QuasarError, load, quantize
 
 FORMATS = tuple(WRITERS)
 TEXTS = ["def main():\n    print('hello')\n" * 8, "One two three four five, once I caught a fish alive." * 3]
@@ -38,7 +38,7 @@ def logits(folder: Path) -> torch.Tensor:
 
 def logits_of(model: object) -> torch.Tensor:
     ids = list(range(5, 90))
-    return model.decoder.prefill(ids, model.decoder.new_cache(len(ids)), keep=len(ids))
+    return model.decoder.read(ids, logits_to_keep=len(ids))
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3-tied", "openpangu"])

@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
 from quasar.backends.base import ActivationQuant
 from quasar.backends.reference import ReferenceBackend
 from quasar.checkpoints import open_checkpoint
@@ -16,8 +19,6 @@ from quasar.models.config import read_config
 from quasar.models.decoder import DecoderLayer
 from quasar.models.linear import FullLinear, W8A8Linear, fused_linear
 from quasar.models.loader import build_decoder
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 O_PROJ = "model.layers.0.self_attn.o_proj"

@@ -7,11 +7,11 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from quasar import QuasarError, generate
 from quasar.drafting import suffix as suffix_module
 from quasar.drafting.suffix import SuffixDrafter, SuffixStore
 from quasar.drafting.suffix_automaton import ROOT, SuffixAutomaton
-
-from quasar import QuasarError, generate
 from tests.helpers.random_models import shared_random_model
 
 texts = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=4)

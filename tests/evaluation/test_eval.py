@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+
+from quasar import GenerationSettings, QuasarError, generate
 from quasar.cli import main
 from quasar.evaluation.fidelity import acceptance_length, verifiers
 from quasar.evaluation.tasks import SCHEMES, encode_turns, read_questions, run_tasks
 from quasar.models.pruning import layer_influence, layers_to_keep
 from quasar.models.sharing import share, unpacked_copy
-
-from quasar import GenerationSettings, QuasarError, generate
 from tests.helpers.random_models import random_model, shared_random_model
 
 QUESTIONS = [

@@ -35,7 +35,7 @@ def test_scores_are_those_of_the_decoder(lm, shipped):
     context, continuation = "import os", "\nimport sys\n"  # the harness moves spaces from one to the other
     (score, greedy), (other, _) = lm.loglikelihood([Request(context, continuation), Request(context, "zebra")])
     whole, first = model.encode(context + continuation), model.encode(context)
-    logits = model.decoder.prefill(whole[:-1], model.decoder.new_cache(99), keep=len(whole) - len(first))
+    logits = model.decoder.read(whole[:-1], logits_to_keep=len(whole) - len(first))
     expected = logits.log_softmax(-1).gather(1, logits.new_tensor(whole[len(first) :]).long()[:, None]).sum().item()
     assert score == pytest.approx(expected, abs=1e-4) and other < score
     assert greedy == (logits.argmax(-1).tolist() == whole[len(first) :])

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+
 from quasar.errors import QuasarError
 from quasar.evaluation import peers
 from quasar.evaluation.speed import decoder_step
 from quasar.models.model import ASSETS
-
 from tests.conftest import FAMILIES, TINY
 
 CPU = torch.device("cpu")

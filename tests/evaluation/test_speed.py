@@ -5,6 +5,7 @@ import operator
 
 import pytest
 import torch
+
 from quasar.backends import get_backend
 from quasar.backends.cpu import kernels
 from quasar.evaluation import speed

@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from quasar.backends import get_backend
 
 from quasar import QuasarError
+from quasar.backends import get_backend
 from quasar_gpu import generate
 from quasar_gpu.prompt import padded_int_mm
 

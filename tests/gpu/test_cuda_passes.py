@@ -14,11 +14,10 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from quasar import Model, generate
 from quasar.backends.base import KVCache
 from quasar.backends.reference import ReferenceBackend
 from quasar.models.decoder import Decoder
-
-from quasar import Model, generate
 from quasar_gpu import cache as cache_module
 from quasar_gpu import graphs
 from quasar_gpu.backend import CudaBackend

@@ -4,12 +4,12 @@ import sys
 
 import pytest
 import torch
+
+from quasar import QuasarError, generate, load
 from quasar.backends import get_backend
 from quasar.backends.reference import ReferenceBackend
 from quasar.cli import main
 from quasar.memory import out_of_memory_in_one_line
-
-from quasar import QuasarError, generate, load
 from quasar_gpu.device import open_cuda, require_free
 
 OUT_OF_MEMORY = (

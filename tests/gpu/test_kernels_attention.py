@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from quasar.backends.base import ActivationQuant, AttentionSpec, KVCache
 from quasar.backends.reference import ReferenceBackend
 

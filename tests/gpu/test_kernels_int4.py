@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from quasar.backends.reference import ReferenceBackend
 from quasar.quantization.rotation import hadamard
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quasar.backends.base import Quantized
-from quasar.backends.reference import ReferenceBackend
 
 from quasar import QuasarError
+from quasar.backends.base import Quantized
+from quasar.backends.reference import ReferenceBackend
 
 pytest.importorskip("triton")
 from quasar_gpu.kernels import linear

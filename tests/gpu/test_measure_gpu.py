@@ -12,7 +12,6 @@ import torch
 pytest.importorskip("triton")
 
 from quasar.models.config import DUMMY_SHAPES
-
 from quasar_gpu.backend import CudaBackend
 from quasar_gpu.kernels.linear import linear_configs
 from scripts import measure_gpu

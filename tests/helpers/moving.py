@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from torch import Tensor
+
 from quasar.backends.base import Backend, Quantized
 from quasar.backends.reference import ReferenceBackend
 from quasar.models.decoder import Decoder, DecoderLayer
 from quasar.models.linear import FullLinear, Linear, W8A8Linear
 from quasar.models.linear_int4 import W4A16Linear
-from torch import Tensor
 
 
 class PlainInt4(ReferenceBackend):
@@ -78,7 +79,7 @@ def make_static(decoder: Decoder, ids: list[int]) -> None:
         scales[module] = scale.amax(0, keepdim=True)
 
     hooks = [m.register_forward_pre_hook(observe) for m in decoder.linears() if isinstance(m, W8A8Linear)]
-    decoder.prefill(ids, decoder.new_cache(len(ids)), keep=0)
+    decoder.read(ids, logits_to_keep=0)
     for hook in hooks:
         hook.remove()
     for layer in decoder.layers:

@@ -6,14 +6,14 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+from quasar import Model
+from quasar.backends import get_backend
 from quasar.backends.base import Backend
 from quasar.backends.reference import ReferenceBackend
 from quasar.checkpoints import open_checkpoint
 from quasar.loading import quantize
 from quasar.models.config import read_config
 from quasar.models.loader import build_decoder
-
-from quasar import Model
 from tests.conftest import random_transformer, save_checkpoint
 
 
@@ -42,6 +42,6 @@ def random_model(
 
 
 @cache
-def shared_random_model(family: str, precision: str = "full") -> Model:
+def shared_random_model(family: str, precision: str = "full", device: str = "reference") -> Model:
     """The same with its full-precision weights kept, made once. Do not change it."""
-    return random_model(family, precision, keep_full=precision != "full")
+    return random_model(family, precision, keep_full=precision != "full", backend=get_backend(device))

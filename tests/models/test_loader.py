@@ -4,14 +4,14 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
+from quasar import QuasarError, load
 from quasar.backends import get_backend
 from quasar.checkpoints import open_checkpoint
 from quasar.models.config import DUMMY_SHAPES, read_config
 from quasar.models.loader import RandomTensors, build_decoder
 from quasar.models.model import find_checkpoint
-from safetensors.torch import load_file, save_file
-
-from quasar import QuasarError, load
 from tests.conftest import FAMILIES, random_transformer, save_checkpoint
 
 
@@ -26,7 +26,7 @@ def checkpoint(request, tmp_path):
 
 def logits(decoder):
     decoder.pack()
-    return decoder.prefill(torch.arange(12), decoder.new_cache(12), keep=12)
+    return decoder.read(torch.arange(12), logits_to_keep=12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -149,3 +149,26 @@ def test_random_tensors_make_a_decoder():
     decoder = build_decoder(config, RandomTensors(torch.bfloat16), get_backend("reference"))
     assert logits(decoder).isfinite().all()
     assert decoder.layers[0].qkv.bias.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name"),
+    [
+        ("PanguProMoEForCausalLM", "openPangu Pro MoE 72B"),
+        ("PanguProMoEV2ForCausalLM", "openPangu-R-72B-2512"),
+        ("PanguUltraMoEForCausalLM", "openPangu-Ultra-MoE-718B"),
+        ("OpenPanguV2ForCausalLM", r"openPangu-2\.0 \(Flash and Pro"),
+        ("OpenPanguVLForConditionalGeneration", "openPangu-VL-7B"),
+    ],
+)
+def test_members_of_the_family_that_do_not_run_are_refused_by_name(checkpoint, architecture, name):
+    change_config(checkpoint, architectures=[architecture])
+    with pytest.raises(QuasarError, match=f"{name}.* is not supported; of openPangu Quasar runs the dense models"):
+        read_config(checkpoint)
+
+
+def test_a_diffusion_model_is_warned_of(tmp_path, caplog):
+    folder = save_checkpoint(random_transformer("openpangu"), tmp_path / "openPangu-7B-Diffusion-Base")
+    change_config(folder, model_type="PanguEmbedded")
+    read_config(folder)
+    assert "is a diffusion model: Quasar decodes it token by token" in caplog.text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from quasar.backends.base import Quantized
 from quasar.backends.reference import ReferenceBackend
 from quasar.errors import QuasarError
@@ -12,8 +13,8 @@ from quasar.models.linear_int4 import W4A4Linear, W4A16Linear, quantize_weight_i
 from quasar.models.sharing import unpacked_copy
 from quasar.quantization.fidelity import FidelityProbe
 from quasar.quantization.rotation import hadamard, rotate_decoder, rotate_last
-
 from tests.conftest import FAMILIES
+from tests.helpers.passes import forward, new_slot
 from tests.helpers.random_models import random_model, shared_random_model
 
 
@@ -132,12 +133,12 @@ def test_a_window_gives_the_logits_of_single_steps_bit_for_bit(family, precision
     decoder = shared_random_model(family, precision).decoder
     decoder.pack()
     ids = torch.arange(3, 15)
-    together, alone = decoder.new_cache(20), decoder.new_cache(20)
+    together, alone = new_slot(decoder, 20), new_slot(decoder, 20)
     rows = []
     for token in ids:
-        rows.append(decoder(token[None], alone, keep=1))
+        rows.append(forward(decoder, alone, token[None]))
         alone.commit(1)
-    assert torch.equal(decoder(ids, together, keep=len(ids)), torch.cat(rows))
+    assert torch.equal(forward(decoder, together, ids), torch.cat(rows))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

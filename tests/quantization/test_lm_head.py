@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from quasar.models.linear import W8A8Linear
 
 from quasar import QuasarError, load, quantize
+from quasar.models.linear import W8A8Linear
 from tests.conftest import FAMILIES, TINY
 
 

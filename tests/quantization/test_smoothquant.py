@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+
+from quasar import QuasarError, load, quantize
 from quasar.backends import get_backend
 from quasar.checkpoints import open_checkpoint
 from quasar.models.config import read_config
@@ -10,8 +12,6 @@ from quasar.quantization import quantize_w8a8
 from quasar.quantization.calibration import SMOOTHED, collect
 from quasar.quantization.fidelity import FidelityProbe
 from quasar.quantization.smoothquant import smooth_layer, smoothing_scales
-
-from quasar import QuasarError, load, quantize
 from tests.conftest import FAMILIES, random_transformer, save_checkpoint
 
 PROMPTS = [list(range(start, start + 30)) for start in range(0, 100, 10)]
@@ -33,7 +33,7 @@ def decoder_of(family, folder, dtype=torch.float32, outliers=False):
 
 def logits(decoder):
     ids = torch.arange(100)
-    return decoder.prefill(ids, decoder.new_cache(100), keep=100)
+    return decoder.read(ids, logits_to_keep=100)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

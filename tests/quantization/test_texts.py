@@ -1,9 +1,9 @@
 """JSONL of texts: the shapes people have, and the faults."""
 
 import pytest
-from quasar.quantization.calibration import read_texts
 
 from quasar import QuasarError
+from quasar.quantization.calibration import read_texts
 
 
 def test_every_field_that_carries_text(tmp_path):

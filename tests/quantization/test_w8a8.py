@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from quasar.backends import get_backend
 from quasar.backends.base import ActivationQuant, Quantized
 from quasar.models.linear import FullLinear, W8A8Linear, quantize_weight

@@ -7,14 +7,17 @@ registers, which reads half the bytes of float32 and multiplies the very same nu
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
-from quasar.backends.base import ActivationQuant, AttentionSpec, Forward, KVCache, Quantized, WindowPass
-from quasar.backends.cpu import kernels
-from quasar.backends.cpu.recording import recorded_passes
-from quasar.backends.reference import ReferenceBackend
 from torch import Tensor
+
+from quasar.backends.base import ActivationQuant, AttentionSpec, Batch, CapturedPass, Forward, Quantized, Slot
+from quasar.backends.cpu import kernels
+from quasar.backends.cpu.recording import RecordedPass, pass_key, segments_of
+from quasar.backends.cpu.slot import CpuSlot
+from quasar.backends.reference import ReferenceBackend
 
 _HEAD_STEP = 16  # the attention kernels take head sizes that are multiples of it
 
@@ -80,26 +83,42 @@ class CpuBackend(ReferenceBackend):
         y = kernels.swiglu(gate_up)
         return y if quant is None else self.quantize(y, quant)
 
+    def rope_rows(
+        self, cos: Tensor, sin: Tensor, specs: Sequence[AttentionSpec], batch: Batch
+    ) -> Iterable[tuple[Tensor, Tensor]]:
+        """The whole tables: the kernel looks positions up. Called once per pass: segments are read here."""
+        if specs[0].head_dim % _HEAD_STEP:
+            return super().rope_rows(cos, sin, specs, batch)
+        batch.on_device = segments_of(batch, batch.on_device)
+        return [(cos, sin)] * len(specs)
+
     def append_rotated(
-        self, qkv: Tensor, spec: AttentionSpec, cos: Tensor, sin: Tensor, cache: KVCache, layer: int
+        self, qkv: Tensor, spec: AttentionSpec, cos: Tensor, sin: Tensor, batch: Batch, layer: int
     ) -> Tensor:
         if spec.head_dim % _HEAD_STEP:
-            return super().append_rotated(qkv, spec, cos, sin, cache, layer)
+            return super().append_rotated(qkv, spec, cos, sin, batch, layer)
         return kernels.rope_qk_append(
-            qkv, cos, sin, cache.layer_k[layer], cache.layer_v[layer], cache.length, spec.q_norm, spec.k_norm, spec.eps
+            qkv, cos, sin, batch.on_device, layer, spec.heads, spec.head_dim, spec.q_norm, spec.k_norm, spec.eps
         )
 
-    def attention(self, q: Tensor, spec: AttentionSpec, cache: KVCache, layer: int) -> Tensor:
+    def attention(self, q: Tensor, spec: AttentionSpec, batch: Batch, layer: int) -> Tensor:
         if spec.head_dim % _HEAD_STEP:
-            return super().attention(q, spec, cache, layer)
-        return kernels.attention(q, cache.layer_k[layer], cache.layer_v[layer], cache.length, spec.head_dim**-0.5)
+            return super().attention(q, spec, batch, layer)
+        return kernels.attention(q, batch.on_device, layer, spec.kv_heads, spec.head_dim**-0.5)
 
     def argmax(self, logits: Tensor) -> Tensor:
         return kernels.argmax(logits)
 
-    def window_pass(self, forward: Forward, cache: KVCache) -> WindowPass:
-        passes = recorded_passes(forward)
-        return lambda ids, keep: passes.run(forward, cache, ids, keep)
+    def new_slot(self, layers: int, kv_heads: int, capacity: int, head_dim: int) -> Slot:
+        if head_dim % _HEAD_STEP:
+            return super().new_slot(layers, kv_heads, capacity, head_dim)
+        return CpuSlot(layers, kv_heads, capacity, head_dim)
+
+    def pass_key(self, batch: Batch) -> Hashable | None:
+        return pass_key(batch)
+
+    def capture(self, forward: Forward, batch: Batch) -> CapturedPass:
+        return RecordedPass(forward, batch)
 
 
 class CpuBfloat16Backend(CpuBackend):

@@ -18,13 +18,14 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from quasar.backends.buffers import Buffers
 from torch import Tensor
+
+from quasar.backends.buffers import Buffers
 
 try:
     from . import _kernels
@@ -79,32 +80,27 @@ def use_instruction_set(name: str) -> Iterator[None]:
 class Recording:
     """The kernel calls of one pass, in order, made again by one call: no Python and one team of threads.
 
-    A replay reads and writes the memory of the recorded pass, which the recording keeps. What may differ: the KV
-    caches, of as many layers, heads and dimensions, and the position of the window in them.
+    A replay reads and writes the memory of the recorded pass, which the recording keeps. What may differ: the contents
+    of the ids' tensor, and what the pass's `Segments` were filled with since.
     """
 
     def __init__(self) -> None:
-        self.buffers, self._calls, self._threads = Buffers(), None, _threads()
+        self.buffers = Buffers()
         self.kept: list[object] = []  # weights, and what went in
+        self._calls = None
+        self._threads = _threads()
 
-    def replay(self, start: int, k: Tensor, v: Tensor) -> None:
-        """Makes the calls for a window whose first token stands at `start` of the caches, float32 [layers, kv_heads,
-        capacity, dim]. Raises IndexError for ids that `embed` has no rows for."""
-        self._replay(start, k, v, 0)
+    def replay(self) -> None:
+        """Makes the calls again. Raises IndexError, and changes nothing, for ids that `embed` has no rows for, rotary
+        positions beyond the tables, and segments of another model or number of rows."""
+        _kernels.replay(self._calls, self._threads, 0)
 
-    def timed_replay(self, start: int, k: Tensor, v: Tensor) -> list[tuple[str, float]]:
-        """The same, and each call's name with the seconds until all threads had done it."""
+    def timed_replay(self) -> list[tuple[str, float]]:
+        """The same; returns each call's name with the seconds until all threads had done it."""
         names = _kernels.calls(self._calls)
         nanoseconds = torch.zeros(len(names), dtype=torch.int64)
-        self._replay(start, k, v, nanoseconds.data_ptr())
+        _kernels.replay(self._calls, self._threads, nanoseconds.data_ptr())
         return [(name, 1e-9 * n) for name, n in zip(names, nanoseconds.tolist(), strict=True)]
-
-    def _replay(self, start: int, k: Tensor, v: Tensor, nanoseconds: int) -> None:
-        _kernels.replay(self._calls, start, *_caches(k, v), self._threads, nanoseconds)
-
-
-def _caches(k: Tensor, v: Tensor) -> tuple[int, int, int]:
-    return _pointer(k, _float32, v.numel()), _pointer(v, _float32, k.numel()), k.shape[2]
 
 
 class _Recorder(threading.local):
@@ -117,20 +113,61 @@ _recorder = _Recorder()
 
 
 @contextmanager
-def recording(k: Tensor, v: Tensor) -> Iterator[Recording]:
-    """Records the kernel calls that this thread makes inside, over the KV caches k and v, while it makes them.
+def recording() -> Iterator[Recording]:
+    """Records the kernel calls that this thread makes inside while it makes them.
 
     Their outputs lie in memory that the recording reuses as soon as they are dropped. Raises NotImplementedError from
     the call that cannot be repeated: `int8_linear` whose inputs are no multiple of 4.
     """
     made = Recording()
-    _kernels.record(*_caches(k, v))
+    _kernels.record()
     _recorder.recording = made
     try:
         yield made
     finally:
         _recorder.recording = None
         made._calls = _kernels.recorded()
+
+
+class SlotMemory:
+    """Keys and values of one sequence as the kernels have them: float32 [layers, kv_heads, capacity, head_dim].
+
+    The memory is uninitialised: the system gives it out page by page as positions are written.
+    """
+
+    def __init__(self, layers: int, kv_heads: int, capacity: int, head_dim: int) -> None:
+        self.k = torch.empty(layers, kv_heads, capacity, head_dim)
+        self.v = torch.empty(layers, kv_heads, capacity, head_dim)
+        self._slot = torch.tensor([self.k.data_ptr(), self.v.data_ptr(), capacity, layers, kv_heads, head_dim])
+        self.pointer = self._slot.data_ptr()
+
+    def keep(self, length: int, rows: Sequence[int]) -> None:
+        """Moves `rows`, ascending, counted from position `length`, to positions length, length + 1, ..."""
+        _kernels.slot_keep(self.pointer, length, list(rows))
+
+    def copy_from(self, other: SlotMemory, positions: int) -> None:
+        """Takes over the first `positions` of another sequence of the same model."""
+        _kernels.slot_copy(other.pointer, self.pointer, positions)
+
+
+class Segments:
+    """The table of what a pass runs over, at a fixed address. A recorded pass reads what it holds by then."""
+
+    __slots__ = ("_room", "_table", "pointer")
+
+    def __init__(self, room: int) -> None:
+        """room: the most rows, and segments, of a pass."""
+        self._room = room
+        self._table = torch.empty(_kernels.segments_bytes(room) // 8 + 1, dtype=torch.int64)
+        self.pointer = self._table.data_ptr()
+        self.fill([])
+
+    def fill(self, segments: list[tuple[int, int, int, Sequence[int] | None]]) -> None:
+        """A tuple for each segment: its `SlotMemory.pointer`, committed positions, rows, and parents (None: a chain).
+
+        Raises ValueError where rows do not fit their slot or the table, or a parent does not come before its row.
+        """
+        _kernels.fill_segments(self.pointer, self._room, segments)
 
 
 Quantized = tuple[Tensor, Tensor]  # int8 [m, k], float32 scale per row [m]
@@ -436,64 +473,60 @@ def rope_qk_append(
     qkv: Tensor,
     cos: Tensor,
     sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    start: int,
+    segments: Segments,
+    layer: int,
+    heads: int,
+    dim: int,
     q_weight: Tensor | None = None,
     k_weight: Tensor | None = None,
     eps: float = 1e-6,
-    out: Tensor | None = None,
 ) -> Tensor:
-    """Splits `qkv`, normalises and rotates q and k, appends k and v to the cache, returns q.
+    """Splits `qkv`, normalises and rotates q and k, writes k and v of `layer` into the segments' slots, returns q.
 
-    qkv: float32 [m, (heads + 2 * kv_heads) * dim], the heads of q, then of k, then of v. Row i stands at
-    position `start + i`. cos, sin of those positions: float32 [m, dim / 2] or [m, dim], of which the first half
-    is read; the pairs are (i, i + dim / 2). Caches: float32 [kv_heads, capacity, dim], written from `start`.
+    qkv: float32 [m, (heads + 2 * kv_heads) * dim], the heads of q, then of k, then of v. cos, sin of all positions:
+    float32 [positions, dim / 2] or [positions, dim], of which the first half is read; the pairs are (i, i + dim / 2).
     q_weight, k_weight: float32 [dim], RMSNorm of each head before the rotation (Qwen3), or None.
-    Returns q: float32 [m, heads, dim] (`out` if given).
+    Returns q: float32 [m, heads, dim]. Raises IndexError where positions leave the tables or the slots are of another
+    model.
     """
     m, width = qkv.shape
-    kv_heads, capacity, dim = k_cache.shape
-    heads = width // dim - 2 * kv_heads
-    stride = cos.shape[1]
-    if dim % 16 or heads < 1 or (stride != dim and 2 * stride != dim):
+    kv_heads = (width // dim - heads) // 2
+    positions, stride = cos.shape
+    if dim % 16 or kv_heads < 1 or width != (heads + 2 * kv_heads) * dim or (stride != dim and 2 * stride != dim):
         raise ValueError(f"{heads=} {dim=}, tables {tuple(cos.shape)}: dim must be a multiple of 16")
-    if start < 0 or start + m > capacity or m != cos.shape[0]:
-        raise ValueError(f"positions {start} to {start + m} leave the cache, or {len(cos)} rows of rope do not fit")
-    q, q_pointer = _output(out, m, heads, dim)
-    cached, table = kv_heads * capacity * dim, cos.shape[0] * stride
+    q = _new((m, heads, dim))
     _kernels.rope_qk_append(
-        _pointer(qkv, _float32, m * (heads + 2 * kv_heads) * dim),
+        _pointer(qkv, _float32, m * width),
         _constant(q_weight, _float32, dim),
         _constant(k_weight, _float32, dim),
-        eps, _constant(cos, _float32, table), _constant(sin, _float32, table),
-        q_pointer,
-        _pointer(k_cache, _float32, cached), _pointer(v_cache, _float32, cached),
-        m, heads, kv_heads, dim, stride, start, capacity, _threads(),
+        eps, _constant(cos, _float32, positions * stride), _constant(sin, _float32, positions * stride),
+        q.data_ptr(), _segments(segments), layer,
+        m, heads, kv_heads, dim, positions, stride, _threads(),
     )  # fmt: skip
     return q
 
 
-def attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, start: int, scale: float, out: Tensor | None = None
-) -> Tensor:
-    """Causal attention of m new tokens over the cache, grouped queries.
+def attention(q: Tensor, segments: Segments, layer: int, kv_heads: int, scale: float) -> Tensor:
+    """Attention of each row to the committed positions of its slot, its ancestors and itself, grouped queries.
 
-    q: float32 [m, heads, dim]; caches: float32 [kv_heads, capacity, dim] that already hold the new tokens;
-    row i attends to positions 0 .. start + i. Returns float32 [m, heads * dim] (`out` if given).
+    q: float32 [m, heads, dim]; the slots hold the rows' keys and values already. A row's result is bit for bit that
+    of a chain of its ancestors. Returns float32 [m, heads * dim].
     """
     m, heads, dim = q.shape
-    kv_heads, capacity, _ = k_cache.shape
-    if dim % 16 or heads % kv_heads or start < 0 or start + m > capacity:
-        raise ValueError(f"{heads=} {kv_heads=} {dim=} {start=} {m=} {capacity=}")
-    out, out_pointer = _output(out, m, heads * dim)
-    cached = kv_heads * capacity * dim
+    if dim % 16 or heads % kv_heads:
+        raise ValueError(f"{heads=} {kv_heads=} {dim=}")
+    out = _new((m, heads * dim))
     _kernels.attention(
-        _pointer(q, _float32, m * heads * dim), _pointer(k_cache, _float32, cached),
-        _pointer(v_cache, _float32, cached), out_pointer,
-        scale, m, heads, kv_heads, dim, start, capacity, _threads(),
+        _pointer(q, _float32, m * heads * dim), _segments(segments), layer, out.data_ptr(),
+        scale, m, heads, kv_heads, dim, _threads(),
     )  # fmt: skip
     return out
+
+
+def _segments(segments: Segments) -> int:
+    if _recorder.recording is not None:
+        _recorder.recording.kept.append(segments)
+    return segments.pointer
 
 
 def argmax(x: Tensor) -> Tensor:

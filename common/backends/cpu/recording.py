@@ -1,67 +1,60 @@
-"""Verification windows on CPU as recorded passes: one call into C instead of hundreds.
+"""Passes on CPU that are recorded once and made again: one call into C instead of hundreds.
 
-The pass runs through the decoder once for each window size, and its kernel calls are recorded (kernels.Recording); the
-next window of that size makes them again, over whichever KV cache. What would not be repeated, any operation of
-PyTorch's own, is refused while recording: then the decoder's windows go on running plainly.
+The pass runs through the decoder once for each number of rows, and its kernel calls are recorded (kernels.Recording).
+The next pass of that many rows makes them again, whichever sequences they belong to. What would not be repeated, any
+operation of PyTorch's own, is refused while recording: then the decoder's passes go on running plainly.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from quasar.backends.base import Forward, KVCache
-from quasar.backends.cpu import kernels
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_LONGEST = 16  # tokens: longer passes are bound by arithmetic, and each recording keeps its logits
+from quasar.backends.base import Batch, Forward
+from quasar.backends.cpu import kernels
+
+LONGEST = 64  # rows: longer passes are bound by arithmetic
 
 
-class RecordedPasses(threading.local):
-    """A decoder's recordings; each thread has its own, since a recording is one piece of memory."""
-
-    def __init__(self) -> None:
-        self._passes: dict[tuple[Any, ...], _RecordedPass] = {}  # by tokens, keep, threads, instruction set
-        self._possible = True
-
-    def run(self, forward: Forward, cache: KVCache, ids: Sequence[int], keep: int) -> Tensor:
-        """Logits [keep, vocab], overwritten by the next window of this size."""
-        if not self._possible or not keep or len(ids) > _LONGEST:
-            return forward(torch.tensor(ids), cache, keep)
-        key = (len(ids), keep, torch.get_num_threads(), kernels.instruction_set())
-        if key in self._passes:
-            return self._passes[key].replay(cache, ids)
-        try:
-            recorded = self._passes[key] = _RecordedPass(forward, cache, ids, keep)
-        except NotImplementedError:
-            self._possible = False
-            return forward(torch.tensor(ids), cache, keep)
-        return recorded.logits
+def pass_key(batch: Batch) -> Hashable | None:
+    """What a recording depends on: not on how the rows are divided among sequences, nor on their slots."""
+    if not 0 < batch.rows <= LONGEST:
+        return None
+    kept = batch.rows
+    if not batch.keeps_all:
+        rows = batch.kept_rows
+        kept = len(rows)
+        if not rows or rows[0] != batch.rows - kept:  # picking rows is no kernel of ours
+            return None
+    return (batch.rows, kept, torch.get_num_threads(), kernels.instruction_set())
 
 
-_recorded: WeakKeyDictionary[Any, RecordedPasses] = WeakKeyDictionary()
+def segments_of(batch: Batch, table: kernels.Segments | None = None) -> kernels.Segments:
+    """The table of a batch over CpuSlots, or `table` filled with it."""
+    table = table or kernels.Segments(batch.rows)
+    table.fill([(s.slot.memory.pointer, s.slot.length, len(s.ids), s.parents) for s in batch.segments])
+    return table
 
 
-def recorded_passes(forward: Forward) -> RecordedPasses:
-    """Those of this decoder; they go with it."""
-    return _recorded.setdefault(forward, RecordedPasses())
+class RecordedPass:
+    """A pass that was recorded as it ran."""
 
+    def __init__(self, forward: Forward, batch: Batch) -> None:
+        self._ids = torch.tensor(batch.ids)
+        self._segments = kernels.Segments(batch.rows)
+        batch.on_device = self._segments
+        with kernels.recording() as self._recording, _KernelsOnly():
+            self.logits: Tensor = forward(self._ids, batch)
 
-class _RecordedPass:
-    def __init__(self, forward: Forward, cache: KVCache, ids: Sequence[int], keep: int) -> None:
-        self._ids = torch.tensor(ids)
-        with kernels.recording(cache.k, cache.v) as self._recording, _KernelsOnly():
-            self.logits = forward(self._ids, cache, keep)
-
-    def replay(self, cache: KVCache, ids: Sequence[int]) -> Tensor:
-        if len(ids) > cache.free:
-            raise ValueError(f"{len(ids)} tokens do not fit the KV cache: {cache.free} positions are free")
-        self._ids.copy_(torch.tensor(ids))
-        self._recording.replay(cache.length, cache.k, cache.v)
+    def replay(self, batch: Batch) -> Tensor:
+        """The pass over another batch of the same key. Raises ValueError or IndexError where it does not fit."""
+        segments_of(batch, self._segments)
+        self._ids.copy_(torch.tensor(batch.ids))
+        self._recording.replay()
         return self.logits
 
 

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+
 from quasar.errors import QuasarError
 from quasar.evaluation.speed import Step
 from quasar.models.config import ModelConfig

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
 from quasar.evaluation.peers.transformers import transformers_model
 from quasar.evaluation.speed import Step, context_ids
 from quasar.models.config import ModelConfig

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from quasar.evaluation.peers.transformers import transformers_model
 from quasar.evaluation.speed import Step, context_ids
 from quasar.models.config import ModelConfig
-from torch import Tensor, nn
 
 
 def openvino_step(config: ModelConfig, folder: Path | None, context: int) -> Step:

@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 
 import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
 from quasar.errors import QuasarError
 from quasar.evaluation.speed import Step, context_ids
 from quasar.models.config import ModelConfig
 from quasar.models.loader import RandomTensors
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 
 def transformers_step(

@@ -33,6 +33,7 @@ os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
 from emulated_npu.counts import Counts, counting
 from emulated_npu.limits import NotEmulated, Refused, soc_as, soc_name
+from emulated_npu.schemas import branch_as
 from emulated_npu.toolchain import install, unavailable
 
-__all__ = ["Counts", "NotEmulated", "Refused", "counting", "install", "soc_as", "soc_name", "unavailable"]
+__all__ = ["Counts", "NotEmulated", "Refused", "branch_as", "counting", "install", "soc_as", "soc_name", "unavailable"]

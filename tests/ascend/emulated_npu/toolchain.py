@@ -110,11 +110,12 @@ def install() -> None:
 
         torch.npu.init()
 
-    from emulated_npu import counts, graphs
+    from emulated_npu import counts, graphs, schemas
     from emulated_npu.device import EmulatedDevice
 
     counts.watch(runtime)
     graphs.patch_torch_npu()
+    schemas.watch_calls()
     EmulatedDevice().__enter__()
 
     # Dispatch modes belong to a thread; a server or a streamer computes in others.

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+
+from quasar import generate, load
 from quasar.backends import get_backend
 from quasar.backends.cpu import kernels
 from quasar.models.model import ASSETS
 from quasar.quantization.calibration import read_texts
-
-from quasar import generate, load
 from tests.conftest import FAMILIES
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="the C kernels were not built")
@@ -29,10 +29,9 @@ def test_greedy_ids_are_those_of_the_reference_backend(shipped, family):
 
 def prompt_logits(model):
     """float32 [512, vocab] of a prompt of 512 tokens: the kernels' other panels and threads too."""
-    model.decoder.pack()
     ids = [i for text in PROMPTS for i in model.encode(text)][:512]
     assert len(ids) == 512
-    return model.decoder.prefill(torch.tensor(ids), model.decoder.new_cache(512), keep=512)
+    return model.runtime.prefill(model.runtime.new_slot(512), ids, logits_to_keep=512)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -79,16 +78,13 @@ def test_bfloat16_says_what_float32_says_within_its_rounding(shipped, in_bfloat1
 def test_bfloat16_is_the_same_for_every_number_of_tokens(in_bfloat16):
     """A prompt at once, in windows, and drafted tokens: no token's logits depend on its company."""
     model = in_bfloat16["cpu"]
-    model.decoder.pack()
-    ids = torch.tensor(model.encode(PROMPTS[0])[:48])
-    whole = model.decoder.prefill(ids, model.decoder.new_cache(48), keep=48)
+    runtime = model.runtime
+    ids = model.encode(PROMPTS[0])[:48]
+    whole = runtime.prefill(runtime.new_slot(48), ids, logits_to_keep=48)
     for size in (1, 6, 16, 17):
-        cache = model.decoder.new_cache(48)
-        parts = []
-        for part in ids.split(size):
-            parts.append(model.decoder(part, cache, len(part)))
-            cache.commit(len(part))
-        assert torch.equal(torch.cat(parts), whole)
+        slot = runtime.new_slot(48)
+        parts = [ids[first : first + size] for first in range(0, 48, size)]
+        assert torch.equal(torch.cat([runtime.prefill(slot, part, len(part)) for part in parts]), whole)
     plain, drafted = (
         generate(model, PROMPTS[0], max_new_tokens=40, draft=draft, ignore_eos=True).result().token_ids
         for draft in ("none", "ngram")

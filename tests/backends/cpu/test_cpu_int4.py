@@ -8,12 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from quasar.backends.base import Quantized
 from quasar.backends.cpu import kernels
 from quasar.backends.cpu.backend import CpuBackend
 from quasar.backends.reference import ReferenceBackend
 from quasar.quantization.rotation import hadamard
-from torch import Tensor
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="the C kernels were not built")
 SHAPES = st.tuples(st.integers(1, 70), st.integers(1, 4), st.integers(1, 70), st.sampled_from([8, 32, 64, 128]))

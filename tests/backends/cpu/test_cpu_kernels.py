@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quasar.backends.cpu import kernels
 from torch import Tensor
+
+from quasar.backends.cpu import kernels
 
 pytestmark = pytest.mark.skipif(
     not kernels.available(),
@@ -238,18 +239,50 @@ def tables(positions: int, dim: int, whole: bool) -> tuple[Tensor, Tensor]:
     return angles.cos(), angles.sin()
 
 
+class Sequence:
+    """One slot of one layer, and the kernels over it alone."""
+
+    def __init__(self, heads: int, kv_heads: int, dim: int, capacity: int) -> None:
+        self.heads = heads
+        self.kv_heads = kv_heads
+        self.dim = dim
+        self.memory = kernels.SlotMemory(1, kv_heads, capacity, dim)
+        self.length = 0
+
+    def table(self, rows: int) -> kernels.Segments:
+        segments = kernels.Segments(rows)
+        segments.fill([(self.memory.pointer, self.length, rows, None)])
+        return segments
+
+    def append(self, qkv: Tensor, cos: Tensor, sin: Tensor, *norms: Tensor | None) -> Tensor:
+        return kernels.rope_qk_append(qkv, cos, sin, self.table(len(qkv)), 0, self.heads, self.dim, *norms)
+
+    def attend(self, q: Tensor, scale: float) -> Tensor:
+        return kernels.attention(q, self.table(len(q)), 0, self.kv_heads, scale)
+
+
+def sequence_holding(k: Tensor, v: Tensor, heads: int, length: int) -> Sequence:
+    """k, v [kv_heads, capacity, dim], of which `length` positions are committed."""
+    kv_heads, capacity, dim = k.shape
+    made = Sequence(heads, kv_heads, dim, capacity)
+    made.memory.k[0], made.memory.v[0] = k, v
+    made.length = length
+    return made
+
+
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("normed", [True, False])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 16), (3, 3, 80), (16, 8, 128)])
 def test_rope_qk_append(heads: int, kv_heads: int, dim: int, normed: bool, whole: bool) -> None:
     """To 2e-6; nothing is written outside the appended positions."""
     m, start, capacity = 5, 7, 20
-    qkv, (cos, sin) = torch.randn(m, (heads + 2 * kv_heads) * dim), tables(m, dim, whole)
+    qkv, (cos, sin) = torch.randn(m, (heads + 2 * kv_heads) * dim), tables(capacity, dim, whole)
     weights = (torch.rand(dim), torch.rand(dim)) if normed else (None, None)
-    k_cache, v_cache = torch.full((2, kv_heads, capacity, dim), 9.0)
-    q = kernels.rope_qk_append(qkv, cos, sin, k_cache, v_cache, start, *weights, eps=1e-6)
+    sequence = sequence_holding(*torch.full((2, kv_heads, capacity, dim), 9.0), heads, start)
+    q = sequence.append(qkv, cos, sin, *weights)
 
-    angle_cos, angle_sin = (t[:, None, : dim // 2].double() for t in (cos, sin))
+    new = slice(start, start + m)
+    angle_cos, angle_sin = (t[new, None, : dim // 2].double() for t in (cos, sin))
 
     def expected(x: Tensor, weight: Tensor | None) -> Tensor:
         x = x.double()
@@ -259,15 +292,13 @@ def test_rope_qk_append(heads: int, kv_heads: int, dim: int, normed: bool, whole
         return torch.cat([a * angle_cos - b * angle_sin, b * angle_cos + a * angle_sin], -1)
 
     parts = qkv.view(m, -1, dim).split([heads, kv_heads, kv_heads], 1)
-    new = slice(start, start + m)
     assert torch.allclose(q.double(), expected(parts[0], weights[0]), rtol=2e-6, atol=2e-6)
-    assert torch.allclose(
-        k_cache[:, new].transpose(0, 1).double(), expected(parts[1], weights[1]), rtol=2e-6, atol=2e-6
-    )
-    assert torch.equal(v_cache[:, new].transpose(0, 1), parts[2])
-    for cache in (k_cache, v_cache):
-        assert (cache[:, :start] == 9).all()
-        assert (cache[:, start + m :] == 9).all()
+    k, v = sequence.memory.k[0], sequence.memory.v[0]
+    assert torch.allclose(k[:, new].transpose(0, 1).double(), expected(parts[1], weights[1]), rtol=2e-6, atol=2e-6)
+    assert torch.equal(v[:, new].transpose(0, 1), parts[2])
+    for memory in (k, v):
+        assert (memory[:, :start] == 9).all()
+        assert (memory[:, start + m :] == 9).all()
 
 
 def attention_in_float64(q: Tensor, k_cache: Tensor, v_cache: Tensor, start: int, scale: float) -> Tensor:
@@ -284,7 +315,7 @@ def test_attention(heads: int, kv_heads: int, dim: int, start: int, m: int) -> N
     """To 5e-6, values of about one. What the cache holds beyond a row's position, NaN even, has no effect."""
     q, (k, v) = torch.randn(m, heads, dim), torch.randn(2, kv_heads, start + m + 5, dim)
     k[:, start + m :] = v[:, start + m :] = math.nan
-    out = kernels.attention(q, k, v, start, dim**-0.5)
+    out = sequence_holding(k, v, heads, start).attend(q, dim**-0.5)
     assert (out - attention_in_float64(q, k, v, start, dim**-0.5)).abs().max() < 5e-6
 
 
@@ -294,7 +325,8 @@ def test_attention_with_large_scores() -> None:
     To 1e-3, values of size one: a float32 score of 500 is itself only known to 1e-4 after 32 roundings.
     """
     q, (k, v) = torch.randn(6, 4, 32) * 30, torch.randn(2, 2, 200, 32)
-    out = kernels.attention(q, k, v, 190, 1.0)
+    k, v = k[:, :196], v[:, :196]
+    out = sequence_holding(k, v, 4, 190).attend(q, 1.0)
     assert torch.allclose(out.double(), attention_in_float64(q, k, v, 190, 1.0), atol=1e-3)
 
 
@@ -356,14 +388,12 @@ def test_attention_of_a_token_does_not_depend_on_its_company(heads: int, kv_head
     norm = torch.rand(dim)
 
     def run(window: int) -> tuple[Tensor, Tensor]:
-        caches = torch.full((2, kv_heads, tokens, dim), math.nan)
-        rows = []
+        sequence, rows = Sequence(heads, kv_heads, dim, tokens), []
         for start in range(0, tokens, window):
             part = qkv[start : start + window]
-            at = slice(start, start + len(part))
-            q = kernels.rope_qk_append(part, cos[at], sin[at], *caches, start, norm, norm)
-            rows.append(kernels.attention(q, *caches, start, dim**-0.5))
-        return torch.cat(rows), caches
+            rows.append(sequence.attend(sequence.append(part, cos, sin, norm, norm), dim**-0.5))
+            sequence.length += len(part)
+        return torch.cat(rows), torch.cat([sequence.memory.k, sequence.memory.v])
 
     whole, caches = run(tokens)
     torch.set_num_threads(1)
@@ -384,9 +414,6 @@ def test_wrong_tensors_are_refused() -> None:
             kernels.int8_linear(bad, scale, weight)
     with pytest.raises(ValueError, match="contiguous"):
         kernels.int8_linear(x, torch.ones(3), weight)
-    q, (k, v) = torch.randn(2, 4, 16), torch.randn(2, 2, 8, 16)
-    with pytest.raises(ValueError, match="start=7"):
-        kernels.attention(q, k, v, 7, 1.0)
     with pytest.raises(ValueError, match="cannot run"), kernels.use_instruction_set("mmx"):
         pass
 

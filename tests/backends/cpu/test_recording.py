@@ -1,25 +1,24 @@
-"""A replayed window is the pass that was recorded, bit for bit, wherever it stands and whatever the drafts did."""
+"""A replayed pass is the pass that was recorded, bit for bit, whichever sequences its rows belong to."""
 
 from __future__ import annotations
 
 import gc
-import itertools
 import weakref
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from quasar import load
 from quasar.backends import get_backend
-from quasar.backends.base import KVCache, WindowPass
+from quasar.backends.base import Batch, Segment, Slot
 from quasar.backends.cpu import kernels
 from quasar.loading import PRECISIONS
 from quasar.models.decoder import Decoder
-
-from quasar import load
+from quasar.models.runtime import Runtime
 from tests.conftest import FAMILIES
 from tests.helpers.random_models import random_model
 
@@ -35,82 +34,115 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def filled_cache(decoder: Decoder, capacity: int = 120) -> KVCache:
+def runtime_of(decoder: Decoder) -> Runtime:
     decoder.pack()
-    cache = decoder.new_cache(capacity)
-    decoder.prefill(PROMPT, cache, keep=0)
-    return cache
+    return Runtime(decoder)
 
 
-def windows(decoder: Decoder, cache: KVCache) -> WindowPass:
-    return decoder.backend.window_pass(decoder, cache)
+def filled_slot(runtime: Runtime, capacity: int = 120, prompt: list[int] = PROMPT) -> Slot:
+    slot = runtime.new_slot(capacity)
+    runtime.prefill(slot, prompt, logits_to_keep=0)
+    return slot
+
+
+def plain(runtime: Runtime, batch: Batch) -> torch.Tensor:
+    return runtime.decoder(torch.tensor(batch.ids), batch)
+
+
+def window(slot: Slot, *ids: int) -> Batch:
+    return Batch([Segment(slot, list(ids), logits_to_keep=len(ids))])
+
+
+@st.composite
+def schedules(draw: st.DrawFn) -> list[list[tuple[int, list[int], list[int] | None, int]]]:
+    """Passes of a few slots' segments: slot, ids, parents, and how many rows (or which path) are committed."""
+    passes = []
+    for _ in range(draw(st.integers(1, 6))):
+        segments = []
+        for slot in draw(st.permutations(range(3)))[: draw(st.integers(1, 3))]:
+            ids = draw(st.lists(st.integers(0, 150), min_size=1, max_size=5))
+            tree = draw(st.booleans())
+            parents = [draw(st.integers(-1, i - 1)) for i in range(len(ids))] if tree else None
+            segments.append((slot, ids, parents, draw(st.integers(0, len(ids) - 1))))
+        passes.append(segments)
+    return passes
 
 
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("precision", PRECISIONS)
-@given(
-    st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=8),
-    st.integers(0, 2**31),
-    st.sampled_from([1, 2, 3]),
-)
-@settings(max_examples=10, deadline=None)
-def test_replayed_windows_have_the_bits_of_plain_passes(shipped, family, precision, steps, seed, threads):
-    """Windows of several sizes, of which any part is kept: the second time a size comes, it is replayed."""
+@given(schedules(), st.sampled_from([1, 2, 3]))
+@settings(max_examples=8, deadline=None)
+def test_a_row_has_the_logits_of_plain_decoding_in_every_batch(shipped, family, precision, schedule, threads):
+    """Recorded and replayed passes over chains and trees of three sequences against single tokens without recording."""
     torch.set_num_threads(threads)
-    decoder = shipped(family, precision).decoder
-    replayed, plain = filled_cache(decoder), filled_cache(decoder)
-    run, g = windows(decoder, replayed), torch.Generator().manual_seed(seed)
-    for (size, kept), _ in itertools.product(steps, range(2)):
-        ids = torch.randint(0, decoder.config.vocab_size, (size,), generator=g)
-        if size > plain.free:
-            return
-        assert torch.equal(run(ids.tolist(), size), decoder(ids, plain, size))
-        for cache in (replayed, plain):
-            cache.commit(min(size, kept))
-        assert torch.equal(replayed.k, plain.k)
-        assert torch.equal(replayed.v, plain.v)
+    runtime = runtime_of(shipped(family, precision).decoder)
+    slots = [filled_slot(runtime, capacity, PROMPT[: 20 * n + 9]) for n, capacity in enumerate((75, 120, 90))]
+    for segments in schedule:
+        batch = Batch([Segment(slots[n], ids, parents, len(ids)) for n, ids, parents, _ in segments])
+        logits = runtime.run(batch).clone()
+        assert torch.equal(runtime.run(batch), logits)
+        for segment, first, (_, ids, _, kept) in zip(batch.segments, batch.first_rows, segments, strict=False):
+            alone = runtime.new_slot(120)
+            for row in range(len(ids)):
+                alone.share_prefix(segment.slot, segment.slot.length)
+                for ancestor in segment.path(row):
+                    own = plain(runtime, window(alone, ids[ancestor]))
+                    alone.commit(1)
+                assert torch.equal(own[0], logits[first + row])
+            segment.slot.commit(segment.path(kept))
 
 
 @pytest.mark.parametrize("isa", kernels.instruction_sets())
 def test_every_instruction_set_replays(shipped, isa):
-    decoder = shipped("qwen3", "w8a8").decoder
-    run, plain = windows(decoder, filled_cache(decoder)), filled_cache(decoder)
+    runtime = runtime_of(shipped("qwen3", "w8a8").decoder)
     with kernels.use_instruction_set(isa):
-        run([1, 2, 3], 3)
-        assert torch.equal(run([7, 8, 9], 3), decoder(torch.tensor([7, 8, 9]), plain, 3))
+        slot, other = filled_slot(runtime), filled_slot(runtime, prompt=PROMPT[:30])
+        runtime.run(window(slot, 1, 2, 3))
+        batch = Batch([Segment(other, [7]), Segment(slot, [8, 9], [-1, -1], logits_to_keep=2)])
+        assert torch.equal(runtime.run(batch), plain(runtime, batch))
 
 
-def test_windows_in_bfloat16_replay():
-    decoder = load("tiny-qwen3", device="cpu", dtype="bfloat16").decoder
-    run, plain = windows(decoder, filled_cache(decoder)), filled_cache(decoder)
+def test_passes_in_bfloat16_replay():
+    runtime = runtime_of(load("tiny-qwen3", device="cpu", dtype="bfloat16").decoder)
+    slot = filled_slot(runtime)
     for ids in ([1, 2, 3], [7, 8, 9]):
-        assert torch.equal(run(ids, 3), decoder(torch.tensor(ids), plain, 3))
-    cache = filled_cache(decoder)
-    with kernels.recording(cache.k, cache.v) as recording:
-        decoder(torch.tensor([1, 2]), cache, keep=2)
-    names = [name for name, _ in recording.timed_replay(50, cache.k, cache.v)]
+        assert torch.equal(runtime.run(window(slot, *ids)), plain(runtime, window(slot, *ids)))
+    with kernels.recording() as recording:
+        plain(runtime, window(slot, 1, 2))
+    names = [name for name, _ in recording.timed_replay()]
     assert names[1:4] == ["add_rms_norm", "round_bf16", "float_linear"]
 
 
 def test_a_replay_needs_no_python_and_no_new_memory(shipped, monkeypatch):
-    decoder = shipped("qwen3", "w8a8").decoder
-    run = windows(decoder, filled_cache(decoder))
-    first = run([1, 2, 3], 3)
+    runtime = runtime_of(shipped("qwen3", "w8a8").decoder)
+    slot = filled_slot(runtime)
+    first = runtime.run(window(slot, 1, 2, 3))
     expected = first.clone()
     monkeypatch.setattr(Decoder, "forward", lambda *_: pytest.fail("the decoder ran again"))
-    run([4, 5, 6], 3)
-    again = run([1, 2, 3], 3)
+    runtime.run(window(slot, 4, 5, 6))
+    again = runtime.run(window(slot, 1, 2, 3))
     assert again.data_ptr() == first.data_ptr()
     assert torch.equal(again, expected)
 
 
+def test_only_the_kept_rows_are_computed(shipped):
+    runtime = runtime_of(shipped("qwen3").decoder)
+    slots = [filled_slot(runtime) for _ in range(2)]
+    last = Batch([Segment(slots[0], [1, 2, 3, 4], logits_to_keep=2)])
+    each = Batch([Segment(slot, [1, 2, 3], logits_to_keep=1) for slot in slots])
+    for batch, kept in ((last, 2), (each, 2), (last, 2)):
+        logits = runtime.run(batch)
+        assert len(logits) == kept
+        assert torch.equal(logits, plain(runtime, batch))
+
+
 def test_a_recording_holds_the_results_of_few_operations(shipped):
-    decoder = shipped("qwen3", "w8a8").decoder
-    ids, cache = torch.arange(6), filled_cache(decoder)
-    with kernels.recording(cache.k, cache.v) as recording:
-        decoder(ids, cache, keep=6)
-    c = decoder.config
+    runtime = runtime_of(shipped("qwen3", "w8a8").decoder)
+    slot = filled_slot(runtime)
+    with kernels.recording() as recording:
+        plain(runtime, window(slot, *range(6)))
+    c = runtime.config
     one_layer = 6 * 4 * (8 * c.hidden_size + 4 * c.intermediate_size + 4 * c.num_heads * c.head_dim)
     assert recording.buffers.nbytes < 6 * 4 * c.vocab_size + one_layer
 
@@ -118,90 +150,95 @@ def test_a_recording_holds_the_results_of_few_operations(shipped):
 @pytest.mark.parametrize(("name", "recorded"), [("llm-compressor-static", True), ("msmodelslim-static", False)])
 def test_checkpoints_with_static_scales(name, recorded):
     """Symmetric ones are recorded. Those with an offset compute with PyTorch and run plainly, right all the same."""
-    decoder = load(GOLDEN / name, device="cpu").decoder
-    run, plain = windows(decoder, filled_cache(decoder)), filled_cache(decoder)
-    same_memory = []
+    runtime = runtime_of(load(GOLDEN / name, device="cpu").decoder)
+    slot = filled_slot(runtime)
+    memory = []
     for ids in ([1, 2], [3, 4], [5, 6]):
-        logits = run(ids, 2)
-        assert torch.equal(logits, decoder(torch.tensor(ids), plain, 2))
-        same_memory.append(logits)
-    assert (same_memory[1].data_ptr() == same_memory[2].data_ptr()) == recorded
+        logits = runtime.run(window(slot, *ids))
+        assert torch.equal(logits, plain(runtime, window(slot, *ids)))
+        memory.append(logits)
+    assert (memory[1].data_ptr() == memory[2].data_ptr()) == recorded
 
 
 def test_ids_beyond_the_vocabulary_are_refused(shipped):
-    decoder = shipped("qwen3").decoder
-    cache = filled_cache(decoder)
-    run = windows(decoder, cache)
+    runtime = runtime_of(shipped("qwen3").decoder)
+    slot, vocabulary = filled_slot(runtime), runtime.config.vocab_size
     with pytest.raises(IndexError, match="token ids outside of the vocabulary"):
-        run([decoder.config.vocab_size, 1], 2)
-    run([1], 1)
-    before = cache.k.clone()
-    for wrong in (-1, decoder.config.vocab_size):
+        runtime.run(window(slot, vocabulary, 1))
+    runtime.run(window(slot, 1))
+    before = slot.k[:, :, :51].clone()
+    for wrong in (-1, vocabulary):
         with pytest.raises(IndexError, match="token ids outside of the vocabulary"):
-            run([wrong], 1)
-    assert torch.equal(cache.k, before)
+            runtime.run(window(slot, wrong))
+    assert torch.equal(slot.k[:, :, :51], before)
 
 
-def test_a_window_beyond_the_cache_is_refused(shipped):
-    decoder = shipped("qwen3").decoder
-    cache = filled_cache(decoder, capacity=53)
-    run = windows(decoder, cache)
-    run([1, 2, 3], 3)
-    cache.commit(1)
+def test_a_replay_stays_within_the_slot_and_the_rope_tables(shipped):
+    runtime = runtime_of(shipped("qwen3").decoder)
+    slot = filled_slot(runtime, capacity=53)
+    batch = window(slot, 1, 2, 3)
+    runtime.run(batch)
+    slot.commit(1)
     with pytest.raises(ValueError, match="3 tokens do not fit the KV cache: 2 positions are free"):
-        run([1, 2, 3], 3)
+        window(slot, 1, 2, 3)
+    with pytest.raises(ValueError, match="3 tokens do not fit the KV cache: 2 positions are free"):
+        runtime.run(batch)  # made before the slot grew
+    c = runtime.config
+    longer = runtime.backend.new_slot(c.num_layers, c.num_kv_heads, c.max_position_embeddings + 8, c.head_dim)
+    longer.length = c.max_position_embeddings - 2
+    for run in (runtime.run, lambda batch: plain(runtime, batch)):
+        with pytest.raises(IndexError, match="positions beyond the rope tables"):
+            run(window(longer, 1, 2, 3))
+    other_model = runtime.backend.new_slot(c.num_layers + 1, 2 * c.num_kv_heads, 60, c.head_dim)
+    with pytest.raises(IndexError, match="the slots are of another model"):
+        runtime.run(window(other_model, 1, 2, 3))
+
+
+def test_more_threads_than_a_recording_has_room_for(shipped):
+    runtime = runtime_of(shipped("qwen3", "w8a8").decoder)
+    slot = filled_slot(runtime)
+    table, ids = kernels.Segments(3), torch.tensor([1, 2, 3])
+    batch = window(slot, 1, 2, 3)
+    batch.on_device = table
+    with kernels.recording() as recording:
+        logits = runtime.decoder(ids, batch)
+    expected = logits.clone()
+    recording._threads = 1000
+    recording.replay()
+    assert torch.equal(logits, expected)
 
 
 def test_one_recording_at_a_time():
-    cache = torch.zeros(1, 1, 1, 16)
-    first, second = kernels.recording(cache, cache), kernels.recording(cache, cache)
+    first, second = kernels.recording(), kernels.recording()
     with first, pytest.raises(RuntimeError, match="recording already"), second:
         pass
 
 
-def test_a_recording_serves_other_caches_of_any_capacity(shipped):
-    decoder = shipped("qwen3", "w8a8").decoder
-    caches = [filled_cache(decoder, capacity) for capacity in (60, 200, 75)]
-    expected = decoder(torch.tensor([5, 6, 7]), filled_cache(decoder), 3)
-    for cache in caches * 2:
-        assert torch.equal(windows(decoder, cache)([5, 6, 7], 3), expected)
-        assert torch.equal(cache.k[:, :, 50:53], caches[0].k[:, :, 50:53])
-
-
-def test_recordings_go_with_their_decoder():
-    model = random_model("qwen3", backend=get_backend("cpu"))
-    windows(model.decoder, filled_cache(model.decoder))([1, 2], 2)
-    alive = weakref.ref(model.decoder.layers[0].qkv.packed.tensor)
+def test_recordings_go_with_their_runtime():
+    runtime = runtime_of(random_model("qwen3", backend=get_backend("cpu")).decoder)
+    runtime.run(window(filled_slot(runtime), 1, 2))
+    alive = weakref.ref(runtime.decoder.layers[0].qkv.packed.tensor)
     assert alive() is not None
-    del model
+    del runtime
     gc.collect()
     assert alive() is None
 
 
-def test_threads_have_recordings_of_their_own(shipped):
-    decoder = shipped("qwen3", "w8a8").decoder
-    run = windows(decoder, filled_cache(decoder))
-    here = [run([5, 6], 2).data_ptr() for _ in range(2)]
-    with ThreadPoolExecutor(1) as pool:
-        there = pool.submit(run, [5, 6], 2).result()
-        assert there.data_ptr() not in here
-
-
 def test_inputs_that_are_padded_anew_are_not_recorded():
     weight = kernels.PackedInt8(torch.ones(4, 6, dtype=torch.int8), torch.ones(4))
-    x, scale, cache = torch.ones(2, 6, dtype=torch.int8), torch.ones(2), torch.zeros(1, 1, 1, 16)
-    with pytest.raises(NotImplementedError, match="inputs of 6 are padded"), kernels.recording(cache, cache):
+    x, scale = torch.ones(2, 6, dtype=torch.int8), torch.ones(2)
+    with pytest.raises(NotImplementedError, match="inputs of 6 are padded"), kernels.recording():
         kernels.int8_linear(x, scale, weight)
     assert kernels.int8_linear(x, scale, weight).tolist() == [[6.0] * 4] * 2
 
 
 def test_replays_report_the_time_of_each_call(shipped):
-    decoder = shipped("openpangu", "w8a8").decoder
-    ids, cache = torch.arange(2), filled_cache(decoder)
-    with kernels.recording(cache.k, cache.v) as recording:
-        decoder(ids, cache, keep=2)
-    calls = recording.timed_replay(50, cache.k, cache.v)
+    runtime = runtime_of(shipped("openpangu", "w8a8").decoder)
+    slot = filled_slot(runtime)
+    with kernels.recording() as recording:
+        plain(runtime, window(slot, 1, 2))
+    calls = recording.timed_replay()
     assert all(seconds > 0 for _, seconds in calls)
     layer = ["add_rms_norm", "int8_linear", "rope_qk_append", "attention", "quantize", "int8_linear"]
     layer += ["add_rms_norm", "int8_linear", "swiglu", "int8_linear"]
-    assert [name for name, _ in calls] == ["embed", *layer * decoder.config.num_layers, "add_rms_norm", "float_linear"]
+    assert [name for name, _ in calls] == ["embed", *layer * runtime.config.num_layers, "add_rms_norm", "float_linear"]

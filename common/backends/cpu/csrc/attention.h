@@ -1,7 +1,7 @@
-/* Causal attention over the cache, bottom right: row i sees positions 0 .. start + i.
+/* Attention of each row to its slot's committed positions, its ancestors and itself.
  *
- * A work item is one kv head and some consecutive tokens: all query heads of the group and all those tokens share
- * one read of the keys and values. Keys go in chunks of 64 counted from position 0, with the usual running maximum
+ * A work item is one kv head and some consecutive tokens of a segment: all query heads of the group and all those tokens
+ * share one read of the keys and values. Keys go in chunks of 64 counted from position 0, with the usual running maximum
  * and sum per row, so a row's result depends on its own position only. A chunk's keys are transposed once, which
  * puts keys in lanes: no horizontal sums. */
 #pragma once
@@ -93,9 +93,10 @@ INLINE void score_tile(const float *q, const float *keys, float *scores, int64_t
         score_vectors(q, keys, scores, dim, rows, KV / 4);
 }
 
-/* out[rows][columns from d] = out * rescale[rows] + p[rows][from .. to) @ values[from .. to)[dim] */
-INLINE void value_tile(const float *p, const float *values, float *out, const float *rescale, int64_t from, int64_t to,
-                       int64_t dim, int64_t d, const int vectors, const int rows)
+/* out[rows][columns from d] = out * rescale[rows] + p[rows][from .. to) @ values[from .. to)[dim]
+ * pick: the value row of each key, or NULL where that is the key's own number. */
+INLINE void value_tile(const float *p, const float *values, const int32_t *pick, float *out, const float *rescale,
+                       int64_t from, int64_t to, int64_t dim, int64_t d, const int vectors, const int rows)
 {
     vf acc[ATTENTION_TILE][SLAB / VL];
     UNROLL for (int r = 0; r < rows; r++) UNROLL for (int v = 0; v < vectors; v++)
@@ -105,7 +106,8 @@ INLINE void value_tile(const float *p, const float *values, float *out, const fl
     }
     for (int64_t key = from; key < to; key++) {
         vf value[SLAB / VL];
-        UNROLL for (int v = 0; v < vectors; v++) value[v] = load(values + key * dim + d + v * VL);
+        const float *source = values + (pick ? pick[key] : key) * dim + d;
+        UNROLL for (int v = 0; v < vectors; v++) value[v] = load(source + v * VL);
         UNROLL for (int r = 0; r < rows; r++) {
             vf pr = splat(p[r * KEYS + key]);
             UNROLL for (int v = 0; v < vectors; v++) acc[r][v] = fma_(pr, value[v], acc[r][v]);
@@ -115,14 +117,14 @@ INLINE void value_tile(const float *p, const float *values, float *out, const fl
         store(out + r * dim + d + v * VL, acc[r][v]);
 }
 
-INLINE void value_rows(const float *p, const float *values, float *out, const float *rescale, int64_t from, int64_t to,
-                       int64_t dim, const int rows)
+INLINE void value_rows(const float *p, const float *values, const int32_t *pick, float *out, const float *rescale,
+                       int64_t from, int64_t to, int64_t dim, const int rows)
 {
     int64_t d = 0;
     for (; d + SLAB <= dim; d += SLAB)
-        value_tile(p, values, out, rescale, from, to, dim, d, SLAB / VL, rows);
+        value_tile(p, values, pick, out, rescale, from, to, dim, d, SLAB / VL, rows);
     for (; d < dim; d += VL)
-        value_tile(p, values, out, rescale, from, to, dim, d, 1, rows);
+        value_tile(p, values, pick, out, rescale, from, to, dim, d, 1, rows);
 }
 
 /* Turns scores into exp(score - maximum) of the first `valid` keys and updates the running maximum and sum.
@@ -169,25 +171,71 @@ INLINE void attend(const float *q, const float *keys, const float *values, float
         rescale[r] = softmax_step(scores + r * KEYS, valid[r], maximum + r, sum + r);
     for (int64_t i = bytes / 2; i < bytes; i += 64)
         __builtin_prefetch(next + i, 0, 2);
-    value_rows(scores, values, out, rescale, 0, valid[0], dim, rows);
+    value_rows(scores, values, NULL, out, rescale, 0, valid[0], dim, rows);
     for (int r = 1; r < rows; r++)
         if (valid[r] > valid[0])
-            value_rows(scores + r * KEYS, values, out + r * dim, NULL, valid[0], valid[r], dim, 1);
+            value_rows(scores + r * KEYS, values, NULL, out + r * dim, NULL, valid[0], valid[r], dim, 1);
 }
 
-/* Tokens first .. last (exclusive) of kv head `head`; `next_head` probably follows on this thread. */
-static void attention_item(const struct attention_args *a, int64_t head, int64_t first, int64_t last,
-                           int64_t next_head, char *scratch)
+/* The keys that a tree's rows see from position `base` on, a multiple of 64: the last committed ones, then each row's
+ * own ancestors. Keys are scored where they lie, for all rows; each row's scores and values are then taken in the order
+ * that they have in a chain of those ancestors. */
+static void attend_tree(const struct attention_args *a, const struct segment *s, int64_t head, int64_t first,
+                        int64_t last, float *q, float *keys, float *scores, float *out, float *maximum, float *sum,
+                        float *tree_scores)
 {
     const int64_t dim = a->dim, group = a->heads / a->kv_heads, rows = (last - first) * group;
-    const float *k_cache = a->k_cache + head * a->capacity * dim, *v_cache = a->v_cache + head * a->capacity * dim;
+    const int64_t base = s->length / KEYS * KEYS, committed = s->length - base, n = committed + last;
+    const int64_t at = ((a->layer * a->kv_heads + head) * s->slot.capacity + base) * dim;
+    const float *k = (const float *)s->slot.k + at, *v = (const float *)s->slot.v + at;
+    const struct row *tree = a->segments->row + s->first_row;
+    for (int64_t part = 0; part * KEYS < n; part++) { /* tree_scores: [chunks, rows, 64] */
+        int64_t here = n - part * KEYS < KEYS ? n - part * KEYS : KEYS;
+        float *to = tree_scores + part * rows * KEYS;
+        transpose_keys(k + part * KEYS * dim, v + part * KEYS * dim, keys, here, dim);
+        int64_t row = 0;
+        for (; row + ATTENTION_TILE <= rows; row += ATTENTION_TILE)
+            score_tile(q + row * dim, keys, to + row * KEYS, dim, ATTENTION_TILE, here);
+        for (; row < rows; row++)
+            score_tile(q + row * dim, keys, to + row * KEYS, dim, 1, here);
+    }
+    int32_t *pick = (int32_t *)tree_scores + tree_chunks(a->m) * rows * KEYS; /* where the keys that a token sees lie */
+    for (int64_t token = first; token < last; token++) {
+        int64_t seen = tree[token].position + 1 - base;
+        for (int64_t key = 0; key < committed; key++)
+            pick[key] = (int32_t)key;
+        for (int64_t key = seen - 1, row = token; row >= 0; key--, row = tree[row].parent)
+            pick[key] = (int32_t)(committed + row);
+        for (int64_t row = (token - first) * group; row < (token - first + 1) * group; row++)
+            for (int64_t chunk = 0; chunk < seen; chunk += KEYS) {
+                int64_t valid = seen - chunk < KEYS ? seen - chunk : KEYS;
+                for (int64_t key = 0; key < valid; key++) {
+                    int64_t from = pick[chunk + key];
+                    scores[key] = tree_scores[(from / KEYS * rows + row) * KEYS + from % KEYS];
+                }
+                float rescale = softmax_step(scores, valid, maximum + row, sum + row);
+                value_rows(scores, v, pick + chunk, out + row * dim, &rescale, 0, valid, dim, 1);
+            }
+    }
+}
+
+/* Tokens first .. last (exclusive) of kv head `head` of a segment; `next_head` probably follows on this thread. */
+static void attention_item(const struct attention_args *a, const struct segment *s, int64_t head, int64_t first,
+                           int64_t last, int64_t next_head, char *scratch)
+{
+    const int64_t dim = a->dim, group = a->heads / a->kv_heads, rows = (last - first) * group;
+    const int64_t head_size = s->slot.capacity * dim, layer = a->layer * a->kv_heads * head_size;
+    const float *k_layer = (const float *)s->slot.k + layer, *k_cache = k_layer + head * head_size;
+    const float *v_cache = (const float *)s->slot.v + layer + head * head_size;
+    const float *q_rows = a->q + s->first_row * a->heads * dim;
+    float *out_rows = a->out + s->first_row * a->heads * dim;
     float *keys = (float *)scratch;              /* [dim, 64] */
     float *q = keys + dim * KEYS;                /* [rows, dim] */
     float *out = q + rows * dim;                 /* [rows, dim] */
     float *scores = out + rows * dim;            /* [ATTENTION_TILE, 64] */
     float *maximum = scores + ATTENTION_TILE * KEYS, *sum = maximum + rows; /* [rows] each */
     for (int64_t row = 0; row < rows; row++) {
-        const float *from = a->q + ((first + row / group) * a->heads + head * group + row % group) * dim;
+        const float *from = q_rows + ((first + row / group) * a->heads + head * group + row % group) * dim;
         for (int64_t d = 0; d < dim; d += VL) {
             store(q + row * dim + d, load(from + d) * a->scale);
             store(out + row * dim + d, (vf){0});
@@ -195,18 +243,18 @@ static void attention_item(const struct attention_args *a, int64_t head, int64_t
         maximum[row] = -INFINITY;
         sum[row] = 0.0f;
     }
-    const int64_t end = a->start + last; /* positions that the last token sees */
+    const int64_t end = s->is_tree ? s->length / KEYS * KEYS : s->length + last; /* positions that are seen in place */
     for (int64_t chunk = 0; chunk < end; chunk += KEYS) {
         const float *values = v_cache + chunk * dim;
         transpose_keys(k_cache + chunk * dim, values, keys, end - chunk < KEYS ? end - chunk : KEYS, dim);
         /* Tokens before this one do not reach the chunk. */
-        int64_t skip = chunk - a->start - first;
+        int64_t skip = chunk - s->length - first;
         int64_t begin = skip > 0 ? skip * group : 0;
         /* The next keys are fetched in as many parts as there are steps. */
         int64_t ahead = end - chunk - KEYS;
         const float *next = k_cache + (chunk + KEYS) * dim;
         if (ahead <= 0) {
-            next = a->k_cache + next_head * a->capacity * dim;
+            next = k_layer + next_head * head_size;
             ahead = next_head < a->kv_heads ? end : 0;
         }
         int64_t steps = (rows - begin) / ATTENTION_TILE + (rows - begin) % ATTENTION_TILE;
@@ -215,7 +263,7 @@ static void attention_item(const struct attention_args *a, int64_t head, int64_t
             int64_t valid[4];
             n = rows - row < ATTENTION_TILE ? 1 : ATTENTION_TILE;
             for (int64_t r = 0; r < n; r++) {
-                valid[r] = a->start + first + (row + r) / group + 1 - chunk;
+                valid[r] = s->length + first + (row + r) / group + 1 - chunk;
                 valid[r] = valid[r] < KEYS ? valid[r] : KEYS;
             }
 #define ATTEND(rows)                                                                                               \
@@ -228,8 +276,10 @@ static void attention_item(const struct attention_args *a, int64_t head, int64_t
 #undef ATTEND
         }
     }
+    if (s->is_tree)
+        attend_tree(a, s, head, first, last, q, keys, scores, out, maximum, sum, sum + rows);
     for (int64_t row = 0; row < rows; row++) {
-        float *to = a->out + ((first + row / group) * a->heads + head * group + row % group) * dim;
+        float *to = out_rows + ((first + row / group) * a->heads + head * group + row % group) * dim;
         for (int64_t d = 0; d < dim; d += VL)
             store(to + d, load(out + row * dim + d) / sum[row]);
     }
@@ -238,15 +288,23 @@ static void attention_item(const struct attention_args *a, int64_t head, int64_t
 static void attention(void *data, int thread, int threads)
 {
     struct attention_args *a = data;
-    int64_t per_head = (a->m + a->tokens_per_item - 1) / a->tokens_per_item, items = per_head * a->kv_heads;
+    const struct segments *t = a->segments;
+    int64_t n = 0, before = 0, blocks = 0; /* of segment n; items of the segments before it */
     char *scratch = a->scratch + thread * a->scratch_bytes;
     for (;;) {
         int64_t item = __atomic_fetch_add(&a->next, 1, __ATOMIC_RELAXED);
-        if (item >= items)
+        for (; n < t->count; n++, before += blocks * a->kv_heads) {
+            blocks = (t->segment[n].rows + a->tokens_per_item - 1) / a->tokens_per_item;
+            if (item < before + blocks * a->kv_heads)
+                break;
+        }
+        if (n == t->count)
             return;
+        const struct segment *s = t->segment + n;
         /* Last tokens first: they see most, and short items even out the end. */
-        int64_t first = (per_head - 1 - item / a->kv_heads) * a->tokens_per_item;
-        int64_t last = first + a->tokens_per_item < a->m ? first + a->tokens_per_item : a->m;
-        attention_item(a, item % a->kv_heads, first, last, item % a->kv_heads + threads, scratch);
+        int64_t head = (item - before) % a->kv_heads, block = blocks - 1 - (item - before) / a->kv_heads;
+        int64_t first = block * a->tokens_per_item;
+        int64_t last = first + a->tokens_per_item < s->rows ? first + a->tokens_per_item : s->rows;
+        attention_item(a, s, head, first, last, head + threads, scratch);
     }
 }

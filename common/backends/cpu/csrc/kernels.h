@@ -87,6 +87,32 @@ struct swiglu_args {
     int64_t m, k;
 };
 
+/* What one pass runs over, one segment per sequence. The table stays at its address: a recorded pass points to it, and
+ * only what it says changes from replay to replay. Row i of a segment is written at position length + i of its slot;
+ * it sees the committed positions, its ancestors and itself, as if its ancestors stood at length, length + 1, ... */
+struct slot {
+    char *k, *v;             /* [layers, kv_heads, capacity, dim] */
+    int64_t capacity, layers, kv_heads, dim;
+};
+struct segment {
+    struct slot slot;
+    int64_t length;          /* committed positions */
+    int64_t first_row, rows;
+    int64_t is_tree;         /* 0: each row follows the one before */
+};
+struct row {
+    int32_t segment;
+    int32_t parent;          /* row of the segment, -1: the committed text */
+    int64_t position;        /* rotary: length + number of ancestors in the segment */
+};
+struct segments {
+    int64_t room;            /* rows that the table has room for, and as many segments */
+    int64_t rows, count;
+    int64_t last_position;   /* the highest of all rows */
+    struct segment *segment; /* [count] */
+    struct row *row;         /* [rows] */
+};
+
 struct rope_args {
     const float *qkv;        /* [m, (heads + 2 * kv_heads) * dim] */
     const float *q_weight;   /* [dim] or NULL: RMSNorm of each query head */
@@ -94,17 +120,17 @@ struct rope_args {
     float eps;
     const float *cos, *sin;  /* [positions, table_stride]; the first dim / 2 of each row are read */
     float *q;                /* [m, heads, dim] */
-    float *k_cache, *v_cache; /* [kv_heads, capacity, dim] */
-    int64_t m, heads, kv_heads, dim, table_stride, start, capacity;
+    const struct segments *segments;
+    int64_t m, heads, kv_heads, dim, positions, table_stride, layer;
 };
 
 struct attention_args {
     const float *q;          /* [m, heads, dim] */
-    const float *k_cache, *v_cache; /* [kv_heads, capacity, dim] */
+    const struct segments *segments;
     float *out;              /* [m, heads * dim] */
     float scale;
     char *scratch;           /* [threads, scratch_bytes], 64-byte aligned */
-    int64_t m, heads, kv_heads, dim, start, capacity;
+    int64_t m, heads, kv_heads, dim, layer;
     int64_t tokens_per_item, scratch_bytes;
     int64_t next;            /* work items handed out so far */
 };
@@ -151,12 +177,13 @@ int parallel_use(const char *library);
 void parallel_run(task_fn task, void *args, int threads);
 
 /* recording.c: a pass of kernel calls, made again at the same addresses */
-enum moving { STAYS, EMBED, ROPE, ATTENTION }; /* what differs from window to window: ids, or position and caches */
+enum moving { STAYS, EMBED, ROPE, ATTENTION }; /* what differs from replay to replay: ids, or segments */
 struct call {
     const char *name;
     task_fn task;
     enum moving moving;
     int64_t items;           /* independent pieces of work: no more threads than that */
+    int64_t most_threads;    /* that scratch has room for */
     void *scratch;           /* from malloc, or NULL: belongs to the call */
     const void *weight;      /* what the call reads from memory and nothing else does, or NULL; in whole blocks, */
     int64_t block_bytes, blocks; /* of which every thread has its share */
@@ -175,18 +202,22 @@ struct call {
         struct argmax_args argmax;
     };
 };
-struct caches {
-    float *k, *v;            /* [layers, kv_heads, capacity, dim] */
-    int64_t capacity;
-};
 struct recording;
-struct recording *recording_new(struct caches);
+struct recording *recording_new(void);
 int recording_add(struct recording *, const struct call *); /* takes the scratch; 0 when out of memory */
-int ids_in_range(const struct embed_args *);
 int64_t recording_calls(const struct recording *, const struct call **); /* how many, and where */
-/* 0, and nothing done, where ids are out of range. nanoseconds of each call: [calls], or NULL */
-int recording_replay(struct recording *, int64_t start, struct caches, int threads, int64_t *nanoseconds);
+/* NULL, or what is wrong with the ids or the segments: then nothing is done. nanoseconds of each call: [calls], or NULL */
+const char *recording_replay(struct recording *, int threads, int64_t *nanoseconds);
 void recording_free(struct recording *);
+
+/* segments.c. Checks return NULL, or what is wrong. */
+const char *embed_check(const struct embed_args *);
+const char *rope_check(const struct rope_args *);
+const char *attention_check(const struct attention_args *);
+int64_t attention_items(const struct attention_args *);
+const char *segments_finish(struct segments *); /* derives what follows from slots, lengths, rows and parents */
+void slot_move(const struct slot *, int64_t from, int64_t to);                      /* one position over another */
+void slot_copy(const struct slot *from, const struct slot *to, int64_t positions); /* the first ones */
 
 /* pack.c: weights from row-major [n, k] to the layouts above */
 void pack_int8(const struct layout *, const int8_t *weight, uint8_t *packed, int64_t n, int64_t k);
@@ -203,9 +234,15 @@ static inline int64_t int4_scratch_bytes(int64_t k, int64_t group)
 /* Rows of q that share one pass over a chunk of keys, and the keys of a chunk. */
 #define ATTENTION_ROWS 64
 #define ATTENTION_KEYS 64
-static inline int64_t attention_scratch_bytes(int64_t rows, int64_t dim)
+/* Chunks that hold the last committed keys, fewer than one chunk's, and those of so many rows of a tree. */
+static inline int64_t tree_chunks(int64_t rows)
 {
-    /* transposed keys, scores of up to 4 rows, then per row: scaled query, output, maximum, sum (and alignment) */
-    int64_t floats = (dim + 4) * ATTENTION_KEYS + rows * (2 * dim + 2) + 16;
+    return (rows + 2 * ATTENTION_KEYS - 2) / ATTENTION_KEYS;
+}
+static inline int64_t attention_scratch_bytes(int64_t rows, int64_t dim, int64_t m)
+{
+    /* transposed keys, scores of up to 4 rows, then per row: scaled query, output, maximum, sum, and its scores over a
+     * tree's keys; where a token's keys lie (and alignment) */
+    int64_t floats = (dim + 4) * ATTENTION_KEYS + rows * (2 * dim + 2) + (rows + 1) * tree_chunks(m) * ATTENTION_KEYS + 16;
     return (int64_t)sizeof(float) * (floats - floats % 16);
 }

@@ -106,6 +106,7 @@ static PyObject *run(struct call *call, int64_t cost, int64_t threads)
     Py_BEGIN_ALLOW_THREADS
     parallel_run(call->task, &call->int8_linear, items * cost < ALONE ? 1 : team(items, threads));
     Py_END_ALLOW_THREADS
+    call->most_threads = call->moving == ATTENTION ? team(MAX_THREADS, threads) : team(items, threads);
     if (call->moving != ATTENTION && items * cost < ALONE_IN_REPLAY) /* attention costs more when the window has moved on */
         call->items = 1;
     if (recorder && recording_add(recorder, call))
@@ -193,8 +194,9 @@ FUNCTION(py_embed, 8)
             .table = ADDRESS(1), .ids = ADDRESS(2), .out = ADDRESS(3), .vocab = INT(4), .m = INT(5), .k = INT(6),
         },
     };
-    if (!ids_in_range(&call.embed))
-        return PyErr_Format(PyExc_IndexError, "token ids outside of the vocabulary");
+    const char *wrong = embed_check(&call.embed);
+    if (wrong)
+        return PyErr_Format(PyExc_IndexError, "%s", wrong);
     return run(&call, INT(6), INT(7));
 }
 
@@ -246,39 +248,146 @@ FUNCTION(py_swiglu, 7)
     return run(&call, 4 * k, INT(6)); /* exp and a division: dearer than the others */
 }
 
-/* qkv, q_weight, k_weight, eps, cos, sin, q, k_cache, v_cache,
- * m, heads, kv_heads, dim, table_stride, start, capacity, threads */
-FUNCTION(py_rope_qk_append, 17)
+/* Appends a segment to the table: (address of a struct slot, length, rows, parents or None) */
+static int add_segment(struct segments *t, PyObject *from)
+{
+    int64_t words[3];
+    for (int i = 0; i < 3; i++) {
+        PyObject *word = PyTuple_GetItem(from, i);
+        words[i] = word ? PyLong_AsLongLong(word) : -1;
+        if (PyErr_Occurred())
+            return 0;
+    }
+    struct segment *s = t->segment + t->count;
+    s->slot = *(const struct slot *)(uintptr_t)words[0];
+    s->length = words[1];
+    s->rows = words[2];
+    int64_t free = s->slot.capacity - s->length;
+    if (s->rows < 1 || s->length < 0 || s->rows > free) {
+        PyErr_Format(PyExc_ValueError, "%lld tokens do not fit the KV cache: %lld positions are free",
+                     (long long)s->rows, (long long)free);
+        return 0;
+    }
+    if (s->rows > t->room - t->rows) {
+        PyErr_Format(PyExc_ValueError, "the batch has more than %lld rows", (long long)t->room);
+        return 0;
+    }
+    PyObject *given = PyTuple_GetItem(from, 3), *parents = given && given != Py_None ? PySequence_List(given) : NULL;
+    if (parents && PyList_Size(parents) != s->rows)
+        PyErr_Format(PyExc_ValueError, "%lld rows have %zd parents", (long long)s->rows, PyList_Size(parents));
+    for (int64_t i = 0; i < s->rows && !PyErr_Occurred(); i++) {
+        int64_t parent = parents ? PyLong_AsLongLong(PyList_GetItem(parents, i)) : i - 1;
+        t->row[t->rows + i].parent = parent < -1 || parent >= i ? INT32_MAX : (int32_t)parent; /* refused at the end */
+    }
+    Py_XDECREF(parents);
+    t->count++;
+    t->rows += s->rows;
+    return !PyErr_Occurred();
+}
+
+/* rows: bytes of a table for so many */
+FUNCTION(py_segments_bytes, 1)
+    int64_t each = (int64_t)(sizeof(struct segment) + sizeof(struct row));
+    return PyLong_FromLongLong((int64_t)sizeof(struct segments) + INT(0) * each);
+}
+
+/* table, rows that it has room for, [segment]: fills it */
+static PyObject *py_fill_segments(PyObject *Py_UNUSED(self), PyObject *const *objects, Py_ssize_t n_objects)
+{
+    union word w[2];
+    if (n_objects != 3 || !PyList_Check(objects[2]))
+        return PyErr_Format(PyExc_TypeError, "expected a table, its room and a list of segments");
+    if (!parse(objects, 2, 2, w))
+        return NULL;
+    struct segments *t = ADDRESS(0);
+    *t = (struct segments){.room = INT(1), .segment = (struct segment *)(t + 1)};
+    t->row = (struct row *)(t->segment + t->room);
+    for (Py_ssize_t i = 0; i < PyList_Size(objects[2]) && !PyErr_Occurred(); i++)
+        add_segment(t, PyList_GetItem(objects[2], i));
+    const char *wrong = PyErr_Occurred() ? NULL : segments_finish(t);
+    if (wrong)
+        PyErr_Format(PyExc_ValueError, "%s", wrong);
+    if (!PyErr_Occurred())
+        Py_RETURN_NONE;
+    t->rows = t->count = 0;
+    return NULL;
+}
+
+/* slot, length, rows of the last pass, ascending: moves them to positions length, length + 1, ... */
+static PyObject *py_slot_keep(PyObject *Py_UNUSED(self), PyObject *const *objects, Py_ssize_t n_objects)
+{
+    union word w[2];
+    if (n_objects != 3 || !PyList_Check(objects[2]))
+        return PyErr_Format(PyExc_TypeError, "expected a slot, its length and a list of rows");
+    if (!parse(objects, 2, 2, w))
+        return NULL;
+    const struct slot *slot = ADDRESS(0);
+    int64_t free = slot->capacity - INT(1), last = -1;
+    for (int check = 1; check >= 0; check--)
+        for (Py_ssize_t i = 0; i < PyList_Size(objects[2]); i++) {
+            int64_t row = PyLong_AsLongLong(PyList_GetItem(objects[2], i));
+            if (PyErr_Occurred())
+                return NULL;
+            if (check && (row <= (i ? last : -1) || row >= free))
+                return PyErr_Format(PyExc_ValueError, "row %lld cannot be kept: rows ascend, and %lld positions are free",
+                                    (long long)row, (long long)free);
+            if (!check && row != i)
+                slot_move(slot, INT(1) + row, INT(1) + i);
+            last = row;
+        }
+    Py_RETURN_NONE;
+}
+
+/* from, to, positions */
+FUNCTION(py_slot_copy, 3)
+    const struct slot *from = ADDRESS(0), *to = ADDRESS(1);
+    if (from->layers != to->layers || from->kv_heads != to->kv_heads || from->dim != to->dim || INT(2) < 0 ||
+        INT(2) > from->capacity || INT(2) > to->capacity)
+        return PyErr_Format(PyExc_ValueError, "%lld positions cannot be copied", (long long)INT(2));
+    Py_BEGIN_ALLOW_THREADS
+    slot_copy(from, to, INT(2));
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+/* qkv, q_weight, k_weight, eps, cos, sin, q, segments, layer, m, heads, kv_heads, dim, positions, table_stride, threads */
+FUNCTION(py_rope_qk_append, 16)
     int64_t m = INT(9), heads = INT(10), kv_heads = INT(11), dim = INT(12);
     struct call call = {
         .name = "rope_qk_append", .task = isa->rope, .moving = ROPE, .items = m,
         .rope = {
             .qkv = ADDRESS(0), .q_weight = ADDRESS(1), .k_weight = ADDRESS(2), .eps = FLOAT(3), .cos = ADDRESS(4),
-            .sin = ADDRESS(5), .q = ADDRESS(6), .k_cache = ADDRESS(7), .v_cache = ADDRESS(8), .m = m,
-            .heads = heads, .kv_heads = kv_heads, .dim = dim, .table_stride = INT(13), .start = INT(14),
-            .capacity = INT(15),
+            .sin = ADDRESS(5), .q = ADDRESS(6), .segments = ADDRESS(7), .layer = INT(8), .m = m, .heads = heads,
+            .kv_heads = kv_heads, .dim = dim, .positions = INT(13), .table_stride = INT(14),
         },
     };
-    return run(&call, (heads + 2 * kv_heads) * dim, INT(16));
+    const char *wrong = rope_check(&call.rope);
+    if (wrong)
+        return PyErr_Format(PyExc_IndexError, "%s", wrong);
+    return run(&call, (heads + 2 * kv_heads) * dim, INT(15));
 }
 
-/* q, k_cache, v_cache, out, scale, m, heads, kv_heads, dim, start, capacity, threads */
-FUNCTION(py_attention, 12)
+/* q, segments, layer, out, scale, m, heads, kv_heads, dim, threads */
+FUNCTION(py_attention, 10)
+    const struct segments *segments = ADDRESS(1);
     int64_t m = INT(5), heads = INT(6), kv_heads = INT(7), dim = INT(8), group = heads / kv_heads;
     int64_t tokens = group < ATTENTION_ROWS ? ATTENTION_ROWS / group : 1;
-    tokens = tokens < m ? tokens : m;
     struct call call = {
-        .name = "attention", .task = isa->attention, .moving = ATTENTION, .items = (m + tokens - 1) / tokens * kv_heads,
+        .name = "attention", .task = isa->attention, .moving = ATTENTION,
         .attention = {
-            .q = ADDRESS(0), .k_cache = ADDRESS(1), .v_cache = ADDRESS(2), .out = ADDRESS(3), .scale = FLOAT(4),
-            .m = m, .heads = heads, .kv_heads = kv_heads, .dim = dim, .start = INT(9), .capacity = INT(10),
-            .tokens_per_item = tokens, .scratch_bytes = attention_scratch_bytes(tokens * group, dim),
+            .q = ADDRESS(0), .segments = segments, .out = ADDRESS(3), .scale = FLOAT(4), .m = m, .heads = heads,
+            .kv_heads = kv_heads, .dim = dim, .layer = INT(2), .tokens_per_item = tokens,
+            .scratch_bytes = attention_scratch_bytes(tokens * group, dim, m),
         },
     };
-    call.scratch = call.attention.scratch = scratch(team(call.items, INT(11)) * call.attention.scratch_bytes);
+    const char *wrong = attention_check(&call.attention);
+    if (wrong)
+        return PyErr_Format(PyExc_IndexError, "%s", wrong);
+    call.items = attention_items(&call.attention);
+    call.scratch = call.attention.scratch = scratch(team(MAX_THREADS, INT(9)) * call.attention.scratch_bytes);
     if (!call.scratch)
         return PyErr_NoMemory();
-    return run(&call, (INT(9) + m) * dim, INT(11));
+    return run(&call, (segments->last_position + 1) * dim, INT(9));
 }
 
 /* x, out, m, n, threads */
@@ -339,11 +448,12 @@ static void free_recording(PyObject *capsule)
     recording_free(PyCapsule_GetPointer(capsule, CAPSULE));
 }
 
-/* k, v, capacity: from here on this thread's kernel calls, over these caches, are recorded as they run */
-FUNCTION(py_record, 3)
+/* From here on this thread's kernel calls are recorded as they run. */
+static PyObject *py_record(PyObject *Py_UNUSED(self), PyObject *Py_UNUSED(unused))
+{
     if (recorder)
         return PyErr_Format(PyExc_RuntimeError, "this thread is recording already");
-    if (!(recorder = recording_new((struct caches){ADDRESS(0), ADDRESS(1), INT(2)})))
+    if (!(recorder = recording_new()))
         return PyErr_NoMemory();
     Py_RETURN_NONE;
 }
@@ -377,20 +487,19 @@ static PyObject *py_calls(PyObject *Py_UNUSED(self), PyObject *capsule)
     return names;
 }
 
-/* recording, start, k, v, capacity, threads (no more than it was recorded with), nanoseconds */
+/* recording, threads, nanoseconds */
 static PyObject *py_replay(PyObject *Py_UNUSED(self), PyObject *const *objects, Py_ssize_t n_objects)
 {
-    union word w[6];
+    union word w[2];
     struct recording *recording = n_objects ? PyCapsule_GetPointer(objects[0], CAPSULE) : NULL;
-    if (!parse(objects + 1, n_objects - 1, 6, w) || !recording)
+    if (!parse(objects + 1, n_objects - 1, 2, w) || !recording)
         return NULL;
-    int done;
-    struct caches caches = {ADDRESS(1), ADDRESS(2), INT(3)};
+    const char *wrong;
     Py_BEGIN_ALLOW_THREADS
-    done = recording_replay(recording, INT(0), caches, (int)INT(4), ADDRESS(5));
+    wrong = recording_replay(recording, (int)INT(0), ADDRESS(1));
     Py_END_ALLOW_THREADS
-    if (!done)
-        return PyErr_Format(PyExc_IndexError, "token ids outside of the vocabulary");
+    if (wrong)
+        return PyErr_Format(PyExc_IndexError, "%s", wrong);
     Py_RETURN_NONE;
 }
 
@@ -449,6 +558,10 @@ static PyMethodDef methods[] = {
     FAST("swiglu", py_swiglu),
     FAST("rope_qk_append", py_rope_qk_append),
     FAST("attention", py_attention),
+    FAST("segments_bytes", py_segments_bytes),
+    FAST("fill_segments", py_fill_segments),
+    FAST("slot_keep", py_slot_keep),
+    FAST("slot_copy", py_slot_copy),
     FAST("argmax", py_argmax),
     FAST("read", py_read),
     FAST("pack", py_pack),
@@ -456,7 +569,7 @@ static PyMethodDef methods[] = {
     FAST("fork_join", py_fork_join),
     FAST("replay", py_replay),
     {"calls", py_calls, METH_O, NULL},
-    FAST("record", py_record),
+    {"record", py_record, METH_NOARGS, NULL},
     {"recorded", py_recorded, METH_NOARGS, NULL},
     {"use_openmp", py_use_openmp, METH_O, NULL},
     {"supported", py_supported, METH_NOARGS, NULL},

@@ -42,6 +42,7 @@ void parallel_run(task_fn task, void *args, int threads)
         task(args, 0, 1);
         return;
     }
+    threads = threads < MAX_THREADS ? threads : MAX_THREADS;
     struct job job = {task, args};
     gomp_parallel(run_share, &job, (unsigned)threads, 0);
 }

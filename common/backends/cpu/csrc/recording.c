@@ -17,15 +17,11 @@
 struct recording {
     struct call *calls;
     int64_t count, room;
-    struct caches caches; /* that the calls point into */
 };
 
-struct recording *recording_new(struct caches caches)
+struct recording *recording_new(void)
 {
-    struct recording *r = calloc(1, sizeof(struct recording));
-    if (r)
-        r->caches = caches;
-    return r;
+    return calloc(1, sizeof(struct recording));
 }
 
 int recording_add(struct recording *r, const struct call *call)
@@ -50,41 +46,22 @@ void recording_free(struct recording *r)
     free(r);
 }
 
-int ids_in_range(const struct embed_args *a)
+/* What changed since the call was made last. */
+static const char *renew(struct call *call)
 {
-    for (int64_t i = 0; i < a->m; i++)
-        if (a->ids[i] < 0 || a->ids[i] >= a->vocab)
-            return 0;
-    return 1;
-}
-
-/* The same layer's place in other caches. */
-static float *moved(const float *at, const float *from, float *to, int64_t floats, int64_t capacity, int64_t new_capacity)
-{
-    return to + (at - from) / (floats * capacity) * (floats * new_capacity);
-}
-
-/* The window stands at `start` of the caches `to` now. */
-static void move(struct call *call, int64_t start, struct caches from, struct caches to)
-{
-    if (call->moving == ROPE) {
-        struct rope_args *a = &call->rope;
-        int64_t by = (start - a->start) * a->table_stride, floats = a->kv_heads * a->dim;
-        a->cos += by;
-        a->sin += by;
-        a->start = start;
-        a->k_cache = moved(a->k_cache, from.k, to.k, floats, from.capacity, to.capacity);
-        a->v_cache = moved(a->v_cache, from.v, to.v, floats, from.capacity, to.capacity);
-        a->capacity = to.capacity;
-    } else if (call->moving == ATTENTION) {
-        struct attention_args *a = &call->attention;
-        int64_t floats = a->kv_heads * a->dim;
-        a->start = start;
-        a->next = 0;
-        a->k_cache = moved(a->k_cache, from.k, to.k, floats, from.capacity, to.capacity);
-        a->v_cache = moved(a->v_cache, from.v, to.v, floats, from.capacity, to.capacity);
-        a->capacity = to.capacity;
+    const char *wrong;
+    switch (call->moving) {
+    case EMBED: return embed_check(&call->embed);
+    case ROPE: return rope_check(&call->rope);
+    case ATTENTION:
+        if ((wrong = attention_check(&call->attention)))
+            return wrong;
+        call->items = attention_items(&call->attention);
+        call->attention.next = 0;
+        return NULL;
+    case STAYS: break;
     }
+    return NULL;
 }
 
 struct replay {
@@ -139,6 +116,7 @@ static void replay_calls(void *data, int thread, int threads)
     for (int64_t i = 0; i < r->count; i++) {
         struct call *call = r->calls + i;
         int team = call->items < threads ? (int)call->items : threads;
+        team = call->most_threads < team ? (int)call->most_threads : team;
         if (thread < team)
             call->task(&call->int8_linear, thread, team);
         if (next <= i) {
@@ -168,15 +146,14 @@ int64_t recording_calls(const struct recording *r, const struct call **calls)
     return r->count;
 }
 
-int recording_replay(struct recording *r, int64_t start, struct caches caches, int threads, int64_t *nanoseconds)
+const char *recording_replay(struct recording *r, int threads, int64_t *nanoseconds)
 {
-    for (int64_t i = 0; i < r->count; i++)
-        if (r->calls[i].moving == EMBED && !ids_in_range(&r->calls[i].embed))
-            return 0;
-    for (int64_t i = 0; i < r->count; i++)
-        move(r->calls + i, start, r->caches, caches);
-    r->caches = caches;
+    for (int64_t i = 0; i < r->count; i++) {
+        const char *wrong = renew(r->calls + i);
+        if (wrong)
+            return wrong;
+    }
     struct replay replay = {.recording = r, .nanoseconds = nanoseconds};
     parallel_run(replay_calls, &replay, threads);
-    return 1;
+    return NULL;
 }

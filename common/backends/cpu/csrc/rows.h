@@ -263,16 +263,19 @@ static void rope(void *data, int thread, int threads)
     const struct rope_args *a = data;
     int64_t from, to, dim = a->dim, width = (a->heads + 2 * a->kv_heads) * dim;
     share(a->m, thread, threads, &from, &to);
-    for (int64_t row = from; row < to; row++) {
-        const float *x = a->qkv + row * width;
-        int64_t position = a->start + row;
-        const float *cos = a->cos + row * a->table_stride, *sin = a->sin + row * a->table_stride;
+    for (int64_t i = from; i < to; i++) {
+        const float *x = a->qkv + i * width;
+        const struct row *row = a->segments->row + i;
+        const struct segment *s = a->segments->segment + row->segment;
+        const float *cos = a->cos + row->position * a->table_stride, *sin = a->sin + row->position * a->table_stride;
+        int64_t at = (a->layer * a->kv_heads * s->slot.capacity + s->length + i - s->first_row) * dim;
+        float *k = (float *)s->slot.k + at, *v = (float *)s->slot.v + at;
         for (int64_t h = 0; h < a->heads; h++, x += dim)
-            rope_head(x, a->q_weight, a->eps, cos, sin, a->q + (row * a->heads + h) * dim, dim);
+            rope_head(x, a->q_weight, a->eps, cos, sin, a->q + (i * a->heads + h) * dim, dim);
         for (int64_t h = 0; h < a->kv_heads; h++, x += dim)
-            rope_head(x, a->k_weight, a->eps, cos, sin, a->k_cache + (h * a->capacity + position) * dim, dim);
+            rope_head(x, a->k_weight, a->eps, cos, sin, k + h * s->slot.capacity * dim, dim);
         for (int64_t h = 0; h < a->kv_heads; h++, x += dim)
-            memcpy(a->v_cache + (h * a->capacity + position) * dim, x, (size_t)dim * sizeof(float));
+            memcpy(v + h * s->slot.capacity * dim, x, (size_t)dim * sizeof(float));
     }
 }
 

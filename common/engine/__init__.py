@@ -1,0 +1,1 @@
+"""Many sequences at once: settings, sequences, the prefix cache and the engine itself."""

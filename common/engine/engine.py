@@ -1,0 +1,460 @@
+"""Many sequences at once: admit, draft, choose rows, run one pass, hand tokens out, retire."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from quasar.backends.base import Slot
+from quasar.drafting import DraftTarget, new_drafter
+from quasar.engine.prefix_cache import PrefixCache, common_prefix
+from quasar.engine.sequence import Handle, Listener, Request
+from quasar.engine.settings import GenerationSettings, Result
+from quasar.errors import QuasarError
+from quasar.memory import gigabytes, host_memory
+from quasar.models.model import Model
+from quasar.models.runtime import PROMPT_ROWS, Runtime
+from quasar.speculation.draft import Draft
+from quasar.speculation.rows import MOST_ROWS, RowRule
+from quasar.speculation.verifier import Verdict, Verifier, Window
+
+PROMPT_SECONDS = 0.1  # for so long a prompt's rows may hold decoding sequences up, in each pass
+_LEAST_PROMPT_ROWS = 16
+_LONGEST_DRAFT = 15  # candidates of one sequence, where the settings set no cap
+_LONGEST_BLOCK = 31  # tokens that a cascade confirms at once
+_LONGEST_REST = 16  # steps for which a drafter that never helps is not asked
+_SHARED_PREFIX = 32  # tokens from which on a prompt waits for another that is about to hold its prefix
+_CAPACITY_STEP = 64  # slots are this much roomier than needed, so that the next prompt may fit them
+_HOST_SHARE = 0.4  # of free host memory that keys and values may take where nothing else is said
+
+
+@dataclass
+class EngineStats:
+    """What the engine holds and has done."""
+
+    running: int = 0
+    waiting: int = 0
+    passes: int = 0
+    tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    kv_bytes: int = 0  # of running and idle slots
+    kv_bytes_limit: int = 0
+    prefix_queried_tokens: int = 0
+    prefix_cached_tokens: int = 0
+
+
+class Engine:
+    """Decodes up to `max_sequences` sequences of one model together; more wait their turn.
+
+    A sequence's text does not depend on the others. `submit` may be called from any thread; the passes run in a
+    thread of the engine's own, which starts with the first submission and ends with `shutdown`.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        max_sequences: int = 16,
+        *,
+        kv_bytes: int | None = None,
+        lossless: bool = False,
+        own_thread: bool = True,
+        row_rule: RowRule | None = None,
+    ) -> None:
+        """kv_bytes bounds the keys and values of all sequences, also of ended ones that are kept for their prefix
+        (None: two fifths of the host's free memory). own_thread=False: whoever waits for a result calls `step`.
+        Raises QuasarError where lossless is asked of a model without full-precision weights.
+        """
+        if max_sequences < 1:
+            raise QuasarError(f"max_sequences is {max_sequences}; it must be 1 or more")
+        self.model = model
+        self.max_sequences = max_sequences
+        self.lossless = lossless
+        self.runtime: Runtime = model.target_runtime(lossless)
+        self.kv_bytes_limit = kv_bytes if kv_bytes is not None else int(_HOST_SHARE * host_memory())
+        self._verifier = Verifier(self.runtime)
+        self._rule = row_rule or RowRule()
+        self._prefixes = PrefixCache()
+        self._running: list[Request] = []
+        self._waiting: deque[Request] = deque()
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._own_thread = own_thread
+        self._closing = self._closed = False
+        self._around: deque[float] = deque([0.0], maxlen=9)  # seconds of a step beyond its pass
+        self._prompt_row_seconds = 0.0
+        self._stats = EngineStats(kv_bytes_limit=self.kv_bytes_limit)
+
+    # From any thread.
+
+    def submit(
+        self,
+        prompt: str | Sequence[int],
+        settings: GenerationSettings | None = None,
+        *,
+        chat: bool = False,
+        on_events: Listener | None = None,
+        **overrides: Any,
+    ) -> Handle:
+        """Queues a prompt, text or token ids. Settings are given whole or by name.
+
+        on_events, called in the engine's thread, takes the events of each pass and None at the end; without it the
+        handle keeps them. Raises QuasarError for prompts and settings that cannot be.
+        """
+        if settings is not None and overrides:
+            raise TypeError("give settings or single settings by name, not both")
+        settings = settings or GenerationSettings(**({"lossless": self.lossless} | overrides))
+        if settings.lossless != self.lossless:
+            raise QuasarError(f"lossless={settings.lossless}: the engine was made with lossless={self.lossless}")
+        ids = self.model.encode(prompt, chat) if isinstance(prompt, str) else list(prompt)
+        request = Request(self.model, ids, settings)
+        needed = self._bytes_for(request.capacity)
+        if needed > self.kv_bytes_limit:
+            raise QuasarError(
+                f"{request.capacity} tokens of context need {gigabytes(needed)} of keys and values; the engine has "
+                f"{gigabytes(self.kv_bytes_limit)}; ask for fewer new tokens, or give it more memory"
+            )
+        handle = Handle(request, self._wake, on_events)
+        with self._changed:
+            if self._closing:
+                raise QuasarError("the engine is shutting down")
+            self._waiting.append(request)
+            if self._own_thread and self._thread is None:
+                self._thread = threading.Thread(target=self._serve, name="quasar-engine", daemon=True)
+                self._thread.start()
+            self._changed.notify()
+        return handle
+
+    def generate(
+        self, prompts: Sequence[str | Sequence[int]], settings: GenerationSettings | None = None, **overrides: Any
+    ) -> list[Result]:
+        """Generates for all prompts together; results in their order. Settings as in `submit`."""
+        handles = [self.submit(prompt, settings, **overrides) for prompt in prompts]
+        if not self._own_thread:
+            while self.step():
+                pass
+        return [handle.result() for handle in handles]
+
+    def stats(self) -> EngineStats:
+        """A copy of the counters."""
+        with self._changed:
+            s = self._stats
+            s.running, s.waiting = len(self._running), len(self._waiting)
+            s.prefix_queried_tokens, s.prefix_cached_tokens = self._prefixes.queried_tokens, self._prefixes.found_tokens
+            s.kv_bytes = self._prefixes.nbytes + sum(r.slot.nbytes for r in self._running if r.slot is not None)
+            return EngineStats(**vars(s))
+
+    def shutdown(self, wait_seconds: float = 0.0) -> None:
+        """Takes no more prompts, lets those that run end for so long, and cancels the rest."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        if self._thread is not None:
+            self._thread.join(wait_seconds)
+        with self._changed:
+            for request in (*self._running, *self._waiting):
+                request.cancelled = True
+            self._closed = True
+            self._changed.notify()
+        if self._thread is not None:
+            self._thread.join()
+        while not self._own_thread and self.step():
+            pass
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify()
+
+    # In the engine's thread.
+
+    def _serve(self) -> None:
+        while True:
+            while self.step():
+                pass
+            with self._changed:
+                if self._closing and not self._running and not self._waiting:
+                    return
+                if not self._waiting:
+                    self._changed.wait()
+
+    def step(self) -> bool:
+        """One pass over what runs; returns whether there is more to do."""
+        clock = time.perf_counter()
+        self._admit()
+        requests = self._take_turns()
+        if not requests:
+            return False
+        try:
+            drafts = [self._draft(request) for request in requests]
+            rows = self._prompt_rows(requests)
+            windows = self._windows(requests, drafts, rows)
+            begin = time.perf_counter()
+            with self.runtime.lock:
+                verdicts = self._verifier.step(windows)
+            pass_seconds = time.perf_counter() - begin
+        except Exception as error:  # nothing was committed; whoever waits is told, the engine goes on
+            for request in requests:
+                self._retire(request, error)
+            return True
+        for request, draft, window, verdict in zip(requests, drafts, windows, verdicts, strict=True):
+            self._hand_out(request, draft, window, verdict)
+        self._measure(windows, time.perf_counter() - clock, pass_seconds)
+        return True
+
+    def _admit(self) -> None:
+        """Gives waiting requests slots, in their order, as long as there is room."""
+        with self._changed:
+            for request in [r for r in self._waiting if r.cancelled]:
+                self._waiting.remove(request)
+                request.finish()
+        while True:
+            with self._changed:
+                if not self._waiting or len(self._running) >= self.max_sequences:
+                    return
+                request = self._waiting[0]
+            try:
+                if self._prefix_is_coming(request) or not self._find_slot(request):
+                    return
+                self._start(request)
+            except Exception as error:
+                request.finish(error)
+                if request.slot is not None:
+                    request.slot.rewind(0)
+                    self._prefixes.put(request.slot, [])
+            with self._changed:
+                self._waiting.popleft()
+                if not request.done:
+                    self._running.append(request)
+
+    def _start(self, request: Request) -> None:
+        request.admitted = time.perf_counter()
+        request.result.stats.weight_bytes_per_pass = self.runtime.decoder.weight_bytes_per_pass
+        assert request.slot is not None
+        target = DraftTarget(self.model, request.slot, request.chooser.sampling, request.settings.gamma, self.lossless)
+        request.drafter = new_drafter(request.settings.draft, target)
+        if request.drafter is not None:
+            request.drafter.extend(request.tokens)
+
+    def _prefix_is_coming(self, request: Request) -> bool:
+        """Whether a running prompt is about to hold more of this one's prefix than any slot does."""
+        prompt = request.tokens[:-1]
+        _, here = self._prefixes.longest(prompt)
+        here = max([here, *(min(common_prefix(prompt, r.tokens), r.slot.length) for r in self._running if r.slot)])
+        coming = max((common_prefix(prompt, r.tokens) for r in self._running if r.prefilling), default=0)
+        return coming >= here + _SHARED_PREFIX
+
+    def _find_slot(self, request: Request) -> bool:
+        """Takes over or copies the longest prefix that a slot holds; False where memory has to become free first."""
+        prompt = request.tokens[:-1]  # the last token's logits are wanted
+        idle, idle_length = self._prefixes.longest(prompt)
+        source, length = idle, idle_length
+        for other in self._running:
+            shared = min(common_prefix(prompt, other.tokens), other.slot.length) if other.slot is not None else 0
+            if shared > length:
+                source, length = other.slot, shared
+        if idle is not None and idle_length == length and idle.capacity >= request.capacity:
+            request.slot = self._prefixes.take(idle)
+            request.slot.rewind(length)
+        else:
+            slot = self._new_slot(request.capacity, keep=source)
+            if slot is None:
+                return False
+            if source is not None and length:
+                slot.share_prefix(source, length)
+            request.slot = slot
+        self._prefixes.queried_tokens += len(prompt)
+        self._prefixes.found_tokens += length
+        request.result.stats.cached_tokens = length
+        return True
+
+    def _new_slot(self, capacity: int, keep: Slot | None) -> Slot | None:
+        """An empty slot: an idle one of fitting size or a new one, for which old ones go; `keep` stays if it can."""
+        slots = len(self._running) + len(self._prefixes)
+        idle = self._prefixes.with_capacity(capacity)
+        if idle is not None and idle is not keep and slots >= self.max_sequences:
+            self._prefixes.take(idle).rewind(0)
+            return idle
+        roomy = min(-(-capacity // _CAPACITY_STEP) * _CAPACITY_STEP, self.runtime.config.max_position_embeddings)
+        needed = self._bytes_for(roomy)
+        used = self._prefixes.nbytes + sum(r.slot.nbytes for r in self._running if r.slot is not None)
+        while len(self._prefixes) and (used + needed > self.kv_bytes_limit or slots >= self.max_sequences):
+            oldest = self._prefixes.oldest()
+            assert oldest is not None
+            used -= self._prefixes.take(oldest).nbytes
+            slots -= 1
+        if used + needed > self.kv_bytes_limit and self._running:
+            return None
+        return self.runtime.new_slot(roomy)
+
+    def _bytes_for(self, capacity: int) -> int:
+        return self.runtime.kv_bytes_per_position * capacity
+
+    def _take_turns(self) -> list[Request]:
+        """The requests of the next pass: all that decode, and prompts first come, first served."""
+        for request in [r for r in self._running if r.cancelled]:
+            self._retire(request)
+        return list(self._running)
+
+    def _draft(self, request: Request) -> Draft:
+        """Candidates of one sequence, most probable first; none for prompts and for drafters that rest."""
+        drafter, settings = request.drafter, request.settings
+        if drafter is None or request.prefilling or request.room < 1:
+            return Draft()
+        if request.draft_rest > 0:
+            request.draft_rest -= 1
+            return Draft()
+        most = min(_longest(settings), request.room)
+        clock = time.perf_counter()
+        if settings.grammar is not None:
+            forced = settings.grammar.forced()[:most]
+            if forced:  # they must come: candidates that cost a row and no risk
+                return Draft.chain(forced, [1.0] * len(forced), [("grammar", 0, 0)] * len(forced))
+        if drafter.takes_passes and (settings.gamma is None or self.lossless):
+            others = len(self._running) - 1
+            most = self._rule.chain(drafter.expected_survival(most), self._seconds, drafter.seconds_per_token(), others)
+        draft = drafter.propose(most) if most else Draft()
+        if settings.grammar is not None:
+            draft = _valid(draft, settings.grammar)
+        request.result.stats.seconds_draft += time.perf_counter() - clock
+        return draft
+
+    def _seconds(self, rows: int) -> float:
+        """Of a step whose pass has so many rows."""
+        return self.runtime.costs(rows) + max(median(self._around), 0.0)
+
+    def _prompt_rows(self, requests: Sequence[Request]) -> dict[Request, int]:
+        """Rows of each prompt in this pass; where others decode, they are held up for a bounded time."""
+        left = PROMPT_ROWS
+        if any(not request.prefilling for request in requests) and self._prompt_row_seconds:
+            left = max(_LEAST_PROMPT_ROWS, min(left, int(PROMPT_SECONDS / self._prompt_row_seconds)))
+        rows = {}
+        for request in requests:
+            if request.prefilling:
+                rows[request] = min(left, request.uncached_tokens)
+                left -= rows[request]
+        return rows
+
+    def _windows(self, requests: list[Request], drafts: list[Draft], prompt_rows: dict[Request, int]) -> list[Window]:
+        """The pass: every sequence's next token, prompts' rows, and the candidates that pay."""
+        decoding = [(r, d) for r, d in zip(requests, drafts, strict=True) if not r.prefilling]
+        base = sum(prompt_rows.values()) + len(decoding)
+        proposed = [d for _, d in decoding]
+        if not any(d.tokens for d in proposed):
+            chosen = [0] * len(decoding)
+        elif not self.lossless and all(r.settings.gamma is not None for r, _ in decoding):  # their users' choice
+            chosen = [len(d.tokens) for d in proposed]
+        else:
+            chosen = self._rule.candidates(proposed, base, self._seconds, max(MOST_ROWS, base))
+        count = dict(zip((r for r, _ in decoding), chosen, strict=True))
+        windows = []
+        for request, draft in zip(list(requests), drafts, strict=True):
+            assert request.slot is not None
+            held, drafter = request.slot.length, request.drafter
+            if request.prefilling:
+                rows = prompt_rows[request]
+                if not rows:  # its turn comes when the prompts before it are read
+                    drafts.pop(requests.index(request))
+                    requests.remove(request)
+                    continue
+                chunk = request.tokens[held : held + rows]
+                chooser = request.chooser if rows == request.uncached_tokens else None
+                windows.append(Window(request.slot, chunk, chooser, logprobs=request.settings.logprobs))
+            else:
+                windows.append(
+                    Window(
+                        request.slot,
+                        request.tokens[held:],
+                        request.chooser,
+                        draft.first(count[request]),
+                        drafter.top_k if drafter is not None else 0,
+                        request.settings.logprobs,
+                    )
+                )
+        return windows
+
+    def _hand_out(self, request: Request, draft: Draft, window: Window, verdict: Verdict) -> None:
+        self._stats.passes += 1
+        if window.chooser is None:
+            return
+        drafter = request.drafter
+        over = request.take(window.draft, verdict)
+        stats = request.result.stats
+        if drafter is not None:
+            stats.draft_passes, stats.draft_weight_bytes = drafter.passes, drafter.weight_bytes
+        if drafter is not None and not over:
+            clock = time.perf_counter()
+            if stats.passes:  # this was not the prompt's
+                drafter.observe(draft, len(window.draft), verdict.own, verdict.top)
+                if not draft.tokens or window.draft.tokens or drafter.takes_passes:
+                    request.rest_after_miss = 1 if verdict.accepted else request.rest_after_miss
+                elif draft.tokens[0] != verdict.tokens[0]:  # nothing paid, and rightly: ask less often
+                    request.rest_after_miss = min(2 * request.rest_after_miss, _LONGEST_REST)
+                    request.draft_rest = request.rest_after_miss - 1
+            drafter.extend(verdict.tokens)
+            stats.seconds_draft += time.perf_counter() - clock
+        self._stats.tokens += len(verdict.tokens)
+        self._stats.drafted += len(window.draft)
+        self._stats.accepted += len(verdict.accepted)
+        if over:
+            self._retire(request)
+
+    def _measure(self, windows: Sequence[Window], seconds: float, pass_seconds: float) -> None:
+        rows = sum(len(window.uncached_tokens) + len(window.draft) for window in windows)
+        if rows > MOST_ROWS:
+            self._prompt_row_seconds = pass_seconds / rows
+        elif self.runtime.costs_known:
+            self._around.append(seconds - self.runtime.costs(rows))
+
+    def _retire(self, request: Request, error: BaseException | None = None) -> None:
+        """Ends a request; its slot stays for the prompts that begin as it did."""
+        if request in self._running:
+            with self._changed:
+                self._running.remove(request)
+        if request.slot is not None:
+            if error is not None:
+                request.slot.rewind(0)  # what a failed pass left there is unknown
+            self._prefixes.put(request.slot, request.tokens)
+            request.slot = None
+        request.finish(error)
+
+
+def _longest(settings: GenerationSettings) -> int:
+    if settings.lossless:  # gamma is the quantised model's
+        return _LONGEST_BLOCK
+    return settings.gamma or _LONGEST_DRAFT
+
+
+def _valid(draft: Draft, grammar: Any) -> Draft:
+    """The draft without candidates that the grammar forbids."""
+    children: dict[int, list[int]] = {}
+    for row, parent in enumerate(draft.parents):
+        children.setdefault(parent, []).append(row)
+    kept: set[int] = set()
+
+    def walk(row: int, text: list[int]) -> None:
+        for child in children.get(row, ()):
+            path = [*text, draft.tokens[child]]
+            if grammar.valid_prefix(path) == len(path):
+                kept.add(child)
+                walk(child, path)
+
+    walk(-1, [])
+    order = sorted(kept)
+    place = {-1: -1} | {row: i for i, row in enumerate(order)}
+    return Draft(
+        [draft.tokens[row] for row in order],
+        [place[draft.parents[row]] for row in order],
+        [draft.survival[row] for row in order],
+        [draft.keys[row] for row in order],
+    )

@@ -1,0 +1,80 @@
+"""The one rule for rows: which candidates a pass verifies.
+
+Every running sequence gets its next token. Further rows go to the candidates most likely to survive, over all sequences
+together, as long as that brings more tokens per second than the rows cost. Where nothing pays, decoding is plain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from heapq import merge
+
+from quasar.speculation.draft import Draft
+
+PUBLISHED_GAMMA = 5  # candidates a pass in the papers' experiments
+MOST_ROWS = 64  # of drafts and next tokens in one pass
+
+
+class RowRule:
+    """Chooses what brings most tokens per second. Engines take others for experiments."""
+
+    def candidates(
+        self, drafts: Sequence[Draft], rows: int, seconds: Callable[[int], float], most: int = MOST_ROWS
+    ) -> list[int]:
+        """How many of each draft's candidates, which come most probable first, the pass should verify.
+
+        rows: of the pass without drafts; seconds: of a pass over so many rows; most: rows in all.
+        """
+        best_rate, best, counts = len(drafts) / seconds(rows), 0, [0] * len(drafts)
+        ranked = list(merge(*([(-s, i) for s in draft.survival] for i, draft in enumerate(drafts))))
+        tokens = float(len(drafts))
+        for taken, (negative, _) in enumerate(ranked[: max(0, most - rows)], 1):
+            tokens -= negative
+            rate = tokens / seconds(rows + taken)
+            if rate > best_rate:
+                best_rate, best = rate, taken
+        for _, i in ranked[:best]:
+            counts[i] += 1
+        return counts
+
+    def chain(
+        self,
+        survival: Sequence[float],
+        seconds: Callable[[int], float],
+        seconds_per_candidate: float,
+        others: int = 0,
+    ) -> int:
+        """How long a chain to draft where each candidate takes a pass of the drafter.
+
+        survival [longest]: of its candidates; seconds: of a verification over so many rows; others: sequences in its
+        pass, which wait for the draft too.
+        """
+        tokens = 1.0 + others
+        best_rate, best = tokens / seconds(1 + others), 0
+        for length, chance in enumerate(survival, 1):
+            tokens += chance
+            rate = tokens / (seconds(1 + others + length) + length * seconds_per_candidate)
+            if rate > best_rate:
+                best_rate, best = rate, length
+        return best
+
+
+class FixedRows(RowRule):
+    """The same number of candidates in every pass, whatever they cost: the papers' fixed window."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def candidates(
+        self, drafts: Sequence[Draft], rows: int, seconds: Callable[[int], float], most: int = MOST_ROWS
+    ) -> list[int]:
+        return [min(self._count, len(draft)) for draft in drafts]
+
+    def chain(
+        self,
+        survival: Sequence[float],
+        seconds: Callable[[int], float],
+        seconds_per_candidate: float,
+        others: int = 0,
+    ) -> int:
+        return min(self._count, len(survival))

@@ -1,0 +1,75 @@
+"""The rule for rows: what a pass verifies, by estimated survival and measured cost."""
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quasar.models.costs import PassCosts
+from quasar.speculation.draft import Draft
+from quasar.speculation.rows import FixedRows, RowRule
+
+RULE = RowRule()
+FLAT = PassCosts({1: 1.0, 16: 1.15, 32: 2.0, 64: 4.0})  # a device that is bound by memory up to 16 rows
+STEEP = PassCosts({1: 1.0, 64: 64.0})  # each row costs as much as the first
+
+
+def draft(*survival: float) -> Draft:
+    return Draft.chain(list(range(len(survival))), list(survival), [("test", 0, 0)] * len(survival))
+
+
+def test_free_rows_are_taken_and_dear_ones_are_not():
+    likely, unlikely = draft(0.9, 0.8, 0.7), draft(0.004, 0.003)
+    assert RULE.candidates([likely], 1, FLAT) == [3]
+    assert RULE.candidates([unlikely], 1, FLAT) == [0]
+    assert RULE.candidates([likely], 1, STEEP) == [0]
+
+
+def test_rows_go_to_the_most_likely_of_all_sequences():
+    assert RULE.candidates([draft(0.9, 0.8, 0.7, 0.6), draft(0.2, 0.1), draft(0.75)], 3, FLAT, most=6) == [2, 0, 1]
+
+
+def test_a_step_in_the_cost_may_be_worth_climbing():
+    """Sixteen rows cost as much as two: candidates that do not pay one by one pay together."""
+    padded = PassCosts({1: 1.0, 2: 1.5, 16: 1.5})
+    assert RULE.candidates([draft(*[0.3] * 10)], 1, padded) == [10]
+    assert RULE.candidates([draft(0.3)], 1, padded) == [0]
+
+
+@given(
+    st.lists(st.lists(st.floats(0, 1), max_size=5), min_size=1, max_size=4),
+    st.lists(st.floats(0.01, 1.0), min_size=30, max_size=30),
+)
+def test_nothing_beats_the_choice(survivals, steps):
+    """Against every choice of prefixes, for any costs that grow with the rows."""
+    drafts = [draft(*sorted(s, reverse=True)) for s in survivals]
+    costs = PassCosts(dict(enumerate(itertools.accumulate(steps), 1)))
+
+    def rate(counts):
+        tokens = len(drafts) + sum(sum(d.survival[:n]) for d, n in zip(drafts, counts, strict=True))
+        return tokens / costs(len(drafts) + sum(counts))
+
+    chosen = RULE.candidates(drafts, len(drafts), costs)
+    best = max(rate(counts) for counts in itertools.product(*(range(len(d) + 1) for d in drafts)))
+    assert rate(chosen) == pytest.approx(best)
+
+
+def test_a_chain_that_costs_passes_is_as_long_as_it_pays():
+    assert RULE.chain([0.9**i for i in range(1, 9)], FLAT, seconds_per_candidate=0.0) == 8
+    assert RULE.chain([0.9**i for i in range(1, 9)], FLAT, seconds_per_candidate=1.0) == 0
+    short = RULE.chain([0.9**i for i in range(1, 9)], FLAT, seconds_per_candidate=0.4)
+    assert 0 < short < 8
+    # Others in the pass wait for the draft without gaining from it.
+    assert RULE.chain([0.9**i for i in range(1, 9)], FLAT, seconds_per_candidate=0.4, others=8) == 0
+
+
+def test_fixed_rows_do_not_look_at_costs():
+    assert FixedRows(2).candidates([draft(0.1, 0.1, 0.1), draft(0.9)], 2, STEEP) == [2, 1]
+    assert FixedRows(4).chain([0.5] * 3, STEEP, 100.0) == 3
+
+
+def test_costs_are_interpolated_and_extrapolated():
+    costs = PassCosts({1: 1.0, 3: 2.0, 5: 6.0})
+    assert [costs(rows) for rows in (1, 2, 3, 4, 5, 7)] == [1.0, 1.5, 2.0, 4.0, 6.0, 10.0]
+    assert PassCosts({1: 2.0})(9) == 2.0
