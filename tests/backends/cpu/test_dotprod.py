@@ -24,4 +24,4 @@ def test_dot_products_of_aarch64_on_an_emulated_processor(tmp_path: Path) -> Non
     flags = ["-O3", "-std=gnu11", "-ffp-contract=off", "-fno-math-errno", *warnings, "-static", f"-I{KERNELS}"]
     subprocess.run([COMPILER, *flags, *SOURCES, "-lm", "-o", program], check=True)
     done = subprocess.run([EMULATOR, program], capture_output=True, text=True)
-    assert done.stdout == "272 right, 0 wrong\n"
+    assert done.stdout == "340 right, 0 wrong\n"

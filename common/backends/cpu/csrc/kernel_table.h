@@ -3,6 +3,7 @@
 #include "linear_float.h"
 #include "linear_int4.h"
 #include "linear_int8.h"
+#include "linear_amx.h"
 #include "read.h"
 #include "rows.h"
 

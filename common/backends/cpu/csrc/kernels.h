@@ -164,8 +164,13 @@ struct kernels {
     void (*exp)(const float *x, float *y, int64_t n); /* for the accuracy test */
 };
 
-extern const struct kernels kernels_avx512bf16, kernels_avx512, kernels_avxvnni, kernels_avx2, kernels_dotprod;
+extern const struct kernels kernels_amx, kernels_avx512bf16, kernels_avx512, kernels_avxvnni, kernels_avx2, kernels_dotprod;
 extern const struct kernels kernels_plain;
+
+/* Whether the compiler can make kernels_amx, and Linux is there to be asked for the tiles. */
+#if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define HAVE_AMX 1
+#endif
 
 /* Whether the compiler can make kernels_dotprod: older clang has the intrinsics only where every processor has them. */
 #if defined(__aarch64__) && defined(__linux__) && (!defined(__clang__) || __clang_major__ >= 16)

@@ -10,6 +10,12 @@
 #include <string.h>
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if HAVE_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+#define REQUEST_STATE 0x1023 /* ARCH_REQ_XCOMP_PERM: what a process must ask Linux for, once, before it uses tiles */
+#define TILE_DATA 18
+#endif
 #elif HAVE_DOTPROD
 #include <sys/auxv.h>
 #define DOT_PRODUCTS (1UL << 20) /* HWCAP_ASIMDDP, which older headers lack */
@@ -26,6 +32,12 @@ static int supported(const struct kernels *k)
     int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                  __builtin_cpu_supports("avx512vnni");
+#if HAVE_AMX
+    if (k == &kernels_amx) /* bf16 dot products; tiles, int8 and bf16 ones; and leave to use them */
+        return avx512 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1) &&
+               __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 1) && (d >> 25 & 1) && (d >> 22 & 1) &&
+               !syscall(SYS_arch_prctl, REQUEST_STATE, TILE_DATA);
+#endif
     if (k == &kernels_avx512bf16)
         return avx512 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
     if (k == &kernels_avx512)
@@ -42,6 +54,9 @@ static int supported(const struct kernels *k)
 }
 
 static const struct kernels *const all_kernels[] = {
+#if HAVE_AMX
+    &kernels_amx,
+#endif
 #if defined(__x86_64__)
     &kernels_avx512bf16, &kernels_avx512, &kernels_avxvnni, &kernels_avx2,
 #elif HAVE_DOTPROD

@@ -37,9 +37,9 @@ INLINE float quantize_row(const float *x, int8_t *q, int64_t n, float limit)
     scale = scale < FLT_MIN ? FLT_MIN : scale;
     vf scales = splat(scale), reciprocal = splat(1.0f / scale);
     for (i = 0; i + VL <= n; i += VL)
-        *(vb_any *)(q + i) = __builtin_convertvector(round_to_int(divide(load(x + i), scales, reciprocal)), vb);
+        *(vb_any *)(q + i) = narrow(round_to_int(divide(load(x + i), scales, reciprocal)));
     if (i < n) {
-        vb tail = __builtin_convertvector(round_to_int(divide(load_part(x + i, n - i), scales, reciprocal)), vb);
+        vb tail = narrow(round_to_int(divide(load_part(x + i, n - i), scales, reciprocal)));
         memcpy(q + i, &tail, (size_t)(n - i));
     }
     return scale;
@@ -51,7 +51,7 @@ INLINE void quantize_row_by(const float *x, int8_t *q, int64_t n, float scale)
     vf scales = splat(scale), reciprocal = splat(1.0f / scale);
     for (int64_t i = 0; i < n; i += VL) {
         vf quotient = divide(load_up_to(x + i, n - i), scales, reciprocal);
-        vb values = __builtin_convertvector(round_to_int(min_(splat(127), max_(splat(-128), quotient))), vb);
+        vb values = narrow(round_to_int(min_(splat(127), max_(splat(-128), quotient))));
         memcpy(q + i, &values, n - i < VL ? (size_t)(n - i) : sizeof values);
     }
 }

@@ -121,6 +121,20 @@ INLINE vi round_to_int(vf x)
     return (vi)(x + ROUND_MAGIC) - (vi)splat(ROUND_MAGIC);
 }
 
+/* Integers between -128 and 127 as bytes (others end anywhere). */
+INLINE vb narrow(vi x)
+{
+#if ISA_AVX2 && !ISA_AVX512 /* which gcc would take apart lane by lane */
+    __m128i words = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+    __m128i bytes = _mm_packs_epi16(words, words);
+    vb low;
+    memcpy(&low, &bytes, sizeof low);
+    return low;
+#else
+    return __builtin_convertvector(x, vb);
+#endif
+}
+
 /* e^x = 2^n e^r with |r| <= ln(2) / 2, e^r by its Taylor series to r^7 (remainder 5e-9).
  * Arguments are clamped to [-87.3, 88.3], the range in which the result is a normal number; NaN stays NaN. */
 INLINE vf exp_(vf x)
