@@ -4,22 +4,35 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from os import PathLike, fspath
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from quasar.backends.base import Backend
 from quasar.errors import QuasarError
 from quasar.memory import out_of_memory_in_one_line
+from quasar.models.build import WeightSource, assemble
+from quasar.models.config import ModelConfig
 from quasar.models.decoder import Decoder
-from quasar.models.linear import FullLinear, W8A8Linear
-from quasar.models.linear_int4 import W4A4Linear, W4A16Linear
-from quasar.models.model import ASSETS, DEFAULT_MODEL, LoadOptions, Model, load_checkpoint
-from quasar.models.sharing import unpacked_copy
-from quasar.quantization import quantize_int4, quantize_w8a8
+from quasar.models.fidelity import Fidelity
+from quasar.models.linear_int4 import in_w4a4
+from quasar.models.loader import CheckpointWeights
+from quasar.models.model import ASSETS, DEFAULT_MODEL, LoadOptions, Model, open_model
+from quasar.models.own_text import own_text
+from quasar.models.sharing import share
+from quasar.models.weights_cache import WeightsCache, source_digest
+from quasar.quantization.budget import choose_kept
 from quasar.quantization.calibration import read_texts
-from quasar.quantization.fidelity import Fidelity, FidelityProbe
+from quasar.quantization.fidelity import held_out
+from quasar.quantization.methods import FITTED, W8A8, Int4, Method
+from quasar.quantization.recipe import DEFAULT_RECIPE, Recipe, pass_bytes
+from quasar.quantization.stream import quantized_decoder
 
-_INT4 = {"w4a16": W4A16Linear, "w4a4": W4A4Linear}
-PRECISIONS = ("full", "w8a8", *_INT4)
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase  # takes seconds to import
+
+PRECISIONS = ("full", "w8a8", "w4a16", "w4a4")
 LM_HEADS = ("full", "w8a8")
 # Below this share of equal top-1 tokens a quantised model is garbage rather than a little different.
 MIN_AGREEMENT = {"w8a8": 0.80, "w4a16": 0.50, "w4a4": 0.50}
@@ -38,24 +51,51 @@ def load(
     lossless: bool = False,
     trust_remote_code: bool = False,
     progress: bool = False,
+    prompts: Sequence[str] | None = None,
+    heldout: Sequence[str] | None = None,
+    lm_head: str = "full",
+    recipe: Recipe = DEFAULT_RECIPE,
+    force: bool = False,
+    cache: WeightsCache | None = None,
 ) -> Model:
-    """Loads a checkpoint folder, a shipped model (tiny-qwen3, tiny-openpangu), a hub name, or `dummy:SHAPE`.
+    """Loads a checkpoint folder, a GGUF file, a shipped model (tiny-qwen3, tiny-openpangu), smollm2, a hub name, or
+    `dummy:SHAPE`.
 
-    precision "auto" takes the checkpoint's own, full or w8a8. "w8a8" calibrates a full-precision checkpoint on the
-    built-in prompts and quantises it; call `quantize` yourself to choose. "full" refuses a quantised checkpoint.
-    lossless keeps the full-precision weights beside the quantised ones, for generating with lossless=True.
+    precision "auto" takes the checkpoint's own, full or w8a8. Others quantise a full-precision checkpoint, calibrated
+    on prompts and measured on heldout (None: built-in texts); lm_head, recipe and force are those of `quantize`. What
+    was quantised is kept in `cache` (None: the user's own), so that the next start only maps it. "full" refuses a
+    quantised checkpoint. lossless keeps the full-precision weights beside the quantised ones, for generating with
+    lossless=True.
     """
     if precision not in ("auto", *PRECISIONS):
         raise QuasarError(f"--precision {precision} is unknown; use one of {', '.join(PRECISIONS)}")
-    loaded = load_checkpoint(fspath(model), LoadOptions(device, dtype, trust_remote_code, progress))
-    if precision == "auto" or precision == loaded.precision:
+    found = open_model(fspath(model), LoadOptions(device, dtype, trust_remote_code, progress))
+    if precision in ("auto", "full") or found.is_quantized:
+        loaded = found.model(found.decoder(progress))
+        if precision not in ("auto", loaded.precision):
+            raise QuasarError(
+                f"{model} is quantised ({loaded.precision}); --precision {precision} needs the model it was made of"
+            )
         return loaded
-    if loaded.precision != "full":
-        raise QuasarError(
-            f"{model} is quantised ({loaded.precision}); --precision {precision} needs the model it was made of"
-        )
-    quantize(loaded, precision=precision, keep_full=lossless, progress=progress)
-    return loaded
+    found.backend.require_memory(quantized_bytes(found.config, precision), f"loading {model}")
+    full = found.decoder(progress) if lossless else None
+    decoder, fidelity = _quantized(
+        found.name,
+        found.config,
+        found.weights,
+        found.backend,
+        found.tokenizer,
+        prompts,
+        precision=precision,
+        lm_head=lm_head,
+        heldout=heldout,
+        recipe=recipe,
+        force=force,
+        progress=progress,
+        files=found.files,
+        cache=cache or WeightsCache(),
+    )
+    return replace(found.model(decoder), precision=precision, fidelity=fidelity, full=full, weights=None)
 
 
 @out_of_memory_in_one_line()
@@ -67,75 +107,173 @@ def quantize(
     lm_head: str = "full",
     keep_full: bool = False,
     heldout: Sequence[str] | None = None,
-    alpha: float | None = 0.5,
+    alpha: float | str | None = FITTED,
+    rounding: str = "gptq",
+    budget: float = 0.0,
     force: bool = False,
     progress: bool = False,
 ) -> Fidelity | None:
     """Makes a full-precision model "w8a8", "w4a16" or "w4a4" in place, and measures what that did on held-out text.
 
-    prompts are texts to calibrate on, heldout texts to measure on (None: built-in ones); alpha is SmoothQuant's
-    migration strength, None searches it per layer; int4 uses neither prompts nor alpha. lm_head "w8a8" makes that
-    layer int8 too. keep_full keeps the full-precision decoder in `model.full`. Raises
-    QuasarError if the result is garbage, unless force.
+    prompts are texts to calibrate on, heldout texts to measure on (None: built-in ones). For w8a8 alpha is
+    SmoothQuant's migration strength ("fitted": scales fitted to a model of rounding noise; None: searched per layer),
+    rounding of weights is "gptq" or "nearest", and the inputs whose rounding costs most stay in 16 bits as long as they
+    add no more than `budget` (0.02: 2 %) to the bytes of a pass. lm_head "w8a8" makes that layer int8 too. keep_full
+    keeps the full-precision decoder in `model.full`. Raises QuasarError if the result is garbage, unless force.
     Returns None for a model without a tokenizer, which has no text to be measured on.
     """
-    if lm_head not in LM_HEADS:
-        raise QuasarError(f"--lm-head {lm_head} is unknown; use one of {', '.join(LM_HEADS)}")
-    check_alpha(alpha)
-    decoder = model.decoder
-    if not all(isinstance(linear, FullLinear) and linear.packed is None for linear in decoder.linears()):
-        raise QuasarError(f"{model.name} is already quantised or in use; load it again in full precision")
-    if keep_full:
-        model.full, decoder = decoder, unpacked_copy(decoder)
-        model.decoder = decoder
-    if model.tokenizer is None:
-        ids = [list(range(64))]  # random weights: any ids do, the figures would mean nothing
-        _convert(decoder, precision, lm_head, ids, alpha, progress)
-        model.precision = precision
-        return None
-    limit = min(CALIBRATION_TOKENS, decoder.config.max_position_embeddings)
-    calibration = [ids[:limit] for ids in map(model.encode, prompts or read_texts(ASSETS / "calibration.jsonl")) if ids]
-    probe = FidelityProbe(decoder, [model.encode(text) for text in heldout or read_texts(ASSETS / "heldout.jsonl")])
-    _convert(decoder, precision, lm_head, calibration, alpha, progress)
-    model.precision = precision
-    fidelity = probe.compare(decoder)
-    log.info("%s against full precision: %s", precision.upper(), fidelity)
-    require_agreement(model.name, fidelity, precision, force)
-    model.fidelity = fidelity
+    if model.weights is None or model.precision != "full":
+        raise QuasarError(f"{model.name} is already quantised ({model.precision}); load it again in full precision")
+    decoder, fidelity = _quantized(
+        model.name,
+        model.config,
+        model.weights,
+        model.decoder.backend,
+        model.tokenizer,
+        prompts,
+        precision=precision,
+        lm_head=lm_head,
+        heldout=heldout,
+        recipe=Recipe(alpha, rounding, budget),
+        force=force,
+        progress=progress,
+    )
+    model.full = model.decoder if keep_full else None
+    model.decoder, model.precision, model.fidelity, model.weights = decoder, precision, fidelity, None
+    model.draft_runtimes.clear()
     return fidelity
 
 
-def check_alpha(alpha: float | None) -> None:
-    """Raises QuasarError unless it is a migration strength, or None to search it."""
-    if alpha is not None and not 0 <= alpha <= 1:
-        raise QuasarError(f"--alpha {alpha}: SmoothQuant's migration strength lies between 0 and 1; or say auto")
+def _quantized(
+    name: str,
+    config: ModelConfig,
+    weights: WeightSource,
+    backend: Backend,
+    tokenizer: PreTrainedTokenizerBase | None,
+    prompts: Sequence[str] | None = None,
+    *,
+    precision: str,
+    lm_head: str = "full",
+    heldout: Sequence[str] | None = None,
+    recipe: Recipe = DEFAULT_RECIPE,
+    force: bool = False,
+    progress: bool = False,
+    files: Sequence[Path] = (),
+    cache: WeightsCache | None = None,
+) -> tuple[Decoder, Fidelity | None]:
+    """files: what weights are read from; with them and a cache, what was quantised before is only mapped."""
+    if lm_head not in LM_HEADS:
+        raise QuasarError(f"--lm-head {lm_head} is unknown; use one of {', '.join(LM_HEADS)}")
+    texts: list[list[int]] = []
+    measured: list[list[int]] = []
+    if tokenizer is not None:
+        texts, measured = calibration_and_heldout(config, tokenizer, prompts, heldout)
+    elif not files:  # random weights: any ids do
+        texts = [list(range(min(64, config.max_position_embeddings, config.vocab_size)))]
+    key, writer = "", None
+    if files and cache is not None and cache.enabled:
+        key = cache.key(files, _cache_settings(config, backend, precision, lm_head, recipe, texts, measured))
+        cached = cache.open(key, backend.place)
+        if cached is not None:
+            decoder = assemble(config, cached, backend, progress)
+            fidelity = None if cached.about["fidelity"] is None else Fidelity(**cached.about["fidelity"])
+            return _finished(name, decoder, fidelity, precision, force)
+        writer = cache.writer(key)
+    if not texts:
+        texts = own_text(assemble(config, weights, backend))
+    method: Method = Int4(config)
+    if precision == "w8a8":
+        method = W8A8(config, recipe.alpha, rounding=recipe.rounding)
+        budget = int(recipe.budget * pass_bytes(config))
+        if budget:
+            kept = choose_kept(config, weights, backend, method, texts, budget, progress)
+            for each in kept:
+                log.info("layer %d %s stays in 16 bits: %.1e nats of KL alone", each.layer, each.name, each.kl)
+            keep = [(each.layer, each.name) for each in kept]
+            method = W8A8(config, recipe.alpha, rounding=recipe.rounding, keep=keep)
+    try:
+        decoder, fidelity = quantized_decoder(
+            config, weights, backend, method, texts, measured, lm_head, progress, keep=writer
+        )
+        if isinstance(weights, CheckpointWeights):
+            weights.finish()
+    except BaseException:
+        if writer is not None:
+            writer.abandon()
+        raise
+    if writer is not None:
+        about = {"model": name, "precision": method.precision, "recipe": str(recipe), "device": backend.name}
+        figures = None if fidelity is None else asdict(fidelity)
+        writer.finish(about | {"fidelity": figures, "mean_kl": None if fidelity is None else fidelity.mean_kl})
+    return _finished(name, decoder, fidelity, precision, force)
+
+
+def _finished(
+    name: str, decoder: Decoder, fidelity: Fidelity | None, precision: str, force: bool
+) -> tuple[Decoder, Fidelity | None]:
+    """With the activations of the precision, and not as garbage."""
+    if precision == "w4a4":
+        decoder = share(decoder, convert=in_w4a4)
+    if fidelity is not None:
+        log.info("%s against full precision: %s", precision.upper(), fidelity)
+        require_agreement(name, fidelity, precision, force)
+    return decoder, fidelity
+
+
+def _cache_settings(
+    config: ModelConfig,
+    backend: Backend,
+    precision: str,
+    lm_head: str,
+    recipe: Recipe,
+    texts: Sequence[Sequence[int]],
+    measured: Sequence[Sequence[int]],
+) -> dict[str, Any]:
+    """All that quantised weights depend on, beside the checkpoint."""
+    here = Path(__file__).parent
+    return {
+        "config": repr(config),
+        "method": "w8a8" if precision == "w8a8" else "int4",  # w4a4 is w4a16 with other activations
+        "lm_head": lm_head,
+        "recipe": asdict(recipe) if precision == "w8a8" else None,
+        "device": [backend.name, str(backend.dtype), str(backend.linear_dtype)],
+        "texts": texts,
+        "measured": measured,
+        "code": source_digest([here / "quantization", here / "checkpoints", here / "models" / "loader.py"]),
+    }
+
+
+def calibration_and_heldout(
+    config: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str] | None,
+    heldout: Sequence[str] | None,
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids of the texts to calibrate on and to measure on, None meaning the built-in ones."""
+    limit = min(CALIBRATION_TOKENS, config.max_position_embeddings)
+    texts = map(tokenizer.encode, prompts or read_texts(ASSETS / "calibration.jsonl"))
+    measured = [tokenizer.encode(text) for text in heldout or read_texts(ASSETS / "heldout.jsonl")]
+    calibration = [ids[:limit] for ids in texts if ids]
+    return calibration, held_out(measured, config.vocab_size, config.max_position_embeddings)
+
+
+def quantized_bytes(c: ModelConfig, precision: str, lm_head: str = "full") -> int:
+    """What a quantised model's matrices take."""
+    table = c.vocab_size * c.hidden_size
+    layers = c.matrix_parameters - table * (1 if c.tie_word_embeddings else 2)
+    head = 1 if lm_head == "w8a8" else 0 if c.tie_word_embeddings else c.dtype.itemsize
+    return layers * (2 if precision == "w8a8" else 1) // 2 + table * (c.dtype.itemsize + head)
 
 
 def require_agreement(name: str, fidelity: Fidelity, precision: str = "w8a8", force: bool = False) -> None:
     """Raises QuasarError if a quantised model measures as garbage, unless force."""
     # NaN compares false, so a model that broke is refused too.
     if not fidelity.top1_agreement >= MIN_AGREEMENT[precision] and not force:
-        advice = "--alpha auto, other --calibration, or --force" if precision == "w8a8" else "w8a8, or --force"
+        advice = "--budget 5%, other --calibration, or --force" if precision == "w8a8" else "w8a8, or --force"
         raise QuasarError(
             f"{name} in {precision.upper()} agrees with full precision on {fidelity.top1_agreement:.1%} of tokens, "
             f"below {MIN_AGREEMENT[precision]:.0%}: unusable; try {advice}"
         )
-
-
-def _convert(
-    decoder: Decoder,
-    precision: str,
-    lm_head: str,
-    calibration: Sequence[Sequence[int]],
-    alpha: float | None,
-    progress: bool,
-) -> None:
-    if precision in _INT4:
-        quantize_int4(decoder, _INT4[precision], progress)
-    else:
-        quantize_w8a8(decoder, calibration, alpha, progress)
-    if lm_head == "w8a8":  # not smoothed; a tied embedding keeps its own full-precision weight
-        decoder.lm_head = W8A8Linear.from_full(decoder.lm_head)
 
 
 def texts_or_default(path: str | None) -> list[str] | None:

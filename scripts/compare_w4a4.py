@@ -12,37 +12,63 @@ import torch
 from torch import Tensor
 
 from quasar import load
+from quasar.checkpoints.weights import FullWeights, LayerWeights
 from quasar.drafting.draft_models import calibration_ids
-from quasar.models.linear import FullLinear, quantize_weight
-from quasar.models.linear_int4 import quantize_weight_int4
+from quasar.models.config import ModelConfig
+from quasar.models.linear import FullLinear
 from quasar.models.model import ASSETS
-from quasar.models.sharing import unpacked_copy
-from quasar.quantization.calibration import SMOOTHED, collect, read_texts
+from quasar.quantization.calibration import InputStats, read_texts
 from quasar.quantization.fidelity import FidelityProbe
-from quasar.quantization.rotation import hadamard, rotate_decoder, rotate_last
+from quasar.quantization.int4 import quantize_weight_int4
+from quasar.quantization.methods import Int4
+from quasar.quantization.rounding import quantize_weight
+from quasar.quantization.stream import quantized_decoder
+
+WAYS = ("nothing", "Hadamard rotation", "outliers in 8 bits")
 
 
-class Simulated(FullLinear):
-    """W4A4 in floating point; `outliers` [in] marks channels that stay in 8 bits on both sides."""
+class Rounding(FullLinear):
+    """Rounds its input, rotated where its weights say so; `outliers` [in] marks channels that stay in 8 bits."""
 
-    def __init__(self, full: FullLinear, outliers: Tensor | None = None, online: Tensor | None = None) -> None:
-        weight = full.weight.float()
-        low = weight if outliers is None else weight.masked_fill(outliers, 0)
-        values, scale = quantize_weight_int4(low)
-        rounded = (values.float().view(len(values), scale.shape[1], -1) * scale.float()[..., None]).flatten(1)
-        if outliers is not None:
-            eight, eight_scale = quantize_weight(weight.masked_fill(~outliers, 0))
-            rounded = rounded + eight.float() * eight_scale[:, None]
-        super().__init__(full.backend, rounded, full.bias)
-        self.outliers, self.online = outliers, online
+    outliers: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.online is not None:
-            x = rotate_last(x, self.online)
-        if self.outliers is None:
-            return super().forward(_rounded(x, 7))
-        high = _rounded(x.masked_fill(~self.outliers, 0), 127)
-        return super().forward(_rounded(x.masked_fill(self.outliers, 0), 7) + high)
+        if self.hadamard is not None:
+            x = self.backend.rotate(x, self.hadamard)
+        rounded = _rounded(x if self.outliers is None else x.masked_fill(self.outliers, 0), 7)
+        if self.outliers is not None:
+            rounded = rounded + _rounded(x.masked_fill(~self.outliers, 0), 127)
+        return self.backend.linear(rounded, self.packed, self.bias)
+
+
+class Simulated(Int4):
+    """Weights rounded to int4 in floating point, the channels of the largest activations to int8 where asked."""
+
+    calibrates = True
+
+    def __init__(self, config: ModelConfig, way: str) -> None:
+        super().__init__(config, rotated=way == "Hadamard rotation")
+        self.calibrates = True
+        self.marks_outliers = way == "outliers in 8 bits"
+        self.outliers: dict[tuple[int, str], Tensor] = {}
+
+    def round(self, adapted: LayerWeights, stats: dict[str, InputStats]) -> LayerWeights:
+        made = {}
+        for name, full in adapted.linears().items():
+            weight, outliers = full.weight.float(), None
+            if self.marks_outliers:
+                peak = stats[name].peak
+                outliers = torch.zeros(len(peak), dtype=torch.bool)
+                outliers[peak.topk(len(peak) // 32).indices] = True
+                self.outliers[adapted.index, name] = outliers
+            low = weight if outliers is None else weight.masked_fill(outliers, 0)
+            values, scale = quantize_weight_int4(low)
+            rounded = (values.float().view(len(values), scale.shape[1], -1) * scale.float()[..., None]).flatten(1)
+            if outliers is not None:
+                eight, eight_scale = quantize_weight(weight.masked_fill(~outliers, 0))
+                rounded = rounded + eight.float() * eight_scale[:, None]
+            made[name] = FullWeights(rounded, full.bias, full.hadamard)
+        return adapted.convert(made)
 
 
 def _rounded(x: Tensor, levels: int) -> Tensor:
@@ -55,23 +81,16 @@ def main() -> None:
     print("| model | way | mean KL | top-1 | perplexity | full precision's |\n|---|---|---|---|---|---|")
     for name in ("tiny-qwen3", "tiny-openpangu"):
         model = load(name, device="reference")
-        texts = [model.encode(text) for text in read_texts(ASSETS / "heldout.jsonl")]
-        probe = FidelityProbe(model.decoder, texts)
-        stats = collect(model.decoder, calibration_ids(model))
-        for way in ("nothing", "Hadamard rotation", "outliers in 8 bits"):
-            decoder = unpacked_copy(model.decoder)
-            if way == "Hadamard rotation":
-                rotate_decoder(decoder)
+        probe = FidelityProbe(model.decoder, [model.encode(text) for text in read_texts(ASSETS / "heldout.jsonl")])
+        for way in WAYS:
+            method = Simulated(model.config, way)
+            texts = calibration_ids(model)
+            decoder, _ = quantized_decoder(model.config, model.weights, model.decoder.backend, method, texts)
             for layer in decoder.layers:
-                for which in SMOOTHED:
-                    outliers = online = None
-                    if way == "outliers in 8 bits":
-                        peak = stats[layer.index][which].peak
-                        outliers = torch.zeros(len(peak), dtype=torch.bool)
-                        outliers[peak.topk(len(peak) // 32).indices] = True
-                    elif way == "Hadamard rotation" and which == "down":
-                        online = hadamard(decoder.config.intermediate_size, 128)
-                    setattr(layer, which, Simulated(getattr(layer, which), outliers, online))
+                for which in ("qkv", "o", "gate_up", "down"):
+                    linear = getattr(layer, which)
+                    linear.__class__ = Rounding
+                    linear.outliers = method.outliers.get((layer.index, which))
             f = probe.compare(decoder)
             print(
                 f"| {name} | {way} | {f.mean_kl:.2e} | {f.top1_agreement:.1%} | {f.perplexity:.2f} | "

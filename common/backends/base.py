@@ -242,9 +242,11 @@ class Backend(ABC):
 
     # int4, where the device has it: the other precisions do not need it.
 
-    def int4_weight(self, values: Tensor, scale: Tensor) -> Any:
+    def int4_weight(self, values: Tensor, scale: Tensor, offset: Tensor | None = None) -> Any:
         """Takes int8 [out, in] between -8 and 7 and bfloat16 [out, in / group], group 32, 64 or 128; returns the
-        handle that `int4_linear` wants. Raises QuasarError where the device has no kernel for it."""
+        handle that `int4_linear` wants. offset, of scale's shape and type, is added to values * scale.
+
+        Raises QuasarError where the device has no kernel for it."""
         where = "cpu, cuda and Atlas A2 and A3"
         raise QuasarError(f"int4 weights run on {where}; --device {self.device.type} has --precision full and w8a8")
 

@@ -42,12 +42,13 @@ class ReferenceBackend(Backend):
         """int8 [tokens, in] by int8 [out, in] -> int32 [tokens, out], exact."""
         return torch._int_mm(x, weight.t())
 
-    def int4_weight(self, values: Tensor, scale: Tensor) -> Any:
+    def int4_weight(self, values: Tensor, scale: Tensor, offset: Tensor | None = None) -> Any:
         if self.device.type != "cpu":
-            return super().int4_weight(values, scale)
-        # The kernel counts from 0 to 15 and wants (scale, zero point) pairs [in / group, out, 2].
+            return super().int4_weight(values, scale, offset)
+        # The kernel counts from 0 to 15 and wants (scale, offset) pairs [in / group, out, 2].
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu((values.int() + 8).contiguous(), 1)
-        pairs = torch.stack([scale.t(), torch.zeros_like(scale.t())], dim=-1).contiguous()
+        offset = torch.zeros_like(scale) if offset is None else offset
+        pairs = torch.stack([scale.t(), offset.t()], dim=-1).contiguous()
         return packed, values.shape[1] // scale.shape[1], pairs
 
     def int4_linear(self, x: Tensor | Quantized, weight: Any, bias: Tensor | None) -> Tensor:

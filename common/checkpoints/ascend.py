@@ -44,6 +44,7 @@ class AscendFolder(SafetensorsFolder):
     """A checkpoint of msModelSlim, or of Quasar in the same format."""
 
     format = "ascend"
+    is_quantized = True
 
     def __init__(self, folder: Path, description: Path) -> None:
         self.index = _only(folder, "*.safetensors.index.json", "one index or none") or SafetensorsFolder.index
@@ -112,9 +113,10 @@ class AscendWriter:
     """What a W8A8 checkpoint of this format is made of."""
 
     format = "ascend"
+    schemes = ("w8a8", "w8a8-static")
 
-    def __init__(self, static: bool, quantized_lm_head: bool) -> None:
-        self._kind = "W8A8" if static else "W8A8_DYNAMIC"
+    def __init__(self, scheme: str, quantized_lm_head: bool) -> None:
+        self._kind = "W8A8" if scheme == "w8a8-static" else "W8A8_DYNAMIC"
         stem = f"quant_model_weight_{self._kind.lower()}"
         self.shard = stem + "-{:05d}-of-{:05d}.safetensors"
         self.index = stem + ".safetensors.index.json"
@@ -123,7 +125,7 @@ class AscendWriter:
         """The tensors of one projection; dtype is the checkpoint's."""
         tensors = {} if weights.bias is None else {f"{name}.bias": weights.bias.to(dtype)}
         if isinstance(weights, FullWeights):
-            return tensors | {f"{name}.weight": weights.weight}
+            return tensors | {f"{name}.weight": weights.weight.to(dtype)}
         scale = weights.scale[:, None]
         tensors |= {
             f"{name}.weight": weights.values,

@@ -1,9 +1,11 @@
-"""compressed-tensors, as llm-compressor writes and vLLM reads it: int-quantized W8A8.
+"""compressed-tensors, as llm-compressor writes and vLLM reads it: int-quantized W8A8 and pack-quantized W4A16.
 
 config.json carries `quantization_config`: groups of layers with one scheme each, and a list of layers to ignore. Each
 int8 projection has `weight` int8 [out, in] and `weight_scale` [out, 1]; static activations add `input_scale` [1], and
-`input_zero_point` [1] where they are asymmetric. Where the compressed-tensors package is installed, its own
-QuantizationConfig has to accept what is read and written here.
+`input_zero_point` [1] where they are asymmetric. An int4 projection has `weight_packed` int32 [out, in / 8], eight
+values + 8 in a word, lowest bits first, `weight_scale` [out, in / group], `weight_shape`, and where it is asymmetric
+`weight_zero_point` int32 [out / 8, in / group], packed along the outputs. Where the compressed-tensors package is
+installed, its own QuantizationConfig has to accept what is read and written here.
 """
 
 from __future__ import annotations
@@ -17,18 +19,22 @@ import torch
 from torch import Tensor
 
 from quasar.checkpoints.folder import SafetensorsFolder
-from quasar.checkpoints.weights import FullWeights, Int8Weights, LinearWeights
+from quasar.checkpoints.weights import FullWeights, Int4Weights, Int8Weights, LinearWeights
 from quasar.errors import QuasarError
 
-_FORMATS = ("int-quantized", "naive-quantized")  # the second is the name of the same layout in early releases
+_INT8, _INT4 = "int-quantized", "pack-quantized"
+_FORMATS = (_INT8, "naive-quantized", _INT4)  # the second is the name of the first in early releases
+_PER_WORD = 8  # int4 values in an int32
 _PATTERN_SECONDS = 0.1
 _ANY_LINEAR = "Linear"
+_GROUP_SIZES = (32, 64, 128)
 
 
 class CompressedTensorsFolder(SafetensorsFolder):
-    """A compressed-tensors checkpoint whose quantised layers are W8A8."""
+    """A compressed-tensors checkpoint whose quantised layers are W8A8 or W4A16."""
 
     format = "compressed-tensors"
+    is_quantized = True
 
     def __init__(self, folder: Path, quantization: dict[str, Any]) -> None:
         super().__init__(folder)
@@ -39,6 +45,8 @@ class CompressedTensorsFolder(SafetensorsFolder):
         scheme = self._groups.scheme(name)
         if scheme is None:
             return self._full(name, out, inputs, bias)
+        if scheme.group:
+            return self._packed(name, out, inputs, bias, scheme)
         values = self._int8(name, out, inputs)
         per_tensor = ((1,), (), (1, 1))
         scale = self._scale(f"{name}.weight_scale", *(((out, 1), (out,)) if scheme.per_channel else per_tensor))
@@ -54,6 +62,28 @@ class CompressedTensorsFolder(SafetensorsFolder):
             own = (-moved if own is None else own.double() - moved).float()
         return Int8Weights(values, scale, own, static, offset)
 
+    def _packed(self, name: str, out: int, inputs: int, bias: bool, scheme: _Scheme) -> Int4Weights:
+        if inputs % scheme.group or scheme.group % _PER_WORD:
+            raise QuasarError(f"{self._where}: groups of {scheme.group} do not divide the {inputs} inputs of {name}")
+        groups = inputs // scheme.group
+        if f"{name}.weight_g_idx" in self:
+            raise QuasarError(f"{self.folder}: {name}.weight_g_idx reorders inputs; Quasar reads groups of neighbours")
+        self.skip(f"{name}.weight_shape")
+        values = unpack_int4(self._words(f"{name}.weight_packed", out, inputs // _PER_WORD), out)
+        scale = self._scale(f"{name}.weight_scale", (out, groups)).view(out, groups)
+        offset = None
+        if not scheme.symmetric:
+            zero = unpack_int4(self._words(f"{name}.weight_zero_point", -(-out // _PER_WORD), groups).t(), groups)
+            offset = (-zero.t()[:out].float() * scale).bfloat16()
+        own = self.get(f"{name}.bias", (out,)) if bias else None
+        return Int4Weights(values, scale.bfloat16(), offset, own)
+
+    def _words(self, name: str, *shape: int) -> Tensor:
+        words = self.read(name, shape)
+        if words.dtype != torch.int32:
+            raise QuasarError(f"{self.files[name]}: tensor {name} is {str(words.dtype)[6:]}; packed int4 is int32")
+        return words
+
     def _offset(self, name: str, asymmetric: bool, *shapes: tuple[int, ...]) -> float:
         if not asymmetric and name not in self:
             return 0.0
@@ -67,10 +97,15 @@ class CompressedTensorsFolder(SafetensorsFolder):
 
 
 class _Scheme:
-    """How one group of layers is quantised; QuasarError unless it is W8A8."""
+    """How one group of layers is quantised; QuasarError unless it is W8A8 or W4A16. group: inputs that share a scale,
+    0 for W8A8."""
 
-    def __init__(self, where: str, group: dict[str, Any]) -> None:
+    def __init__(self, where: str, group: dict[str, Any], layout: str) -> None:
         weights, inputs = group.get("weights"), group.get("input_activations")
+        self.group = 0
+        if layout == _INT4:
+            self._read_int4(where, weights, inputs)
+            return
         _integers(where, "weights", weights)
         if weights.get("strategy") not in ("channel", "tensor") or not weights.get("symmetric", True):
             raise QuasarError(f"{where}: weights should be symmetric, by channel or tensor; Quasar runs W8A8")
@@ -89,11 +124,41 @@ class _Scheme:
                 f"dynamic {inputs.get('dynamic', False)}, symmetric {not self.asymmetric}, by {strategy}"
             )
 
+    def _read_int4(self, where: str, weights: Any, inputs: Any) -> None:
+        _integers(where, "weights", weights, 4)
+        size = weights.get("group_size")
+        if weights.get("strategy") != "group" or size not in _GROUP_SIZES:
+            sizes = ", ".join(map(str, _GROUP_SIZES))
+            raise QuasarError(
+                f"{where}: int4 weights should be in groups of {sizes}; not by {weights.get('strategy')} of {size!r}"
+            )
+        if inputs is not None or weights.get("actorder") == "group":
+            raise QuasarError(f"{where}: int4 weights run under 16-bit activations, in groups of neighbouring inputs")
+        self.group, self.symmetric = size, bool(weights.get("symmetric", True))
 
-def _integers(where: str, what: str, fields: Any) -> None:
-    if not isinstance(fields, dict) or fields.get("num_bits") != 8 or fields.get("type", "int") != "int":
+
+def unpack_int4(words: Tensor, rows: int) -> Tensor:
+    """int32 [rows, words] -> int8 [rows, 8 * words] between -8 and 7."""
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32)
+    return ((words[:, :, None] >> shifts) & 15).sub(8).to(torch.int8).view(rows, -1)
+
+
+def pack_int4(values: Tensor) -> Tensor:
+    """int8 [rows, n] between -8 and 7 -> int32 [rows, ceil(n / 8)], filled up with zero bits."""
+    rows, n = values.shape
+    nibbles = torch.zeros(rows, -(-n // _PER_WORD) * _PER_WORD, dtype=torch.int64)
+    nibbles[:, :n] = values.long() + 8
+    shifts = torch.arange(0, 32, 4)
+    words = (nibbles.view(rows, -1, _PER_WORD) << shifts).sum(dim=-1)
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+
+
+def _integers(where: str, what: str, fields: Any, bits: int = 8) -> None:
+    if not isinstance(fields, dict) or fields.get("num_bits") != bits or fields.get("type", "int") != "int":
         described = fields if not isinstance(fields, dict) else f"{fields.get('type', 'int')}{fields.get('num_bits')}"
-        raise QuasarError(f"{where}: {what} are {described}; Quasar runs W8A8, where they are int8")
+        raise QuasarError(
+            f"{where}: {what} are {described}; Quasar runs W8A8 (int-quantized) and W4A16 (pack-quantized)"
+        )
 
 
 class _Groups:
@@ -117,7 +182,7 @@ class _Groups:
             if not isinstance(group, dict):
                 raise QuasarError(f"{where}: config group {name} should be an object")
             targets = self._names(f"targets of {name}", group.get("targets") or [])
-            self._schemes.append((targets, _Scheme(f"{where}: config group {name}", group)))
+            self._schemes.append((targets, _Scheme(f"{where}: config group {name}", group, layout)))
 
     def scheme(self, layer: str) -> _Scheme | None:
         """None for a layer that stays in full precision."""
@@ -160,46 +225,84 @@ def check_with_package(where: Path, fields: dict[str, Any]) -> None:
 
 
 class CompressedTensorsWriter:
-    """What a W8A8 checkpoint of this format is made of."""
+    """What a checkpoint of this format is made of."""
 
     format = "compressed-tensors"
+    schemes = ("w8a8", "w8a8-static", "w4a16")
     shard = "model-{:05d}-of-{:05d}.safetensors"
     index = "model.safetensors.index.json"
 
-    def __init__(self, static: bool, quantized_lm_head: bool) -> None:
-        self._static, self._lm_head = static, quantized_lm_head
+    def __init__(self, scheme: str, quantized_lm_head: bool, group: int = 128, symmetric: bool = True) -> None:
+        """group and symmetric: of the int4 weights of w4a16."""
+        self._scheme = scheme
+        self._lm_head = quantized_lm_head
+        self._group = group
+        self._symmetric = symmetric
 
     def linear(self, name: str, weights: LinearWeights, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The tensors of one projection; dtype is the checkpoint's."""
+        """The tensors of one projection; dtype is the checkpoint's. Raises QuasarError for zero points that are not
+        whole numbers."""
         tensors = {} if weights.bias is None else {f"{name}.bias": weights.bias.to(dtype)}
         if isinstance(weights, FullWeights):
-            return tensors | {f"{name}.weight": weights.weight}
+            return tensors | {f"{name}.weight": weights.weight.to(dtype)}
+        if isinstance(weights, Int4Weights):
+            return tensors | self._int4(name, weights)
         tensors |= {f"{name}.weight": weights.values, f"{name}.weight_scale": weights.scale[:, None]}
         if weights.static_scale is not None:
             tensors[f"{name}.input_scale"] = weights.static_scale
         return tensors
 
-    def config(self) -> dict[str, Any]:
-        """`quantization_config`, every field as the package's classes write it."""
+    def _int4(self, name: str, weights: Int4Weights) -> dict[str, Tensor]:
+        if weights.hadamard is not None:
+            raise QuasarError(f"{name} rotates its input while running, which {self.format} cannot say")
+        tensors = {
+            f"{name}.weight_packed": pack_int4(weights.values),
+            f"{name}.weight_scale": weights.scale,
+            f"{name}.weight_shape": torch.tensor(weights.values.shape),
+        }
+        if weights.offset is not None:
+            zero = -weights.offset.float() / weights.scale.float()
+            whole = zero.round()
+            if not bool(((zero - whole).abs() < 0.1).all()):
+                raise QuasarError(f"{name} has zero points that are no whole numbers, which {self.format} cannot say")
+            tensors[f"{name}.weight_zero_point"] = pack_int4(whole.to(torch.int8).t()).t()
+        return tensors
+
+    def config(self, ignore: list[str]) -> dict[str, Any]:
+        """`quantization_config`, every field as the package's classes write it; ignore: layers in full precision."""
         shared = {"num_bits": 8, "type": "int", "symmetric": True, "group_size": None, "actorder": None}
-        inputs = {"strategy": "tensor", "dynamic": False} if self._static else {"strategy": "token", "dynamic": True}
+        weights, inputs = shared | {"strategy": "channel", "dynamic": False}, None
+        if self._scheme == "w8a8-static":
+            inputs = shared | {"strategy": "tensor", "dynamic": False}
+        elif self._scheme == "w8a8":
+            inputs = shared | {"strategy": "token", "dynamic": True}
+        else:
+            weights |= {
+                "num_bits": 4,
+                "strategy": "group",
+                "group_size": self._group,
+                "symmetric": self._symmetric,
+            }
         group = {
             # vLLM's lm_head is not of a class called Linear, so it is named.
             "targets": [_ANY_LINEAR, *(["lm_head"] if self._lm_head else [])],
-            "weights": shared | {"strategy": "channel", "dynamic": False},
-            "input_activations": shared | inputs,
+            "weights": weights,
+            "input_activations": inputs,
             "output_activations": None,
         }
         return {
             "quant_method": "compressed-tensors",
-            "format": _FORMATS[0],
+            "format": _INT4 if self._scheme == "w4a16" else _INT8,
             "quantization_status": "compressed",
             "config_groups": {"group_0": group},
-            "ignore": [] if self._lm_head else ["lm_head"],
+            "ignore": ignore + ([] if self._lm_head else ["lm_head"]),
             "kv_cache_scheme": None,
         }
 
     def finish(self, folder: Path, config: dict[str, Any], tensors: dict[str, str]) -> None:
-        """Completes config.json's fields; tensors maps names to shards."""
-        config["quantization_config"] = self.config()
+        """Completes config.json's fields; tensors maps names to shards. Whole projections that stayed in full precision
+        are named in the ignore list, which vLLM honours."""
+        layers = [name.removesuffix(".weight") for name in tensors if name.endswith("_proj.weight")]
+        ignore = sorted(layer for layer in layers if f"{layer}.weight_scale" not in tensors)
+        config["quantization_config"] = self.config(ignore)
         check_with_package(folder / "config.json", config["quantization_config"])

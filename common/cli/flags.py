@@ -10,10 +10,12 @@ from quasar.backends import DEVICES
 from quasar.drafting import DRAFTS
 from quasar.errors import QuasarError
 from quasar.generation import GenerationSettings
-from quasar.loading import LM_HEADS, PRECISIONS, load, quantize, texts_or_default
+from quasar.loading import LM_HEADS, PRECISIONS, load, texts_or_default
 from quasar.models.chat import THINK_MODES
 from quasar.models.config import DUMMY_SHAPES
 from quasar.models.model import DEFAULT_MODEL, DUMMY_PREFIX, Model
+from quasar.quantization.methods import FITTED
+from quasar.quantization.recipe import ROUNDINGS, Recipe
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +26,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--model",
         default=DEFAULT_MODEL,
         metavar="M",
-        help="checkpoint folder, hub name, or one of the shipped tiny-qwen3 and tiny-openpangu (default: %(default)s)",
+        help="checkpoint folder, GGUF file, hub name, smollm2 where its package is installed, or one of the shipped "
+        "tiny-qwen3 and tiny-openpangu (default: %(default)s)",
     )
     which.add_argument(
         "--dummy",
@@ -59,15 +62,24 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--heldout", metavar="FILE", help="JSONL to measure the quantised model on (default: built in)")
     group.add_argument(
         "--alpha",
-        default="0.5",
+        default=FITTED,
         metavar="A",
-        help="SmoothQuant's migration strength, 0 to 1, or auto to search it per layer (default: 0.5)",
+        help="smoothing: SmoothQuant's migration strength, 0 to 1, auto to search it per layer, or fitted: scales that "
+        "make rounding noise least (default: %(default)s)",
     )
     group.add_argument(
         "--lm-head",
         choices=LM_HEADS,
         default="full",
         help="of a quantised model: int8 reads half the bytes of its largest layer (default: %(default)s)",
+    )
+    group.add_argument("--rounding", choices=ROUNDINGS, default="gptq", help="of int8 weights (default: %(default)s)")
+    group.add_argument(
+        "--budget",
+        default="0%",
+        metavar="P",
+        help="leave the inputs whose rounding costs most in 16 bits, as long as a pass reads at most P more bytes, such "
+        "as 2%% (default: 0%%)",
     )
     group.add_argument("--force", action="store_true", help="go on with a quantised model that measures as garbage")
     parser.add_argument("-v", "--verbose", action="count", default=0, help="log more; twice for debugging")
@@ -166,28 +178,20 @@ def load_model(args: argparse.Namespace, precision: str, lossless: bool = False)
     name = args.model if args.dummy is None else DUMMY_PREFIX + args.dummy
     progress = sys.stderr.isatty()
     calibration, heldout = texts_or_default(args.calibration), texts_or_default(args.heldout)
-    alpha = alpha_of(args)
-    model = load(
+    return load(
         name,
         device=args.device,
-        precision="full" if precision == "full" else "auto",
+        precision=precision,
         dtype=args.dtype,
+        lossless=lossless,
         trust_remote_code=args.trust_remote_code,
         progress=progress,
+        prompts=calibration,
+        heldout=heldout,
+        lm_head=args.lm_head,
+        recipe=recipe_of(args),
+        force=args.force,
     )
-    if precision not in ("full", model.precision):  # some were quantised before they were saved
-        quantize(
-            model,
-            calibration,
-            precision=precision,
-            lm_head=args.lm_head,
-            keep_full=lossless,
-            heldout=heldout,
-            alpha=alpha,
-            force=args.force,
-            progress=progress,
-        )
-    return model
 
 
 def settings_of(args: argparse.Namespace, draft: str, lossless: bool = False) -> GenerationSettings:
@@ -245,14 +249,26 @@ def _prompt_text(args: argparse.Namespace) -> str:
     return sys.stdin.read()
 
 
-def alpha_of(args: argparse.Namespace) -> float | None:
+def recipe_of(args: argparse.Namespace) -> Recipe:
+    """How W8A8 is made."""
+    return Recipe(_alpha(args.alpha), args.rounding, _share(args.budget))
+
+
+def _alpha(text: str) -> float | str | None:
     """SmoothQuant's migration strength; None for auto."""
-    if args.alpha == "auto":
-        return None
+    if text in ("auto", FITTED):
+        return None if text == "auto" else text
     try:
-        return float(args.alpha)
+        return float(text)
     except ValueError:
-        raise QuasarError(f"--alpha {args.alpha}: should be a number from 0 to 1, or auto") from None
+        raise QuasarError(f"--alpha {text}: should be a number from 0 to 1, auto or {FITTED}") from None
+
+
+def _share(text: str) -> float:
+    try:
+        return float(text.removesuffix("%")) / 100
+    except ValueError:
+        raise QuasarError(f"--budget {text}: should be a percentage, such as 2%") from None
 
 
 def _gamma(text: str) -> int | None:

@@ -11,10 +11,13 @@ from typing import Any
 from quasar.checkpoints import WRITERS
 from quasar.cli import flags
 from quasar.errors import QuasarError
-from quasar.export.export import SCHEMES, ExportSettings, quantize_checkpoint
+from quasar.export.export import quantize_checkpoint
 from quasar.export.msmodelslim import quantize_with_msmodelslim
+from quasar.export.settings import SCHEMES, ExportSettings
 from quasar.loading import texts_or_default
 from quasar.models.model import LoadOptions
+from quasar.quantization.int4 import GROUPS
+from quasar.quantization.methods import FITTED
 
 ENGINES = ("quasar", "msmodelslim")
 
@@ -34,7 +37,11 @@ def add_parser(subparsers: Any) -> None:
         "--scheme",
         choices=SCHEMES,
         default="w8a8",
-        help="activation scales: one per token, computed on the fly, or one per tensor, calibrated (default: w8a8)",
+        help="w8a8: int8 activations with a scale per token, computed on the fly; w8a8-static: one per tensor, "
+        "calibrated; w4a16: int4 weights with zero points, 16-bit activations (default: w8a8)",
+    )
+    parser.add_argument(
+        "--group", choices=[str(size) for size in sorted(GROUPS)], default="32", help="inputs that share an int4 scale"
     )
     parser.add_argument(
         "--engine", choices=ENGINES, default="quasar", help="who quantises (default: quasar); the other runs the tool"
@@ -56,7 +63,9 @@ def run(args: argparse.Namespace) -> None:
     fidelity = quantize_checkpoint(
         args.model,
         args.output,
-        ExportSettings(args.format or "compressed-tensors", args.scheme, flags.alpha_of(args), args.lm_head),
+        ExportSettings(
+            args.format or "compressed-tensors", args.scheme, flags.recipe_of(args), args.lm_head, int(args.group)
+        ),
         calibration=texts_or_default(args.calibration),
         heldout=texts_or_default(args.heldout),
         options=options,
@@ -71,7 +80,10 @@ def _refuse_what_the_tool_decides(args: argparse.Namespace) -> None:
         ("--format", args.format or "ascend", "ascend"),
         ("--lm-head", args.lm_head, "full"),
         ("--calibration", args.calibration, None),
-        ("--alpha", args.alpha, "0.5"),
+        ("--alpha", args.alpha, FITTED),
+        ("--rounding", args.rounding, "gptq"),
+        ("--budget", args.budget, "0%"),
+        ("--scheme", args.scheme, args.scheme if args.scheme != "w4a16" else "w8a8"),
     ):
         if value != default:
             raise QuasarError(f"{flag} {value}: --engine msmodelslim decides this itself; leave it out")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from quasar.errors import QuasarError
 from quasar.models.decoder import Decoder
-from quasar.models.linear import Linear
-from quasar.models.linear_int4 import W4A4Linear, W4A16Linear
+from quasar.models.linear_int4 import in_w4a4
 from quasar.models.model import ASSETS, LoadOptions, Model, load_checkpoint
 from quasar.models.pruning import layers_to_keep
 from quasar.models.runtime import Runtime
@@ -35,11 +34,7 @@ def _in_w4a4(model: Model) -> Decoder:
             f"--draft self:w4a4 shares the int4 weights of its verifier, and {model.name} is in {model.precision}; "
             "say --precision w4a16"
         )
-
-    def lower(linear: Linear) -> Linear:
-        return W4A4Linear.over(linear) if isinstance(linear, W4A16Linear) else linear
-
-    return share(model.decoder, convert=lower)
+    return share(model.decoder, convert=in_w4a4)
 
 
 def _skipping(model: Model, skipped: int) -> Decoder:

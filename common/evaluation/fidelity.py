@@ -9,14 +9,13 @@ from quasar.drafting.draft_models import calibration_ids
 from quasar.errors import QuasarError
 from quasar.generation import GenerationSettings, generate
 from quasar.models.decoder import Decoder
-from quasar.models.linear import W8A8Linear
-from quasar.models.linear_int4 import W4A4Linear, W4A16Linear
+from quasar.models.linear_int4 import in_w4a4
 from quasar.models.model import Model
 from quasar.models.pruning import layers_to_keep
-from quasar.models.sharing import share, unpacked_copy
-from quasar.quantization import quantize_int4, quantize_w8a8
-from quasar.quantization.calibration import SMOOTHED
+from quasar.models.sharing import share
 from quasar.quantization.fidelity import Fidelity, FidelityProbe
+from quasar.quantization.methods import W8A8, Int4, Method
+from quasar.quantization.stream import quantized_decoder
 from quasar.speculation.rows import PUBLISHED_GAMMA
 
 PRUNED_SHARES = (0.10, 0.25, 0.50)  # of the layers, as in table 5 of arXiv 2603.01399
@@ -37,31 +36,27 @@ class VerifierFidelity:
 
 
 def verifiers(model: Model, calibration: Sequence[Sequence[int]]) -> Iterator[tuple[str, Model]]:
-    """Every verifier as a model of its own, one at a time, over an unpacked full-precision model's tensors."""
+    """Every verifier as a model of its own, one at a time, made of a full-precision model's weights."""
 
-    def variant(precision: str, change: Callable[[Decoder], None]) -> Model:
-        decoder = unpacked_copy(model.decoder)
-        # Packing is for good, and the full-precision model is needed again: lm_head must not be shared with it.
-        decoder.lm_head = type(decoder.lm_head)(decoder.backend, decoder.lm_head.weight, decoder.lm_head.bias)
-        change(decoder)
+    def variant(precision: str, decoder: Decoder) -> Model:
         return model.with_decoder(decoder, precision)
 
-    def without_smoothing(decoder: Decoder) -> None:
-        for layer in decoder.layers:
-            for name in SMOOTHED:
-                setattr(layer, name, W8A8Linear.from_full(getattr(layer, name)))
+    def quantized(method: Method) -> Model:
+        decoder, _ = quantized_decoder(model.config, model.weights, model.decoder.backend, method, calibration)
+        return variant(method.precision, decoder)
 
-    yield "full", variant("full", lambda _: None)
-    yield "w8a8", variant("w8a8", lambda d: quantize_w8a8(d, calibration))
-    yield "w8a8 without SmoothQuant", variant("w8a8", without_smoothing)
-    yield "w4a16", variant("w4a16", lambda d: quantize_int4(d, W4A16Linear))
-    yield "w4a4", variant("w4a4", lambda d: quantize_int4(d, W4A4Linear))
+    yield "full", variant("full", model.decoder)
+    yield "w8a8", quantized(W8A8(model.config))
+    yield "w8a8 without SmoothQuant", quantized(W8A8(model.config, smooth=False))
+    w4a16 = quantized(Int4(model.config))
+    yield "w4a16", w4a16
+    yield "w4a4", variant("w4a4", share(w4a16.decoder, convert=in_w4a4))
+    del w4a16
     layers = model.config.num_layers
     for part in PRUNED_SHARES:
         skipped = min(max(round(part * layers), 1), layers - 2)
         kept = layers_to_keep(model.decoder, skipped, calibration_ids(model))
-        pruned = variant("full", lambda _: None)
-        pruned.decoder = share(pruned.decoder, keep=kept)
+        pruned = variant("full", share(model.decoder, keep=kept))
         yield f"pruned {part:.0%} ({skipped} of {layers} layers)", pruned
 
 
@@ -74,7 +69,7 @@ def measure_fidelity(
     settings: GenerationSettings,
     tick: Callable[[str], object] = lambda name: None,
 ) -> Iterator[VerifierFidelity]:
-    """model: unpacked and in full precision; texts: token ids to compare distributions on; prompts: to generate from
+    """model: in full precision; texts: token ids to compare distributions on; prompts: to generate from
     with each drafter; settings: of that, gamma None meaning the published 5."""
     probe = FidelityProbe(model.decoder, texts)
     settings = replace(settings, gamma=settings.gamma or PUBLISHED_GAMMA)

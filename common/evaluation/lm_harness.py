@@ -96,7 +96,6 @@ class QuasarLM(TemplateLM):
         return scored
 
     def _score(self, context: Sequence[int], continuation: Sequence[int]) -> tuple[float, bool]:
-        self._decoder.pack()
         ids = [*context, *continuation][-(self._decoder.config.max_position_embeddings + 1) :]
         following = ids[-min(len(continuation), len(ids) - 1) :]
         inputs = ids[:-1]

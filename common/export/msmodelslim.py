@@ -10,7 +10,9 @@ from pathlib import Path
 
 from quasar.checkpoints import read_json
 from quasar.errors import QuasarError
-from quasar.export.export import ExportSettings, model_card, refuse_existing
+from quasar.export.model_card import model_card
+from quasar.export.settings import ExportSettings
+from quasar.export.workspace import refuse_existing
 from quasar.loading import load, require_agreement
 from quasar.models.config import read_config
 from quasar.models.model import ASSETS, LoadOptions, find_checkpoint
@@ -75,16 +77,11 @@ def quantize_with_msmodelslim(
         del full
         fidelity = probe.compare(load(str(made), device=options.device, dtype=options.dtype).decoder)
         require_agreement(model, fidelity, force=force)
-        settings = ExportSettings("ascend", scheme, None)
-        card = model_card(model, folder, settings, fidelity, command, 0, True)
-        tool_lines = {
-            "| smoothing |": "| smoothing | msmodelslim, anti_method m4 |",
-            "| calibration |": f"| calibration | msmodelslim's {_CONFIG['spec']['calib_dataset']} |",
-        }
-        lines = (
-            next((new for old, new in tool_lines.items() if line.startswith(old)), line) for line in card.split("\n")
-        )
-        (made / "README.md").write_text("\n".join(lines), encoding="utf-8")
+        settings = ExportSettings("ascend", scheme)
+        smoothing = f"msmodelslim, anti_method {_CONFIG['spec']['anti_cfg']['anti_method']}"
+        calibrated = f"msmodelslim's {_CONFIG['spec']['calib_dataset']}"
+        card = model_card(model, folder, settings, fidelity, command, smoothing, calibrated)
+        (made / "README.md").write_text(card, encoding="utf-8")
         made.rename(output)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from quasar.backends.base import AttentionSpec, Backend, Batch, Segment
 from quasar.models.config import ModelConfig
-from quasar.models.linear import FullLinear, Linear
+from quasar.models.linear import Linear
+from quasar.models.rope import inverse_frequencies
 
 CHUNK_ROWS = 512  # of a text in one pass, so that memory grows with the chunk and not with the text
 
@@ -110,13 +111,6 @@ class Decoder(nn.Module):
         inner = [linear for layer in self.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
         return [*inner, self.lm_head]
 
-    def pack(self) -> None:
-        """Gives every full-precision weight its device layout, layer by layer. Needed before the first fast pass;
-        after it the weights can no longer be quantised. Does nothing the second time."""
-        for linear in self.linears():
-            if isinstance(linear, FullLinear):
-                linear.pack()
-
     @property
     def weight_bytes_per_pass(self) -> int:
         """Bytes of weights that one pass reads: every linear layer once, and the norms (an embedding row is noise)."""
@@ -126,8 +120,11 @@ class Decoder(nn.Module):
 
 def rope_tables(config: ModelConfig, backend: Backend) -> tuple[Tensor, Tensor]:
     """cos, sin float32 [max_position_embeddings, head_dim / 2] on the device (Su et al. 2021)."""
-    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
-    frequency = 1.0 / config.rope_theta**exponent
+    if backend.device.type == "meta":  # only shapes are asked for
+        empty = torch.empty(config.max_position_embeddings, config.head_dim // 2, device="meta")
+        return empty, empty
+    frequency = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    magnitude = 1.0 if config.rope_scaling is None else config.rope_scaling.attention_factor
     angle = torch.arange(config.max_position_embeddings).float()[:, None] * frequency
     dtype = torch.float64 if backend.dtype == torch.float64 else torch.float32
-    return angle.cos().to(backend.device, dtype), angle.sin().to(backend.device, dtype)
+    return (angle.cos() * magnitude).to(backend.device, dtype), (angle.sin() * magnitude).to(backend.device, dtype)

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from quasar.models.decoder import Decoder
+from quasar.models.sharing import share
 
 
 def layer_influence(decoder: Decoder, sequences: Sequence[Sequence[int]]) -> list[float]:
     """1 - the mean cosine similarity of each layer's input and output on the residual stream, over all tokens of the
     sequences of ids. Near 0: the layer hardly does anything (section 3.1, "block influence")."""
+    # Layers of its own over the same weights: others may run the model meanwhile, and must not meet these hooks.
+    decoder = share(decoder)
     total, count = torch.zeros(len(decoder.layers), dtype=torch.float64), sum(map(len, sequences))
 
     before: dict[int, Tensor] = {}  # taken before the layer runs: a backend may add in place
@@ -32,14 +35,11 @@ def layer_influence(decoder: Decoder, sequences: Sequence[Sequence[int]]) -> lis
 
         return observe
 
-    hooks = [layer.register_forward_pre_hook(entering(i)) for i, layer in enumerate(decoder.layers)]
-    hooks += [layer.register_forward_hook(leaving(i)) for i, layer in enumerate(decoder.layers)]
-    try:
-        for ids in sequences:
-            decoder.read(ids)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    for i, layer in enumerate(decoder.layers):
+        layer.register_forward_pre_hook(entering(i))
+        layer.register_forward_hook(leaving(i))
+    for ids in sequences:
+        decoder.read(ids)
     return (1 - total / count).tolist()
 
 

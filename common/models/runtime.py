@@ -24,7 +24,6 @@ class Runtime:
     """One decoder on one device. Whoever runs passes holds `lock` until it has read their logits."""
 
     def __init__(self, decoder: Decoder) -> None:
-        decoder.pack()
         self.decoder = decoder
         self.lock = threading.RLock()
         self._passes = CapturedPasses(decoder.backend, decoder)

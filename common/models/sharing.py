@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from quasar.models.decoder import Decoder, DecoderLayer
-from quasar.models.linear import FullLinear, Linear
+from quasar.models.linear import Linear
 
 
 def share(
@@ -43,16 +43,3 @@ def share(
         norm=decoder.norm,
         lm_head=decoder.lm_head,
     )
-
-
-def unpacked_copy(decoder: Decoder) -> Decoder:
-    """A decoder that may be quantised while this unpacked full-precision one stays as it is.
-
-    lm_head is one module in both: a quantiser that changes it must put another in its place.
-    """
-    return share(decoder, convert=_same_weight)
-
-
-def _same_weight(linear: Linear) -> Linear:
-    assert isinstance(linear, FullLinear)
-    return FullLinear(linear.backend, linear.weight, linear.bias)

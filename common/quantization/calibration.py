@@ -3,81 +3,101 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from quasar.checkpoints.weights import LINEARS
 from quasar.errors import QuasarError
-
-if TYPE_CHECKING:
-    from quasar.models.decoder import Decoder, DecoderLayer
-
-# The linear layers whose inputs SmoothQuant scales, by their name in DecoderLayer.
-SMOOTHED = ("qkv", "o", "gate_up", "down")
+from quasar.models.decoder import DecoderLayer
+from quasar.models.linear import FullLinear
 
 
 @dataclass
 class InputStats:
     """The inputs of one linear layer: `peak` [in] is the largest magnitude seen in each channel; `rows`
-    [sample, in] is a uniform sample of them, kept only where a search over alpha needs real inputs."""
+    [sample, in] is a uniform sample of them, and `moments` [in, in] the weighted sum of x x^T over all of them, each
+    kept only where a method asks for it.
+
+    A token's weight is 1 over the mean square of the residual stream in front of the layer: the next norm divides by
+    it, so an error on a loud token (the first of a text is often a thousand times as loud) matters that much less.
+    """
 
     peak: Tensor
     rows: Tensor
+    weights: Tensor  # [sample] of the rows
     keys: Tensor  # [sample] random priorities: the rows with the largest survive, whatever order they came in
+    moments: Tensor | None = None
 
-    def update(self, x: Tensor, sample: int, generator: torch.Generator) -> None:
-        """Takes [tokens, in]."""
+    @classmethod
+    def empty(cls, features: int, device: torch.device | str = "cpu", moments: bool = False) -> InputStats:
+        """Before anything was seen."""
+        peak = torch.zeros(features, device=device)
+        square = torch.zeros(features, features, device=device) if moments else None
+        return cls(peak, peak[None][:0], peak[:0], torch.empty(0), square)
+
+    def update(self, x: Tensor, weights: Tensor, sample: int, generator: torch.Generator) -> None:
+        """Takes [tokens, in] and [tokens]."""
         x = x.float()
         self.peak = torch.maximum(self.peak, x.abs().amax(dim=0))
+        if self.moments is not None:
+            self.moments.addmm_((x * weights[:, None]).t(), x)
         if sample:
             keys = torch.cat([self.keys, torch.rand(len(x), generator=generator)])
             self.keys, kept = keys.topk(min(sample, len(keys)))
-            self.rows = torch.cat([self.rows, x])[kept.to(x.device)]
+            kept = kept.to(x.device)
+            self.rows = torch.cat([self.rows, x])[kept]
+            self.weights = torch.cat([self.weights, weights])[kept]
+
+    def divide(self, scales: Tensor) -> None:
+        """What would have been seen if every channel had been divided by its scale [in]."""
+        self.peak = self.peak / scales
+        self.rows = self.rows / scales
+        if self.moments is not None:
+            self.moments = self.moments / scales / scales[:, None]
 
 
 @contextmanager
-def observing(layer: DecoderLayer, sample: int = 0) -> Iterator[dict[str, InputStats]]:
-    """While it lasts, what runs through an unpacked layer fills the InputStats of its four linear inputs."""
+def observing(layer: DecoderLayer, sample: int = 0, moments: bool = False) -> Iterator[dict[str, InputStats]]:
+    """While it lasts, what runs through a full-precision layer fills the InputStats of its four linear inputs.
+
+    The layer has to be the caller's own: others that run it would be counted too. Its inputs come as one tensor, the
+    residual stream [tokens, hidden].
+    """
     stats: dict[str, InputStats] = {}
-    # Of each layer's own, so that a layer's sample is the same whether or not the others are observed with it.
-    generator = torch.Generator().manual_seed(0)
+    weights = torch.empty(0)
+
+    def weigh(_module: DecoderLayer, args: tuple[Any, ...]) -> None:
+        nonlocal weights
+        weights = 1 / args[0].float().square().mean(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
 
     def observer(name: str) -> Callable[..., None]:
-        def observe(_module: torch.nn.Module, args: tuple[Tensor]) -> None:
+        # Of each layer's own, so that a layer's sample is the same whether or not the others are observed with it.
+        generator = torch.Generator().manual_seed(0)
+
+        def observe(module: FullLinear, args: tuple[Tensor]) -> None:
             x = args[0]
+            if module.hadamard is not None:
+                x = module.backend.rotate(x, module.hadamard)
             if name not in stats:
-                empty = x.new_zeros(x.shape[1], dtype=torch.float32)
-                stats[name] = InputStats(empty, empty[None][:0], torch.empty(0))
-            stats[name].update(x, sample, generator)
+                stats[name] = InputStats.empty(x.shape[1], x.device, moments)
+            of = weights if name in ("o", "down") else torch.ones_like(weights)  # the others' inputs are normalised
+            stats[name].update(x, of, sample, generator)
 
         return observe
 
-    hooks = [getattr(layer, name).register_forward_pre_hook(observer(name)) for name in SMOOTHED]
+    hooks = [layer.register_forward_pre_hook(weigh)]
+    hooks += [getattr(layer, name).register_forward_pre_hook(observer(name)) for name in LINEARS]
     try:
         yield stats
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def collect(
-    decoder: Decoder, sequences: Sequence[Sequence[int]], sample: int = 0, progress: bool = False
-) -> list[dict[str, InputStats]]:
-    """Runs the sequences of token ids through an unpacked full-precision decoder.
-
-    Returns for each layer the InputStats of its four linear inputs, with `sample` rows each.
-    """
-    with ExitStack() as stack:
-        stats = [stack.enter_context(observing(layer, sample)) for layer in decoder.layers]
-        for ids in tqdm(sequences, desc="calibrating", unit="prompt", disable=not progress, leave=False):
-            decoder.read(ids)
-    return stats
 
 
 def read_texts(path: Path) -> list[str]:

@@ -7,15 +7,13 @@ changes.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from quasar.models.linear import FullLinear
-
-if TYPE_CHECKING:
-    from quasar.models.decoder import Decoder, DecoderLayer
+from quasar.checkpoints.weights import FullWeights, HeadWeights, LayerWeights
+from quasar.models.config import ModelConfig
 
 ONLINE_BLOCK = 128  # of down_proj's rotation: small enough to cost nothing beside its weights
 
@@ -36,48 +34,57 @@ def rotate_last(x: Tensor, matrix: Tensor) -> Tensor:
     return (x.float().unflatten(-1, (-1, len(matrix))) @ matrix.to(x.device)).flatten(-2)
 
 
-def rotate_decoder(decoder: Decoder) -> Tensor:
-    """Folds the rotations into an unpacked full-precision decoder, whose norms become 1 and whose lm_head loses its
-    tie to the embedding. Returns the matrix by which down_proj's input is yet to be rotated."""
-    residual = hadamard(decoder.config.hidden_size)
-    online = hadamard(decoder.config.intermediate_size, ONLINE_BLOCK)
-    decoder.embedding = rotate_last(decoder.embedding, residual).to(decoder.embedding.dtype)
-    for layer in decoder.layers:
-        _rotate_v(layer)
-        layer.qkv = _rotated_in(layer.qkv, layer.input_norm, residual)
-        layer.gate_up = _rotated_in(layer.gate_up, layer.post_norm, residual)
-        layer.o = _rotated_out(layer.o, residual)
-        layer.down = _rotated_out(layer.down, residual)
-        layer.down.weight = rotate_last(layer.down.weight, online)
-        layer.input_norm = torch.ones_like(layer.input_norm)
-        layer.post_norm = torch.ones_like(layer.post_norm)
-    stored_as = decoder.lm_head.weight.dtype  # the one matrix that stays in full precision
-    decoder.lm_head = _rotated_in(decoder.lm_head, decoder.norm, residual)
-    decoder.lm_head.weight = decoder.lm_head.weight.to(stored_as)
-    decoder.norm = torch.ones_like(decoder.norm)
-    return online.to(decoder.backend.device, decoder.backend.dtype)
+class Rotation:
+    """The rotations of one model, folded into one part of its weights at a time."""
 
+    def __init__(self, config: ModelConfig) -> None:
+        self.residual = hadamard(config.hidden_size)
+        self.online = hadamard(config.intermediate_size, ONLINE_BLOCK)
+        self.head = hadamard(config.head_dim)
+        self._v_rows = config.num_kv_heads * config.head_dim
 
-def _rotated_in(linear: FullLinear, norm: Tensor, matrix: Tensor) -> FullLinear:
-    """Takes a rotated input; the norm's weights go in here, since a rotation does not commute with them."""
-    return FullLinear(linear.backend, rotate_last(linear.weight.float() * norm.float(), matrix), linear.bias)
+    def embedding(self, table: Tensor) -> Tensor:
+        """[vocab, hidden], in the type it had."""
+        return rotate_last(table, self.residual).to(table.dtype)
 
+    def layer(self, layer: LayerWeights) -> LayerWeights:
+        """The rotated layer: its norms are 1, and its down projection rotates its input first."""
+        qkv, o = self._rotate_v(layer.qkv, layer.o)
+        down = self._rotated_out(layer.down)
+        return replace(
+            layer,
+            input_norm=torch.ones_like(layer.input_norm),
+            qkv=self._rotated_in(qkv, layer.input_norm),
+            o=self._rotated_out(o),
+            post_norm=torch.ones_like(layer.post_norm),
+            gate_up=self._rotated_in(layer.gate_up, layer.post_norm),
+            down=replace(down, weight=rotate_last(down.weight, self.online), hadamard=self.online),
+        )
 
-def _rotated_out(linear: FullLinear, matrix: Tensor) -> FullLinear:
-    """Gives a rotated output."""
-    bias = None if linear.bias is None else rotate_last(linear.bias, matrix)
-    return FullLinear(linear.backend, rotate_last(linear.weight.t(), matrix).t().contiguous(), bias)
+    def top(self, head: HeadWeights) -> HeadWeights:
+        """The rotated head. lm_head loses its tie to the embedding, and keeps its type."""
+        full = head.lm_head
+        rotated = self._rotated_in(full, head.norm)
+        lm_head = replace(rotated, weight=rotated.weight.to(full.weight.dtype))
+        return HeadWeights(torch.ones_like(head.norm), lm_head)
 
+    def _rotated_in(self, full: FullWeights, norm: Tensor) -> FullWeights:
+        """Takes a rotated input; the norm's weights go in here, since a rotation does not commute with them."""
+        weight = full.weight.float() * norm.to(full.weight.device, torch.float32)
+        return FullWeights(rotate_last(weight, self.residual), full.bias)
 
-def _rotate_v(layer: DecoderLayer) -> None:
-    """Rotates every v head, and o_proj's view of it."""
-    spec = layer.attention
-    matrix = hadamard(spec.head_dim)
-    rows = spec.kv_heads * spec.head_dim
+    def _rotated_out(self, full: FullWeights) -> FullWeights:
+        """Gives a rotated output."""
+        bias = None if full.bias is None else rotate_last(full.bias, self.residual)
+        return FullWeights(rotate_last(full.weight.t(), self.residual).t().contiguous(), bias)
 
-    def rotated(values: Tensor) -> Tensor:  # [..., qkv outputs]: only v's, the last, change
-        return torch.cat([values[..., :-rows].float(), rotate_last(values[..., -rows:], matrix)], dim=-1)
+    def _rotate_v(self, qkv: FullWeights, o: FullWeights) -> tuple[FullWeights, FullWeights]:
+        """Rotates every v head, and o_proj's view of it."""
+        rows = self._v_rows
 
-    bias = None if layer.qkv.bias is None else rotated(layer.qkv.bias)
-    layer.qkv = FullLinear(layer.qkv.backend, rotated(layer.qkv.weight.t()).t().contiguous(), bias)
-    layer.o = FullLinear(layer.o.backend, rotate_last(layer.o.weight, matrix), layer.o.bias)
+        def rotated(values: Tensor) -> Tensor:  # [..., qkv outputs]: only v's, the last, change
+            return torch.cat([values[..., :-rows].float(), rotate_last(values[..., -rows:], self.head)], dim=-1)
+
+        bias = None if qkv.bias is None else rotated(qkv.bias)
+        turned = FullWeights(rotated(qkv.weight.t()).t().contiguous(), bias)
+        return turned, FullWeights(rotate_last(o.weight, self.head), o.bias)

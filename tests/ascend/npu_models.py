@@ -7,7 +7,8 @@ from functools import cache
 
 from quasar import Model, load
 from quasar.backends.base import Backend
-from quasar.quantization import quantize_w8a8
+from quasar.quantization.methods import W8A8
+from quasar.quantization.stream import quantized_decoder
 from tests.conftest import TINY
 from tests.helpers.moving import make_static, moved
 
@@ -22,7 +23,9 @@ def master(family: str, precision: str) -> Model:
     if precision == "full":
         return model
     ids = model.encode(CALIBRATION)
-    quantize_w8a8(model.decoder, [ids])
+    model.decoder, _ = quantized_decoder(
+        model.config, model.weights, model.decoder.backend, W8A8(model.config), calibration=[ids]
+    )
     if precision == "w8a8-static":
         make_static(model.decoder, ids)
     return model

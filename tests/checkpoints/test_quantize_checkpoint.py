@@ -16,9 +16,15 @@ from safetensors.torch import load_file
 from quasar import QuasarError, load, quantize
 from quasar.checkpoints import WRITERS, open_checkpoint
 from quasar.export import export as exporting
-from quasar.export.export import ExportSettings, quantize_checkpoint
-from quasar.models.linear import W8A8Linear
-from quasar.models.model import LoadOptions
+from quasar.export import workspace
+from quasar.export.export import quantize_checkpoint
+from quasar.export.settings import ExportSettings
+from quasar.loading import calibration_and_heldout
+from quasar.models.linear import FullLinear, W8A8Linear
+from quasar.models.loader import PROJECTIONS
+from quasar.models.model import LoadOptions, open_model
+from quasar.quantization.recipe import Recipe
+from quasar.quantization.stream import quantized_decoder
 
 FORMATS = tuple(WRITERS)
 TEXTS = ["def main():\n    print('hello')\n" * 8, "One two three four five, once I caught a fish alive." * 3]
@@ -28,6 +34,8 @@ CPU = LoadOptions(device="reference")
 
 def export(model: Path, output: Path, *, force: bool = True, **settings: object) -> None:
     """Random models are refused as garbage now and then, hence force."""
+    if "alpha" in settings:
+        settings["recipe"] = Recipe(alpha=settings.pop("alpha"))
     made = ExportSettings(**settings)
     quantize_checkpoint(str(model), output, made, calibration=TEXTS, heldout=HELDOUT, options=CPU, force=force)
 
@@ -42,7 +50,7 @@ def logits_of(model: object) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3-tied", "openpangu"])
-@pytest.mark.parametrize("alpha", [0.5, None])
+@pytest.mark.parametrize("alpha", [0.5, None, "fitted"])
 def test_saved_is_bit_for_bit_what_quantising_in_memory_gives(
     family: str, alpha: float | None, small: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -51,6 +59,48 @@ def test_saved_is_bit_for_bit_what_quantising_in_memory_gives(
     for name in FORMATS:
         export(small(family), tmp_path / name, format=name, alpha=alpha)
         assert torch.equal(logits(tmp_path / name), logits_of(model))
+
+
+@pytest.mark.parametrize("family", ["qwen3-tied", "openpangu"])
+@pytest.mark.parametrize("group", [32, 64])
+def test_int4_with_zero_points_is_read_back(
+    family: str, group: int, small: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """As vLLM's pack-quantized has it: what is read is what the method made."""
+    export(small(family), tmp_path / "out", scheme="w4a16", group=group)
+    model = load(str(tmp_path / "out"), device="reference")
+    assert model.precision == "w4a16"
+    full = open_model(str(small(family)), CPU)
+    texts, _ = calibration_and_heldout(full.config, full.tokenizer, TEXTS, HELDOUT)
+    method = ExportSettings(scheme="w4a16", group=group).method(full.config, [])
+    made, _ = quantized_decoder(full.config, full.weights, full.backend, method, texts)
+    ids = list(range(5, 90))
+    assert torch.equal(logits(tmp_path / "out"), made.read(ids, logits_to_keep=len(ids)))
+    width = full.config.intermediate_size
+    shapes = {name: t.shape for name, t in load_file(next((tmp_path / "out").glob("*00002-*"))).items()}
+    assert shapes["model.layers.0.mlp.down_proj.weight_zero_point"] == (8, width // group)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_kept_inputs_are_named_and_read_back(name: str, small: Callable[[str], Path], tmp_path: Path) -> None:
+    export(small("qwen3"), tmp_path / "out", format=name, recipe=Recipe(budget=0.1))
+    model = load(str(small("qwen3")), device="reference")
+    quantize(model, TEXTS, heldout=HELDOUT, budget=0.1, force=True)
+    assert torch.equal(logits(tmp_path / "out"), logits_of(model))
+    full = [
+        f"model.layers.{layer.index}.{part}"
+        for layer in model.decoder.layers
+        for fused, parts in PROJECTIONS.items()
+        for part in parts
+        if isinstance(getattr(layer, fused), FullLinear)
+    ]
+    assert full
+    if name == "compressed-tensors":
+        fields = json.loads((tmp_path / "out" / "config.json").read_text())
+        assert fields["quantization_config"]["ignore"] == [*sorted(full), "lm_head"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"layer {full[0].split('.')[2]}" in card
+    assert not list((tmp_path / "out").glob("*.resume"))
 
 
 @pytest.mark.parametrize("family", ["qwen3", "openpangu"])
@@ -69,7 +119,7 @@ def test_static_scales_mean_the_same_in_both_formats(family: str, small: Callabl
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("scheme", exporting.SCHEMES)
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-static"])
 def test_lm_head_in_int8_unties_it(name: str, scheme: str, small: Callable[[str], Path], tmp_path: Path) -> None:
     export(small("qwen3-tied"), tmp_path / "out", format=name, scheme=scheme, lm_head="w8a8")
     model = load(str(tmp_path / "out"), device="reference")
@@ -114,7 +164,7 @@ def test_interrupted_and_run_again_it_resumes(
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.partial" / "config.json").exists()  # nothing would take it for a checkpoint
 
-    with pytest.raises(QuasarError, match="begun with another alpha; remove it, or repeat that command"):
+    with pytest.raises(QuasarError, match="begun with another recipe; remove it, or repeat that command"):
         export(small("qwen3"), tmp_path / "out", alpha=0.7)
 
     monkeypatch.setattr(exporting._Export, "_layer", lambda *args: ran.append(args[1]) or layer(*args))
@@ -127,11 +177,50 @@ def test_interrupted_and_run_again_it_resumes(
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.parametrize("event", range(1, 5))
+def test_killed_at_the_end_it_loses_nothing(
+    event: int, small: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the last file and the last trace of the work: four unlinks, renames and writes."""
+    export(small("qwen3"), tmp_path / "whole")
+    left = [event]
+
+    def dying(original: Callable) -> Callable:
+        def step(*args: object, **kwargs: object) -> object:
+            left[0] -= 1
+            if not left[0]:
+                raise KeyboardInterrupt
+            return original(*args, **kwargs)
+
+        return step
+
+    complete = workspace.Workspace.complete
+
+    def then_die(self: workspace.Workspace, figures: dict) -> None:
+        complete(self, figures)
+        for name in ("unlink", "rename"):
+            monkeypatch.setattr(Path, name, dying(getattr(Path, name)))
+
+    monkeypatch.setattr(workspace.Workspace, "complete", then_die)
+    with monkeypatch.context():
+        try:
+            export(small("qwen3"), tmp_path / "out")
+        except KeyboardInterrupt:
+            assert event < 4
+    monkeypatch.undo()
+    monkeypatch.setattr(exporting._Export, "run", None)  # nothing is computed again
+    if event < 4:
+        export(small("qwen3"), tmp_path / "out")
+    assert not (tmp_path / "out.partial").exists()
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir() if path.name != "README.md"}
+    assert whole == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.name != "README.md"}
+
+
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("No space left")])
 def test_a_full_disk_is_one_line_and_loses_nothing(
     error: Exception, small: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = exporting.save_file
+    save = workspace.save_file
 
     def full(tensors: dict, path: Path, metadata: dict) -> None:
         if "00003" in path.name:
@@ -139,7 +228,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(
             raise error
         save(tensors, path, metadata)
 
-    monkeypatch.setattr(exporting, "save_file", full)
+    monkeypatch.setattr(workspace, "save_file", full)
     with pytest.raises(QuasarError, match=r"00003-of-00004\.safetensors: cannot be written \(the disk is full\)"):
         export(small("qwen3"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -153,7 +242,7 @@ def test_too_little_space_is_said_before_the_work(
     small: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(exporting.shutil, "disk_usage", lambda path: usage._replace(free=10_000))
+    monkeypatch.setattr(workspace.shutil, "disk_usage", lambda path: usage._replace(free=10_000))
     with pytest.raises(QuasarError, match="GB are needed"):
         export(small("qwen3"), tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -173,6 +262,7 @@ def test_refusals(small: Callable[[str], Path], tmp_path: Path) -> None:
     with pytest.raises(QuasarError, match="out exists; name a new folder, or remove it"):
         export(small("qwen3"), tmp_path / "out")
     (tmp_path / "new.partial").mkdir()
+    (tmp_path / "new.partial" / "somebody's").write_text("")
     with pytest.raises(QuasarError, match=r"new\.partial is no interrupted run"):
         export(small("qwen3"), tmp_path / "new")
     (tmp_path / "file").write_text("")

@@ -15,10 +15,11 @@ from quasar.backends.base import ActivationQuant
 from quasar.backends.reference import ReferenceBackend
 from quasar.checkpoints import open_checkpoint
 from quasar.checkpoints.weights import FullWeights, Int8Weights
+from quasar.models.build import build
 from quasar.models.config import read_config
 from quasar.models.decoder import DecoderLayer
-from quasar.models.linear import FullLinear, W8A8Linear, fused_linear
-from quasar.models.loader import build_decoder
+from quasar.models.linear import FullLinear, W8A8Linear
+from quasar.models.loader import build_decoder, fuse
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 O_PROJ = "model.layers.0.self_attn.o_proj"
@@ -136,7 +137,7 @@ def test_a_shifted_input(quantised: bool, x: Tensor) -> None:
         weight = weight.mul(40).round().clamp(-127, 127)
         values = weight.to(torch.int8)
         parts = [Int8Weights(values[:32], ones[:32], own[:32]), Int8Weights(values[32:], ones[32:], None)]
-    layer = fused_linear(backend, ["a", "b"], parts, shift)
+    layer = build(fuse(["a", "b"], parts, shift), backend)
     assert isinstance(layer, W8A8Linear) == quantised
     assert layer.activation_quant is None  # the op before may not quantise what is not yet shifted
     bias = torch.cat([own[:32], torch.zeros(16)])

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from quasar import GenerationSettings, QuasarError, generate
+from quasar.checkpoints.weights import FullWeights
 from quasar.cli import main
 from quasar.evaluation.fidelity import acceptance_length, verifiers
 from quasar.evaluation.tasks import SCHEMES, encode_turns, read_questions, run_tasks
+from quasar.models.build import assemble
 from quasar.models.pruning import layer_influence, layers_to_keep
-from quasar.models.sharing import share, unpacked_copy
+from quasar.models.sharing import share
 from tests.helpers.random_models import random_model, shared_random_model
 
 QUESTIONS = [
@@ -55,11 +58,11 @@ def test_fidelity_table_has_every_verifier(capsys, tmp_path):
 
 def test_verifiers_leave_the_model_as_it_was():
     model = random_model("qwen3")
-    before = [linear.weight for linear in model.decoder.linears()]
+    before = model.decoder.linears()
     made = dict(verifiers(model, [list(range(40))]))
     for verifier in made.values():
         generate(verifier, [1, 2, 3], max_new_tokens=2).result()
-    assert all(linear.weight is w for linear, w in zip(model.decoder.linears(), before, strict=True))
+    assert all(linear is b for linear, b in zip(model.decoder.linears(), before, strict=True))
     assert [len(v.decoder.layers) for v in made.values()] == [4] * 5 + [3, 3, 2]
 
 
@@ -73,12 +76,11 @@ def test_acceptance_length_is_tokens_per_pass():
 
 
 def test_a_layer_that_does_nothing_goes_first():
-    decoder = unpacked_copy(random_model("openpangu").decoder)
-    idle = decoder.layers[2]
-    for name in ("o", "down"):
-        linear = getattr(idle, name)
-        linear.weight = linear.weight * 0
-        linear.bias = None
+    model = random_model("openpangu")
+    idle = model.weights.layers[2]
+    nothing = {name: FullWeights(getattr(idle, name).weight * 0, None) for name in ("o", "down")}
+    model.weights.layers[2] = replace(idle, **nothing)
+    decoder = assemble(model.config, model.weights, model.decoder.backend)
     influence = layer_influence(decoder, [list(range(30)), list(range(50, 60))])
     assert influence[2] == pytest.approx(0, abs=1e-6) and min(influence[:2]) > 1e-3
     assert layers_to_keep(decoder, 1, [list(range(30))]) == [0, 1, 3]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from quasar.backends.base import Backend, Quantized
 from quasar.backends.reference import ReferenceBackend
+from quasar.checkpoints.weights import FullWeights, Int8Weights
 from quasar.models.decoder import Decoder, DecoderLayer
 from quasar.models.linear import FullLinear, Linear, W8A8Linear
 from quasar.models.linear_int4 import W4A16Linear
@@ -17,8 +18,8 @@ class PlainInt4(ReferenceBackend):
     """The reference, but int4 weights stay as they were given and meet inputs in float64 (PyTorch's kernel takes
     bfloat16 and gives it)."""
 
-    def int4_weight(self, values: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        return values, scale
+    def int4_weight(self, values: Tensor, scale: Tensor, offset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return values, scale  # symmetric: these backends have no zero points yet
 
     def int4_linear(self, x: Tensor | Quantized, weight: tuple[Tensor, Tensor], bias: Tensor | None) -> Tensor:
         values, scale = weight
@@ -37,13 +38,11 @@ def moved(decoder: Decoder, backend: Backend) -> Decoder:
         return None if tensor is None else tensor.to(backend.device, backend.dtype)
 
     def linear(old: Linear) -> Linear:
-        if isinstance(old, FullLinear):
-            weight = old.weight if old.weight is not None else old.packed  # the reference packs nothing
-            return FullLinear(backend, backend.place(weight), place(old.bias))
+        if isinstance(old, FullLinear):  # the reference packs nothing
+            return FullLinear(backend, FullWeights(old.packed, old.bias, old.hadamard))
         if isinstance(old, W4A16Linear):
             return type(old)(backend, backend.int4_weight(*old.packed), old.nbytes, old.bias, place(old.hadamard))
-        scale = old.activation_quant.static_scale
-        return W8A8Linear(backend, *old.packed, old.bias, None if scale is None else scale.to(backend.device))
+        return W8A8Linear(backend, Int8Weights(*old.packed, old.bias, old.activation_quant.static_scale))
 
     layers = [
         DecoderLayer(
@@ -85,4 +84,4 @@ def make_static(decoder: Decoder, ids: list[int]) -> None:
     for layer in decoder.layers:
         for name in ("qkv", "o", "gate_up", "down"):
             old = getattr(layer, name)
-            setattr(layer, name, W8A8Linear(decoder.backend, *old.packed, old.bias, scales[old].float()))
+            setattr(layer, name, W8A8Linear(decoder.backend, Int8Weights(*old.packed, old.bias, scales[old].float())))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -11,9 +12,11 @@ from quasar.backends import get_backend
 from quasar.backends.base import Backend
 from quasar.backends.reference import ReferenceBackend
 from quasar.checkpoints import open_checkpoint
+from quasar.checkpoints.weights import ModelWeights
 from quasar.loading import quantize
+from quasar.models.build import assemble
 from quasar.models.config import read_config
-from quasar.models.loader import build_decoder
+from quasar.models.loader import CheckpointWeights
 from tests.conftest import random_transformer, save_checkpoint
 
 
@@ -32,13 +35,23 @@ def random_model(
     for parameter in transformer.parameters():
         if parameter.dim() == 2:
             parameter.data *= 6
+    backend = backend or ReferenceBackend()
     with tempfile.TemporaryDirectory() as folder:
         save_checkpoint(transformer, Path(folder))
-        decoder = build_decoder(read_config(Path(folder)), open_checkpoint(Path(folder)), backend or ReferenceBackend())
-    model = Model(f"random-{family}", decoder, None, frozenset())
+        config = read_config(Path(folder))
+        weights = in_memory(CheckpointWeights(config, open_checkpoint(Path(folder)), backend.place))
+    decoder = assemble(config, weights, backend)
+    model = Model(f"random-{family}", decoder, None, frozenset(), weights=weights)
     if precision != "full":
         quantize(model, precision=precision, keep_full=keep_full)
     return model
+
+
+def in_memory(weights: CheckpointWeights) -> ModelWeights:
+    """What a checkpoint's folder holds, so that the folder may go."""
+    table = weights.embedding().clone()
+    layers = [weights.layer(index) for index in range(weights.config.num_layers)]
+    return ModelWeights(table, copy.deepcopy(layers), copy.deepcopy(weights.head(table)))
 
 
 @cache

@@ -18,7 +18,6 @@ from tests.helpers.passes import committed, forward, new_slot
 
 def load_decoder(folder: Path, dtype: torch.dtype) -> Decoder:
     decoder = build_decoder(read_config(folder), open_checkpoint(folder), get_backend("reference", dtype))
-    decoder.pack()
     return decoder
 
 
@@ -83,7 +82,6 @@ def test_bfloat16_equals_transformers_within_its_rounding(family, tmp_path):
 def test_a_row_does_not_depend_on_the_window_around_it(shipped, family, precision, device):
     """Bit for bit: what makes speculative output provably that of plain decoding."""
     decoder = shipped(family, precision, device).decoder
-    decoder.pack()
     torch.manual_seed(0)
     text = torch.randint(0, decoder.config.vocab_size, (200,))
     slot = committed(decoder, 220, text[:150])

@@ -7,12 +7,14 @@ import torch
 
 from quasar.backends.base import Quantized
 from quasar.backends.reference import ReferenceBackend
+from quasar.checkpoints.weights import FullWeights
 from quasar.errors import QuasarError
-from quasar.models.linear import FullLinear
-from quasar.models.linear_int4 import W4A4Linear, W4A16Linear, quantize_weight_int4
-from quasar.models.sharing import unpacked_copy
+from quasar.models.linear_int4 import W4A4Linear, W4A16Linear
 from quasar.quantization.fidelity import FidelityProbe
-from quasar.quantization.rotation import hadamard, rotate_decoder, rotate_last
+from quasar.quantization.int4 import quantize_weight_int4, to_int4
+from quasar.quantization.methods import Int4
+from quasar.quantization.rotation import hadamard, rotate_last
+from quasar.quantization.stream import quantized_decoder
 from tests.conftest import FAMILIES
 from tests.helpers.passes import forward, new_slot
 from tests.helpers.random_models import random_model, shared_random_model
@@ -74,7 +76,7 @@ def test_int4_activations_take_fifteen_values():
 @pytest.mark.parametrize("rotated", [False, True])
 def test_a_row_does_not_depend_on_the_window_it_is_in(linear, rotated):
     weight = torch.randn(96, 768, generator=torch.Generator().manual_seed(3))
-    layer = linear.from_full(FullLinear(ReferenceBackend(), weight), hadamard(768, 128) if rotated else None)
+    layer = linear.of(ReferenceBackend(), to_int4(FullWeights(weight, None, hadamard(768, 128) if rotated else None)))
     x = torch.randn(16, 768, generator=torch.Generator().manual_seed(4))
     alone = torch.cat([layer(row) for row in x.split(1)])
     for tokens in (2, 3, 6, 11, 16):
@@ -82,7 +84,7 @@ def test_a_row_does_not_depend_on_the_window_it_is_in(linear, rotated):
 
 
 def test_both_activations_share_one_weight():
-    layer = W4A16Linear.from_full(FullLinear(ReferenceBackend(), torch.randn(32, 128)), hadamard(128))
+    layer = W4A16Linear.of(ReferenceBackend(), to_int4(FullWeights(torch.randn(32, 128), None, hadamard(128))))
     other = W4A4Linear.over(layer)
     assert other.packed is layer.packed and other.nbytes == layer.nbytes
     x = torch.randn(3, 128)
@@ -104,34 +106,28 @@ def test_hadamard_is_its_own_inverse(features, limit, block):
     assert rotate_last(outlier, matrix).abs().max() == pytest.approx(block**-0.5)
 
 
-class _Rotated(FullLinear):
-    """A full-precision layer whose input is rotated first, to see a rotated model without rounding."""
+class _RotationAlone(Int4):
+    """Rotates, and rounds nothing."""
 
-    matrix: torch.Tensor
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(self.backend.rotate(x, self.matrix))
+    def round(self, adapted, stats):
+        return adapted
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rotation_changes_nothing_in_full_precision(family):
-    decoder = random_model(family).decoder
-    probe = FidelityProbe(decoder, [list(range(60))])
-    rotated = unpacked_copy(decoder)
-    matrix = rotate_decoder(rotated)
-    for layer in rotated.layers:
-        layer.down = _Rotated(layer.down.backend, layer.down.weight, layer.down.bias)
-        layer.down.matrix = matrix
+    model = random_model(family)
+    probe = FidelityProbe(model.decoder, [list(range(60))])
+    method = _RotationAlone(model.config)
+    rotated, _ = quantized_decoder(model.config, model.weights, model.decoder.backend, method, [])
     assert probe.compare(rotated).mean_kl < 1e-6
-    assert not torch.allclose(rotated.embedding, decoder.embedding)
-    assert probe.compare(decoder).mean_kl == 0  # the original was not touched
+    assert not torch.allclose(rotated.embedding, model.decoder.embedding)
+    assert probe.compare(model.decoder).mean_kl == 0  # the original was not touched
 
 
 @pytest.mark.parametrize("precision", ["w4a16", "w4a4"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_window_gives_the_logits_of_single_steps_bit_for_bit(family, precision):
     decoder = shared_random_model(family, precision).decoder
-    decoder.pack()
     ids = torch.arange(3, 15)
     together, alone = new_slot(decoder, 20), new_slot(decoder, 20)
     rows = []

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from quasar.backends import get_backend
 from quasar.backends.base import ActivationQuant, Quantized
-from quasar.models.linear import FullLinear, W8A8Linear, quantize_weight
-from quasar.quantization.smoothquant import fake_quantized_output
+from quasar.checkpoints.weights import FullWeights
+from quasar.models.linear import W8A8Linear
+from quasar.quantization.rounding import fake_quantized_output, quantize_weight, to_int8
 
 BACKEND = get_backend("reference")
 
@@ -18,7 +19,7 @@ BACKEND = get_backend("reference")
 def test_equals_the_fake_quantised_float_result(tokens, inputs, out, seed):
     g = torch.Generator().manual_seed(seed)
     x, weight, bias = (torch.randn(s, generator=g) for s in ((tokens, inputs), (out, inputs), (out,)))
-    y = W8A8Linear.from_full(FullLinear(BACKEND, weight, bias))(x)
+    y = W8A8Linear(BACKEND, to_int8(FullWeights(weight, bias)))(x)
     torch.testing.assert_close(y, fake_quantized_output(x, weight) + bias, rtol=1e-4, atol=1e-4)
 
 
@@ -37,7 +38,7 @@ def test_real_integers_are_multiplied(monkeypatch):
     seen = []
     original = torch._int_mm
     monkeypatch.setattr(torch, "_int_mm", lambda a, b: seen.append((a.dtype, b.dtype)) or original(a, b))
-    W8A8Linear.from_full(FullLinear(BACKEND, torch.randn(8, 16)))(torch.randn(3, 16))
+    W8A8Linear(BACKEND, to_int8(FullWeights(torch.randn(8, 16), None)))(torch.randn(3, 16))
     assert seen == [(torch.int8, torch.int8)]
 
 
@@ -64,7 +65,6 @@ def test_weights_have_one_scale_per_output_channel():
 def test_bytes_of_a_pass(shipped):
     """W8A8 reads one byte per weight of the linear layers, and what stays in full precision as it was."""
     decoder = shipped("qwen3", "w8a8", "reference").decoder
-    decoder.pack()
     c = decoder.config
     inner = c.num_layers * c.hidden_size * (c.qkv_size + c.num_heads * c.head_dim + 3 * c.intermediate_size)
     scales = 4 * c.num_layers * (c.qkv_size + 2 * c.hidden_size + 2 * c.intermediate_size)

@@ -39,20 +39,23 @@ def random_weight(outputs: int, groups: int, group: int, seed: int) -> tuple[Ten
 
 
 @settings(max_examples=40, deadline=None)
-@given(SHAPES, st.booleans(), st.integers(0, 2**31))
-def test_both_products_are_those_of_the_integers(shape, with_bias, seed):
+@given(SHAPES, st.booleans(), st.booleans(), st.integers(0, 2**31))
+def test_both_products_are_those_of_the_integers(shape, with_bias, with_offset, seed):
     tokens, groups, outputs, group = shape
     values, scale, dense = random_weight(outputs, groups, group, seed)
     g = torch.Generator().manual_seed(seed)
     bias = torch.randn(outputs, generator=g) if with_bias else None
-    offset = bias.double() if with_bias else 0
+    added = bias.double() if with_bias else 0
+    offset = torch.randn(outputs, groups, generator=g).bfloat16() if with_offset else None
+    if offset is not None:
+        dense = dense + offset.double().repeat_interleave(group, 1)
     x = torch.randn(tokens, groups * group, generator=g)
-    packed = kernels.PackedInt4(values, scale)
-    expected = x.bfloat16().double() @ dense.t() + offset
+    packed = kernels.PackedInt4(values, scale, offset)
+    expected = x.bfloat16().double() @ dense.t() + added
     torch.testing.assert_close(kernels.int4_linear(x, packed, bias).double(), expected, rtol=1e-5, atol=1e-3)
     integers = torch.randint(-7, 8, x.shape, generator=g, dtype=torch.int8)
     row_scale = torch.rand(tokens, generator=g)
-    expected = integers.double() @ dense.t() * row_scale.double()[:, None] + offset
+    expected = integers.double() @ dense.t() * row_scale.double()[:, None] + added
     y = kernels.int4_linear((integers, row_scale), packed, bias)
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-3)
 
@@ -81,7 +84,8 @@ def test_a_nan_stays_in_its_row():
 @pytest.mark.parametrize("quantized", [False, True])
 def test_a_row_does_not_depend_on_its_company(quantized):
     values, scale, _ = random_weight(130, 3, 128, 1)
-    packed, backend = kernels.PackedInt4(values, scale), CpuBackend()
+    offset = torch.randn(scale.shape, generator=torch.Generator().manual_seed(3)).bfloat16()
+    packed, backend = kernels.PackedInt4(values, scale, offset), CpuBackend()
     x = torch.randn(70, 384, generator=torch.Generator().manual_seed(2))
 
     def product(rows: Tensor) -> Tensor:
@@ -100,8 +104,8 @@ def test_backends_agree():
     assert torch.equal(q.values, reference.quantize_int4(x).values)
     assert torch.equal(q.scale, reference.quantize_int4(x).scale)
     for given_x in (x, Quantized(q.values, q.scale)):
-        y = fast.int4_linear(given_x, fast.int4_weight(values, scale), None)
-        expected = reference.int4_linear(given_x, reference.int4_weight(values, scale), None)
+        y = fast.int4_linear(given_x, fast.int4_weight(values, scale, scale / 4), None)
+        expected = reference.int4_linear(given_x, reference.int4_weight(values, scale, scale / 4), None)
         assert (y - expected).norm() < 0.005 * expected.norm()  # PyTorch's kernel rounds its result to bfloat16
 
 

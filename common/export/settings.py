@@ -1,0 +1,65 @@
+"""What to write."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from quasar.checkpoints import WRITERS
+from quasar.errors import QuasarError
+from quasar.loading import LM_HEADS
+from quasar.models.config import ModelConfig
+from quasar.quantization.int4 import GROUPS
+from quasar.quantization.methods import W8A8, Int4, Method
+from quasar.quantization.recipe import DEFAULT_RECIPE, Recipe
+
+SCHEMES = ("w8a8", "w8a8-static", "w4a16")
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """What to write."""
+
+    format: str = "compressed-tensors"  # or ascend
+    scheme: str = "w8a8"  # or w8a8-static, w4a16
+    recipe: Recipe = DEFAULT_RECIPE  # of W8A8
+    lm_head: str = "full"  # or w8a8
+    group: int = 32  # of w4a16: inputs that share a scale
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("format", tuple(WRITERS)),
+            ("scheme", SCHEMES),
+            ("lm_head", LM_HEADS),
+            ("group", GROUPS),
+        ):
+            if getattr(self, name) not in allowed:
+                some = ", ".join(map(str, allowed))
+                raise QuasarError(f"{name} {getattr(self, name)} is unknown; use one of {some}")
+        if self.scheme not in WRITERS[self.format].schemes:
+            raise QuasarError(f"--format {self.format} has no {self.scheme}; use --format compressed-tensors")
+        if self.scheme == "w4a16" and self.lm_head != "full":
+            raise QuasarError(f"--lm-head {self.lm_head}: one checkpoint holds int8 or int4 layers, not both")
+
+    @property
+    def static(self) -> bool:
+        """Whether activations have one calibrated scale per tensor."""
+        return self.scheme == "w8a8-static"
+
+    def method(self, config: ModelConfig, kept: list[tuple[int, str]]) -> Method:
+        """How the model is quantised; kept: (layer, linear layer) pairs that stay in 16 bits."""
+        if self.scheme == "w4a16":  # what the format can say: no rotation, whole zero points
+            return Int4(config, group=self.group, symmetric=False, rotated=False, rounding="gptq", whole_zeros=True)
+        return W8A8(config, self.recipe.alpha, self.static, rounding=self.recipe.rounding, keep=kept)
+
+    def how(self) -> str:
+        """The method in words."""
+        if self.scheme == "w4a16":
+            return f"GPTQ, asymmetric groups of {self.group} inputs with whole zero points"
+        return str(self.recipe)
+
+    def writer(self) -> Any:
+        """What makes tensors of weights."""
+        if self.scheme == "w4a16":
+            return WRITERS[self.format](self.scheme, False, self.group, symmetric=False)
+        return WRITERS[self.format](self.scheme, self.lm_head == "w8a8")
