@@ -180,28 +180,39 @@ static void row_kernels(int64_t m, int64_t k)
     check(!memcmp(scale[0], scale[1], (size_t)m * sizeof(float)), "scale", m, 0, k);
 }
 
-static void attention(int64_t m, int64_t start)
+static void attention(int64_t m, int64_t length)
 {
-    const int64_t heads = 4, kv_heads = 2, dim = 32, capacity = 200;
+    const int64_t heads = 4, kv_heads = 2, dim = 32;
     static float q[MOST], k[MOST], v[MOST], outs[2][MOST];
     for (int i = 0; i < MOST; i++) {
         q[i] = uniform();
         k[i] = uniform();
         v[i] = uniform();
     }
+    struct row row[32];
+    for (int64_t i = 0; i < m; i++)
+        row[i] = (struct row){.parent = (int32_t)i - 1};
+    struct segment segment = {
+        .slot = {.k = (char *)k, .v = (char *)v, .capacity = 256, .layers = 1, .kv_heads = kv_heads, .dim = dim},
+        .length = length, .rows = m,
+    };
+    struct segments segments = {.room = 32, .count = 1, .segment = &segment, .row = row};
+    check(!segments_finish(&segments), "segments", m, heads, length);
     const struct kernels *const tables[2] = {&kernels_dotprod, &kernels_plain};
     for (int i = 0; i < 2; i++) {
-        int64_t bytes = attention_scratch_bytes(2 * m, dim);
-        char *scratch = aligned_alloc(64, (size_t)(bytes + 63) / 64 * 64);
+        int64_t scratch_bytes = attention_scratch_bytes(2 * m, dim, m), bytes = 0;
+        char *scratch = aligned_alloc(64, (size_t)(scratch_bytes + 63) / 64 * 64);
+        void *partials = NULL;
         struct attention_args a = {
-            .q = q, .k_cache = k, .v_cache = v, .out = outs[i], .scale = 0.2f, .scratch = scratch, .m = m,
-            .heads = heads, .kv_heads = kv_heads, .dim = dim, .start = start, .capacity = capacity, .tokens_per_item = m,
-            .scratch_bytes = bytes,
+            .q = q, .segments = &segments, .out = outs[i], .scale = 0.2f, .scratch = scratch, .m = m, .heads = heads,
+            .kv_heads = kv_heads, .dim = dim, .tokens_per_item = m, .scratch_bytes = scratch_bytes,
         };
+        attention_prepare(&a, 1, &partials, &bytes);
         run(tables[i]->attention, &a);
+        free(partials);
         free(scratch);
     }
-    check(all_close(outs[0], outs[1], m * heads * dim, 2e-6f), "attention", m, heads, start);
+    check(all_close(outs[0], outs[1], m * heads * dim, 2e-6f), "attention", m, heads, length);
 }
 
 int main(void)

@@ -549,18 +549,28 @@ static PyObject *py_use_openmp(PyObject *Py_UNUSED(self), PyObject *path)
     return PyBool_FromLong(found);
 }
 
-/* Names of the instruction sets this processor has, fastest first. */
-static PyObject *py_supported(PyObject *Py_UNUSED(self), PyObject *Py_UNUSED(unused))
+/* Names of the instruction sets, fastest first: those that this processor has, or all that were compiled. */
+static PyObject *names_of_sets(int all)
 {
     PyObject *names = PyList_New(0);
     for (size_t i = 0; names && i < COUNT; i++)
-        if (supported(all_kernels[i])) {
+        if (all || supported(all_kernels[i])) {
             PyObject *name = PyUnicode_FromString(all_kernels[i]->name);
             if (!name || PyList_Append(names, name) < 0)
                 Py_CLEAR(names);
             Py_XDECREF(name);
         }
     return names;
+}
+
+static PyObject *py_supported(PyObject *Py_UNUSED(self), PyObject *Py_UNUSED(unused))
+{
+    return names_of_sets(0);
+}
+
+static PyObject *py_compiled(PyObject *Py_UNUSED(self), PyObject *Py_UNUSED(unused))
+{
+    return names_of_sets(1);
 }
 
 static PyObject *py_select(PyObject *Py_UNUSED(self), PyObject *name)
@@ -609,6 +619,7 @@ static PyMethodDef methods[] = {
     {"recorded", py_recorded, METH_NOARGS, NULL},
     {"use_openmp", py_use_openmp, METH_O, NULL},
     {"supported", py_supported, METH_NOARGS, NULL},
+    {"compiled", py_compiled, METH_NOARGS, NULL},
     {"select", py_select, METH_O, NULL},
     {NULL, NULL, 0, NULL},
 };
