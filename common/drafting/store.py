@@ -35,9 +35,7 @@ def tokenizer_fingerprint(tokenizer: Any, vocab_size: int) -> str:
 class CorpusStore(Corpus):
     """A corpus that keeps every sequence in a folder, and the latest `most_tokens` of them."""
 
-    def __init__(
-        self, folder: str | Path, fingerprint: str, vocab_size: int, most_tokens: int = MOST_TOKENS
-    ) -> None:
+    def __init__(self, folder: str | Path, fingerprint: str, vocab_size: int, most_tokens: int = MOST_TOKENS) -> None:
         """Reads the folder, or makes it. Raises QuasarError where it is corrupt, another tokenizer's, or in use."""
         super().__init__(most_tokens)
         self._folder = Path(folder).expanduser()

@@ -68,7 +68,9 @@ def fit(counts: Sequence[Counts]) -> list[float]:
             found = merged.setdefault(features, [0, 0])
             found[0] += tested
             found[1] += right
-    numbers = {p: n for n, p in enumerate(sorted({p for features in merged for f in features for p in parameters_of(f)}))}
+    numbers = {
+        p: n for n, p in enumerate(sorted({p for features in merged for f in features for p in parameters_of(f)}))
+    }
     design = np.zeros((len(merged), len(numbers)))
     for row, features in enumerate(merged):
         for feature in features:
@@ -138,7 +140,10 @@ def main() -> None:
                 lengths.append(f"{Path(file).stem} {done[0] / done[1]:.3f}")
                 tokens, passes = tokens + done[0], passes + done[1]
             name = ("warm" if warm else "cold") + (" recycled" if top else "")
-            print(f"{name}: {', '.join(lengths)}; together {tokens / passes:.3f}, each with the others' weights", flush=True)
+            print(
+                f"{name}: {', '.join(lengths)}; together {tokens / passes:.3f}, each with the others' weights",
+                flush=True,
+            )
             written[name] = fit(list(counts.values()))
     if args.write:
         Path(args.write).write_text(json.dumps(written) + "\n")
