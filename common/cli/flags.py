@@ -159,7 +159,7 @@ def add_precision_flag(parser: argparse.ArgumentParser) -> None:
 def add_draft_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--draft",
-        default="ngram",
+        default="hybrid",
         metavar="D",
         help=f"how tokens are drafted: {', '.join(DRAFTS)} (default: %(default)s)",
     )

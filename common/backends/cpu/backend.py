@@ -116,6 +116,9 @@ class CpuBackend(ReferenceBackend):
     def argmax(self, logits: Tensor) -> Tensor:
         return kernels.argmax(logits)
 
+    def top_k(self, logits: Tensor, k: int) -> Tensor:
+        return kernels.top_k(logits, k)
+
     def new_slot(self, layers: int, kv_heads: int, capacity: int, head_dim: int) -> Slot:
         if not _has_kernel(head_dim):
             return super().new_slot(layers, kv_heads, capacity, head_dim)

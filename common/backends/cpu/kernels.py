@@ -218,6 +218,7 @@ Quantized = tuple[Tensor, Tensor]  # int8 [m, k], float32 scale per row [m]
 _BLOCK = 32  # outputs per block of a packed weight
 _float32, _int8 = torch.float32, torch.int8
 _threads = torch.get_num_threads
+_MOST_TOP_K = 64
 
 
 def _pointer(tensor: Tensor, dtype: torch.dtype, elements: int) -> int:
@@ -596,6 +597,19 @@ def argmax(x: Tensor) -> Tensor:
         raise ValueError(f"argmax over {n} values")
     out = _new((m,), torch.int64)
     _kernels.argmax(_pointer(x, _float32, m * n), out.data_ptr(), m, n, _threads())
+    return out
+
+
+def top_k(x: Tensor, k: int) -> Tensor:
+    """Indices of each row's k largest values, the largest first and the lower index first on ties.
+
+    float32 [m, n] -> int64 [m, k]; k from 1 to 64.
+    """
+    m, n = x.shape
+    if not 0 < k <= min(n, _MOST_TOP_K):
+        raise ValueError(f"the {k} largest of {n} values")
+    out = torch.empty(m, k, dtype=torch.int64)
+    _kernels.top_k(_pointer(x, _float32, m * n), out.data_ptr(), m, n, k, _threads())
     return out
 
 

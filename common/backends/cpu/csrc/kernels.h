@@ -8,6 +8,7 @@
 
 #define BLOCK 32       /* outputs per block of a packed weight */
 #define MAX_THREADS 256
+#define MOST_TOP_K 64
 
 struct int8_linear_args {
     const int8_t *x;         /* [m, k4 * 4], zero beyond k */
@@ -168,6 +169,12 @@ struct read_args {
     int32_t result;          /* all 32-bit words, xor */
 };
 
+struct top_k_args {
+    const float *x;          /* [m, n] */
+    int64_t *out;            /* [m, k]: indices, largest value first, the lower index first on ties */
+    int64_t m, n, k;         /* k at most MOST_TOP_K and n */
+};
+
 struct argmax_args {
     const float *x;          /* [m, n] */
     int64_t *out;            /* [m] */
@@ -186,7 +193,7 @@ struct kernels {
     const char *name;
     struct layout layout;
     task_fn int8_linear, f32_linear, bf16_linear, rounded_linear, round_bf16, embed_bf16, embed_f32, quantize, norm;
-    task_fn swiglu, rope, attention, argmax, read, hadamard, add_offsets;
+    task_fn swiglu, rope, attention, argmax, top_k, read, hadamard, add_offsets;
     task_fn int4_linear, round_int4;
     void (*exp)(const float *x, float *y, int64_t n); /* for the accuracy test */
 };
@@ -234,6 +241,7 @@ struct call {
         struct rope_args rope;
         struct attention_args attention;
         struct argmax_args argmax;
+        struct top_k_args top_k;
     };
 };
 struct recording;

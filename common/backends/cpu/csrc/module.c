@@ -434,6 +434,14 @@ FUNCTION(py_argmax, 5)
     return run(&call, INT(3), INT(4));
 }
 
+FUNCTION(py_top_k, 6)
+    struct call call = {
+        .name = "top_k", .task = isa->top_k, .items = INT(2),
+        .top_k = {.x = ADDRESS(0), .out = ADDRESS(1), .m = INT(2), .n = INT(3), .k = INT(4)},
+    };
+    return run(&call, INT(4), INT(5));
+}
+
 /* address, lines of 64 bytes, threads; returns all 32-bit words, xor */
 FUNCTION(py_read, 3)
     struct read_args a = {.data = ADDRESS(0), .lines = INT(1)};
@@ -609,6 +617,7 @@ static PyMethodDef methods[] = {
     FAST("slot_keep", py_slot_keep),
     FAST("slot_copy", py_slot_copy),
     FAST("argmax", py_argmax),
+    FAST("top_k", py_top_k),
     FAST("read", py_read),
     FAST("pack", py_pack),
     FAST("exp", py_exp),
