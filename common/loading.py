@@ -48,16 +48,18 @@ def load(
     lossless: bool = False,
     trust_remote_code: bool = False,
     progress: bool = False,
+    kv: str = "auto",
 ) -> Model:
     """Loads a checkpoint folder, a shipped model (tiny-qwen3, tiny-openpangu), a hub name, or `dummy:SHAPE`.
 
     precision "auto" takes the checkpoint's own, full or w8a8. "w8a8" calibrates a full-precision checkpoint on the
     built-in prompts and quantises it; call `quantize` yourself to choose. "full" refuses a quantised checkpoint.
     lossless keeps the full-precision weights beside the quantised ones, for generating with lossless=True.
+    kv: what keys and values are kept in on CPU, float32, bfloat16 or int8.
     """
     if precision not in ("auto", *PRECISIONS):
         raise QuasarError(f"--precision {precision} is unknown; use one of {', '.join(PRECISIONS)}")
-    found = open_model(fspath(model), LoadOptions(device, dtype, trust_remote_code, progress))
+    found = open_model(fspath(model), LoadOptions(device, dtype, trust_remote_code, progress, kv))
     if precision in ("auto", "full") or found.is_quantized:
         loaded = found.model(found.decoder(progress))
         if precision not in ("auto", loaded.precision):
