@@ -250,6 +250,11 @@ int recording_add(struct recording *, const struct call *); /* takes the scratch
 int64_t recording_calls(const struct recording *, const struct call **); /* how many, and where */
 /* NULL, or what is wrong with the ids or the segments: then nothing is done. nanoseconds of each call: [calls], or NULL */
 const char *recording_replay(struct recording *, int threads, int64_t *nanoseconds);
+/* Gives the results of calls places in memory that recordings may share, one after another's last use. addresses: address
+ * and bytes of each of n results, what the pass returns last, to whose place *offset is set. Returns the bytes that are
+ * needed, -1 when out of memory. From then on recording_place says where the memory is. */
+int64_t recording_share(struct recording *, int64_t n, const int64_t *addresses, int64_t *offset);
+void recording_place(struct recording *, char *memory);
 void recording_free(struct recording *);
 
 /* segments.c. Checks return NULL, or what is wrong. */

@@ -530,6 +530,28 @@ static PyObject *py_calls(PyObject *Py_UNUSED(self), PyObject *capsule)
     return names;
 }
 
+/* recording, n, addresses of [n] results and their bytes: the bytes that they need together, and where the last lies */
+static PyObject *py_share(PyObject *Py_UNUSED(self), PyObject *const *objects, Py_ssize_t n_objects)
+{
+    union word w[2];
+    struct recording *recording = n_objects ? PyCapsule_GetPointer(objects[0], CAPSULE) : NULL;
+    if (!recording || !parse(objects + 1, n_objects - 1, 2, w))
+        return NULL;
+    int64_t offset = 0, bytes = recording_share(recording, INT(0), ADDRESS(1), &offset);
+    return bytes < 0 ? PyErr_NoMemory() : Py_BuildValue("LL", (long long)bytes, (long long)offset);
+}
+
+/* recording, address */
+static PyObject *py_place(PyObject *Py_UNUSED(self), PyObject *const *objects, Py_ssize_t n_objects)
+{
+    union word w[1];
+    struct recording *recording = n_objects ? PyCapsule_GetPointer(objects[0], CAPSULE) : NULL;
+    if (!recording || !parse(objects + 1, n_objects - 1, 1, w))
+        return NULL;
+    recording_place(recording, ADDRESS(0));
+    Py_RETURN_NONE;
+}
+
 /* recording, threads, nanoseconds */
 static PyObject *py_replay(PyObject *Py_UNUSED(self), PyObject *const *objects, Py_ssize_t n_objects)
 {
@@ -623,6 +645,8 @@ static PyMethodDef methods[] = {
     FAST("exp", py_exp),
     FAST("fork_join", py_fork_join),
     FAST("replay", py_replay),
+    FAST("share", py_share),
+    FAST("place", py_place),
     {"calls", py_calls, METH_O, NULL},
     {"record", py_record, METH_NOARGS, NULL},
     {"recorded", py_recorded, METH_NOARGS, NULL},
