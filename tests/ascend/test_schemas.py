@@ -83,7 +83,8 @@ def x(*shape, dtype=torch.bfloat16):
 CALLS = {
     "a default that has the wrong length": (
         lambda: torch_npu.npu_add_rms_norm_dynamic_quant(x(2, 32), x(2, 32), x(32)),
-        r"torch_npu 2\.6\.0\.post3, 2\.7\.1 and 2\.8\.0 \(CANN 8\.3\.RC1\) refuses this call: output_mask is a list of 0, "
+        r"torch_npu 2\.6\.0\.post3, 2\.7\.1 and 2\.8\.0 \(CANN 8\.3\.RC1\) refuses this call: "
+        r"output_mask is a list of 0, "
         r"the schema says List\[bool\] of 2",
     ),
     "a list of the wrong length": (
