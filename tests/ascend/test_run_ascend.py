@@ -30,7 +30,7 @@ def run(*arguments, **environment):
         env=os.environ | environment,
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=900,
         check=False,
     )
 
@@ -95,7 +95,7 @@ def test_verify_runs_to_its_end(cache, tmp_path):
         "attention of three sequences, heads of 128",
         "tiny-openpangu w8a8, 3 sequences: replayed graphs say what plain passes say, bit for bit",
         "tiny-qwen3 w8a8: 16 of 16 ids equal with n-gram drafts",
-        "tiny-openpangu, Quasar:",
+        "Quasar: ",
         "all is right",
     ):
         assert line in text, line
