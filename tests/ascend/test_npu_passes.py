@@ -33,8 +33,7 @@ AROUND = 6
 
 
 def decoder_on_npu(family="openpangu", precision="w8a8"):
-    decoder = on_backend(family, precision, get_backend("npu")).decoder
-    return decoder
+    return on_backend(family, precision, get_backend("npu")).decoder
 
 
 def verifier_of(decoder, acceptance=None):
