@@ -21,7 +21,7 @@ from quasar.models.model import DEFAULT_MODEL, LoadOptions, Model, open_model
 from quasar.models.sharing import share
 from quasar.quantization.budget import choose_kept, describe
 from quasar.quantization.calibration import read_texts
-from quasar.quantization.methods import FITTED, W8A8, Int4, Method
+from quasar.quantization.methods import FITTED, W8A8, Method, best_int4
 from quasar.quantization.recipe import DEFAULT_RECIPE, Recipe, pass_bytes
 from quasar.quantization.stream import quantized_decoder
 from quasar.quantization.texts import calibration_and_heldout
@@ -140,8 +140,9 @@ def _quantized(
         texts, measured = [list(range(min(64, config.max_position_embeddings)))], []
     else:
         texts, measured = calibration_and_heldout(config, tokenizer, prompts, heldout)
-    method: Method = Int4(config)
-    if precision == "w8a8":
+    if precision != "w8a8":
+        method: Method = best_int4(config, weights, backend)
+    else:
         method = W8A8(config, recipe.alpha, rounding=recipe.rounding)
         budget = int(recipe.budget * pass_bytes(config))
         if budget:

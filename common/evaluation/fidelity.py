@@ -14,7 +14,7 @@ from quasar.models.model import Model
 from quasar.models.pruning import layers_to_keep
 from quasar.models.sharing import share
 from quasar.quantization.fidelity import Fidelity, FidelityProbe
-from quasar.quantization.methods import W8A8, Int4, Method
+from quasar.quantization.methods import W8A8, Int4, Method, best_int4
 from quasar.quantization.recipe import DEFAULT_RECIPE
 from quasar.quantization.stream import quantized_decoder
 from quasar.speculation.rows import PUBLISHED_GAMMA
@@ -53,7 +53,7 @@ def verifiers(model: Model, calibration: Sequence[Sequence[int]]) -> Iterator[tu
     yield "w8a8 without SmoothQuant", quantized(W8A8(c, smooth=False))
     zeros = Int4(c, group=32, symmetric=False, rotated=False, rounding="gptq", whole_zeros=True)
     yield "w4a16 with zero points", quantized(zeros)
-    w4a16 = quantized(Int4(model.config))
+    w4a16 = quantized(best_int4(c, model.weights, model.decoder.backend))
     yield "w4a16", w4a16
     yield "w4a4", variant("w4a4", share(w4a16.decoder, convert=in_w4a4))
     del w4a16
