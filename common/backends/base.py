@@ -242,6 +242,8 @@ class Backend(ABC):
 
     # int4, where the device has it: the other precisions do not need it.
 
+    int4_offsets = False  # whether `int4_weight` takes offsets
+
     def int4_weight(self, values: Tensor, scale: Tensor, offset: Tensor | None = None) -> Any:
         """Takes int8 [out, in] between -8 and 7 and bfloat16 [out, in / group], group 32, 64 or 128; returns the
         handle that `int4_linear` wants. offset, of scale's shape and type, is added to values * scale.

@@ -85,8 +85,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--budget",
         default="0%",
         metavar="P",
-        help="leave the inputs whose rounding costs most in 16 bits, as long as a pass reads at most P more bytes, such "
-        "as 2%% (default: 0%%)",
+        help="leave the inputs whose rounding costs most in 16 bits; a pass may read P more bytes for it, as "
+        "2%% (default: 0%%)",
     )
     group.add_argument("--force", action="store_true", help="go on with a quantised model that measures as garbage")
     parser.add_argument("-v", "--verbose", action="count", default=0, help="log more; twice for debugging")
