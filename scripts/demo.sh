@@ -9,3 +9,5 @@ echo "== quasar generate: W8A8 with n-gram drafts, streamed ==" >&2
 echo >&2
 echo "== quasar compare: the same prompt by every scheme ==" >&2
 "$VENV/bin/quasar" compare "$prompt" --max-new-tokens 256 --ignore-eos "${sampling[@]}"
+echo >&2
+echo "== the same behind OpenAI's interface, with a page to chat on: quasar serve (docs/serving.md) ==" >&2
