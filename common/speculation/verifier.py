@@ -12,6 +12,7 @@ from quasar.models.runtime import Runtime
 from quasar.speculation.acceptance import accept
 from quasar.speculation.choice import TokenChooser
 from quasar.speculation.draft import Draft
+from quasar.speculation.top import top_tokens
 
 UNKNOWN = -1  # the own token of a row that nobody asked for
 
@@ -93,7 +94,7 @@ def _judge(window: Window, logits: Tensor, argmax: list[int] | None) -> Verdict:
     window.slot.commit([*range(uncached), *(uncached + row for row in path)])
     verdict = Verdict(tokens, path, own)
     if window.top_k:
-        verdict.top = logits.topk(window.top_k, dim=-1).indices.tolist()
+        verdict.top = top_tokens(logits, window.top_k).tolist()
     if window.logprobs is not None:
         verdict.logprobs = [
             logprobs_of(logits[row + 1], token, window.logprobs) for row, token in zip([-1, *path], tokens, strict=True)

@@ -1,9 +1,9 @@
-"""Fits the prior weights of the hybrid drafter to traces, and says how well they do on files that they were not fitted to.
+"""Fits the prior weights of the hybrid drafter to traces, and says how well they do on files left out of the fit.
 
     python scripts/experiments/fit_drafting.py FILE... [--runners-up FILE...] [--write common/drafting/priors.json]
 
-FILE: traces as `quasar eval replay` reads them. --runners-up: traces with "top", the model's most probable tokens in each
-place, for the weights of recycling. Every file in turn is left out of the fit and replayed with the weights of the
+FILE: traces as `quasar eval replay` reads them. --runners-up: traces with "top", the model's most probable tokens in
+each place, for the weights of recycling. Every file in turn is left out of the fit and replayed with the weights of the
 others. What is written is fitted to all of them.
 """
 
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
 from quasar.drafting import hybrid
 from quasar.drafting.corpus import Corpus
 from quasar.drafting.evidence import Evidence
@@ -68,7 +69,9 @@ def fit(counts: Sequence[Counts]) -> list[float]:
             found = merged.setdefault(features, [0, 0])
             found[0] += tested
             found[1] += right
-    numbers = {p: n for n, p in enumerate(sorted({p for features in merged for f in features for p in parameters_of(f)}))}
+    numbers = {
+        p: n for n, p in enumerate(sorted({p for features in merged for f in features for p in parameters_of(f)}))
+    }
     design = np.zeros((len(merged), len(numbers)))
     for row, features in enumerate(merged):
         for feature in features:
@@ -138,7 +141,10 @@ def main() -> None:
                 lengths.append(f"{Path(file).stem} {done[0] / done[1]:.3f}")
                 tokens, passes = tokens + done[0], passes + done[1]
             name = ("warm" if warm else "cold") + (" recycled" if top else "")
-            print(f"{name}: {', '.join(lengths)}; together {tokens / passes:.3f}, each with the others' weights", flush=True)
+            print(
+                f"{name}: {', '.join(lengths)}; together {tokens / passes:.3f}, each with the others' weights",
+                flush=True,
+            )
             written[name] = fit(list(counts.values()))
     if args.write:
         Path(args.write).write_text(json.dumps(written) + "\n")
