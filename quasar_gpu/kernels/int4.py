@@ -17,10 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quasar_gpu.kernels.launch import WINDOW, await_inputs, jit, launch
-from quasar_gpu.kernels.linear import prefetch_weights, store_outputs
+from quasar_gpu.kernels.launch import WINDOW, await_inputs, jit, launch, let_next_start
+from quasar_gpu.kernels.linear import Epilogue, epilogue_of, finish, outputs_of, prefetch_bytes, prefetch_weights
 
-_TALL = 64  # rows of the tile for prompts, where unpacking would cost more than reading
+_TALL = 64  # rows of the tile for more than a window: a batch reads and unpacks its weights once
 
 
 @dataclass(frozen=True)
@@ -60,21 +60,29 @@ class Int4Config:
 
 
 def int4_config(rows: int, outputs: int, group: int, dtype: torch.dtype) -> Int4Config:
-    """The cut for `rows` rows of `dtype`: the same one for all windows, so a row's sums never depend on them."""
+    """The cut for `rows` rows of `dtype`. A row's sums never depend on it: those of int8 are exact, those of floats go
+    through the same small instruction, in the same order, in every cut."""
     if dtype == torch.float32:  # no exact tensor core instruction: plain multiply-adds in small blocks
         return Int4Config(outputs=32, rows=WINDOW, step=32, warps=4, stages=2)
     if rows > WINDOW:
-        return Int4Config(outputs=64, rows=_TALL, step=group, warps=8, stages=2)
+        return Int4Config(outputs=32, rows=_TALL, step=group, warps=4, stages=2)
     if outputs >= 16384 and dtype == torch.int8:
         # 256 programs or more, and 64 outputs fill the large instruction. With 16-bit inputs, unpacking for that one
         # takes 5 instructions a nibble, for the small one 3, which is what memory leaves time for.
         return Int4Config(outputs=64, rows=WINDOW, step=group, warps=4, stages=5)
     if outputs >= 3072:
         return Int4Config(outputs=32, rows=WINDOW, step=group, warps=4, stages=7)
-    return Int4Config(outputs=16, rows=WINDOW, step=group, warps=4, stages=8)
+    return Int4Config(outputs=16, rows=WINDOW, step=group, warps=2, stages=8)
 
 
-def int4_linear(x: Tensor, scale: Tensor | None, weight: Int4Weight, bias: Tensor | None, out: Tensor) -> None:
+def int4_linear(
+    x: Tensor,
+    scale: Tensor | None,
+    weight: Int4Weight,
+    bias: Tensor | None,
+    out: Tensor,
+    epilogue: Epilogue = None,
+) -> None:
     """out[i, n] = (sum over groups g of weight.scale[n, g] * sum of x[i, g] * weight[n, g]) * scale[i] + bias[n].
 
     x [rows, in]: int8 with scale float32 [rows], or float16, bfloat16 or float32 and None; bias [out] or None; out
@@ -85,23 +93,24 @@ def int4_linear(x: Tensor, scale: Tensor | None, weight: Int4Weight, bias: Tenso
     rows, inner = x.shape
     outputs = weight.values.shape[0]
     config = int4_config(rows, outputs, weight.group, x.dtype)
+    extra, kind = epilogue_of(epilogue, out)
     launch(
         _int4_linear,
         (triton.cdiv(outputs, config.outputs), triton.cdiv(rows, config.rows)),
         *(x, weight.values, weight.scale if scale is None else scale, weight.scale),
-        *(weight.scale if bias is None else bias, out, rows, outputs, inner),
+        *(weight.scale if bias is None else bias, out, extra, rows, outputs, inner),
         warps=config.warps,
         stages=config.stages,
         ASSEMBLY=x.device.type != "cpu",  # Triton's interpreter has none
         QUANTIZED=scale is not None,
         HAS_BIAS=bias is not None,
         EVEN=inner % (2 * weight.group) == 0,
-        # A window reads its weights once; the blocks of rows of a prompt share them in L2.
-        EVICTION="evict_first" if rows <= config.rows else "",
+        EPILOGUE=kind,
         OUTPUTS=config.outputs,
         ROWS=config.rows,
         GROUP=weight.group,
         STEP=config.step,
+        PREFETCH=prefetch_bytes(x.device, weight.values.shape[1], config.outputs >= 64),
     )
 
 
@@ -124,18 +133,20 @@ def rotate(x: Tensor, hadamard: Tensor, out: Tensor) -> None:
 
 @jit(varying=("rows",))
 def _int4_linear(
-    x, weight, row_scale, scale, bias, out, rows, outputs, inner,
-    ASSEMBLY: tl.constexpr, QUANTIZED: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr, EVICTION: tl.constexpr,
-    OUTPUTS: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, STEP: tl.constexpr, DEPENDENT: tl.constexpr,
+    x, weight, row_scale, scale, bias, out, extra, rows, outputs, inner,
+    ASSEMBLY: tl.constexpr, QUANTIZED: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr, EPILOGUE: tl.constexpr,
+    OUTPUTS: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, STEP: tl.constexpr, PREFETCH: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     pairs = tl.cdiv(inner, 2 * GROUP)
-    prefetch_weights(weight, outputs, pairs * GROUP, OUTPUTS, DEPENDENT)
+    n = outputs_of(outputs, OUTPUTS, EPILOGUE)
+    prefetch_weights(weight, outputs, pairs * GROUP, OUTPUTS, EPILOGUE, PREFETCH)
     await_inputs(DEPENDENT)
     SUM: tl.constexpr = tl.int32 if QUANTIZED else tl.float32
     m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, STEP)
     # Outputs beyond the last repeat it and are not stored: loads need no mask for them.
-    here = tl.minimum(tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS), outputs - 1)
+    here = tl.minimum(n, outputs - 1)
     weight_at = weight + here.to(tl.int64)[:, None] * (pairs * GROUP) + k[None, :]
     scale_at = scale + here * (2 * pairs)
     x_at = x + m[None, :] * inner + k[:, None]
@@ -148,7 +159,7 @@ def _int4_linear(
         low = tl.zeros((OUTPUTS, ROWS), dtype=SUM)
         high = tl.zeros((OUTPUTS, ROWS), dtype=SUM)
         for step in tl.static_range(0, GROUP, STEP):
-            w = tl.load(weight_at + step, eviction_policy=EVICTION)
+            w = tl.load(weight_at + step)
             low_x = tl.load(x_at + step, mask=there, other=0)
             if EVEN:
                 high_x = tl.load(x_at + GROUP + step, mask=there, other=0)
@@ -163,11 +174,11 @@ def _int4_linear(
         totals += high.to(tl.float32) * high_scale[:, None]
         weight_at += GROUP
         x_at += 2 * GROUP
+    let_next_start(DEPENDENT)
     y = totals * 0.0625
     if QUANTIZED:
         y *= tl.load(row_scale + m, mask=m < rows, other=0)[None, :]
-    n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-    store_outputs(y, bias, out, n, m, rows, outputs, HAS_BIAS)
+    finish(y, bias, out, extra, n, m, rows, outputs, HAS_BIAS, EPILOGUE, OUTPUTS, ROWS)
 
 
 @triton.jit

@@ -1,7 +1,8 @@
-"""Kernels that handle a row in one program: embedding, residual-add + RMSNorm, SwiGLU, each with quantisation.
+"""Kernels between the matmuls: embedding, residual-add + RMSNorm, SwiGLU, quantisation.
 
-A window has few rows, so these are bound by latency, not by bytes (Qwen3-8B: 8 KB a row): one program reads its row
-once, keeps it in registers and writes what the next matmul wants.
+A window has few rows, so these are bound by latency, not by bytes (Qwen3-8B: 8 KB a row). A norm needs its whole row at
+once: one program reads it, keeps it in registers and writes what the next matmul wants. Where a row's peak is known
+already, several programs quantise it.
 """
 
 from __future__ import annotations
@@ -10,37 +11,58 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quasar_gpu.kernels.launch import await_inputs, jit, launch, round_to_int8, row_scale_of
+from quasar_gpu.kernels.launch import MOST_ROWS, await_inputs, jit, launch, round_to_int8, row_scale_of, silu_times
+from quasar_gpu.kernels.linear import LEAST_KEY
 
 INT8, INT4 = 127, 7  # the largest value of each
 _EMBED_BLOCK = 1024
+_SHARE = 1536  # values of a row that one of several programs quantises: Qwen3-8B's 12288 in eight
 
 
-def embed(table: Tensor, ids: Tensor, out: Tensor) -> None:
-    """Rows `ids` (int64 [rows], on the device) of `table` [vocab, hidden] -> out [rows, hidden], in out's type."""
+def embed(table: Tensor, ids: Tensor, out: Tensor, keys: Tensor | None = None) -> None:
+    """Rows `ids` (int64 [rows], on the device) of `table` [vocab, hidden] -> out [rows, hidden], in out's type.
+
+    keys int64 [MOST_ROWS]: made ready for a product with `linear.Best`, as many as there are rows.
+    """
     rows, hidden = out.shape
     grid = (rows, triton.cdiv(hidden, _EMBED_BLOCK))
-    launch(_embed, grid, table, ids, out, hidden, warps=4, BLOCK=_EMBED_BLOCK)
+    more = {"HAS_KEYS": keys is not None, "LEAST": LEAST_KEY, "MOST_ROWS": MOST_ROWS, "BLOCK": _EMBED_BLOCK}
+    launch(_embed, grid, table, ids, out, ids if keys is None else keys, hidden, warps=4, **more)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, total: Tensor, out: Tensor) -> None:
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    total: Tensor,
+    out: Tensor,
+    peaks: Tensor | None = None,
+) -> None:
     """total = x + residual; out = RMSNorm(total) * weight; all [rows, hidden], weight [hidden].
 
     `total` may be `residual` itself. Without a residual, x is normalised and `total` is left alone. As in the reference
     the sum is rounded to its type before it is normalised in float32; the mean is summed in another order, so a value
-    may differ in its last place.
+    may differ in its last place. peaks int32 [rows]: made ready for a product with `linear.SwiGLU`.
     """
-    _launch_norm(x, residual, weight, eps, total, out, out)
+    _launch_norm(x, residual, weight, eps, total, out, out, peaks)
 
 
 def add_rms_norm_quantize(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, total: Tensor, values: Tensor, scale: Tensor
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    total: Tensor,
+    values: Tensor,
+    scale: Tensor,
+    peaks: Tensor | None = None,
 ) -> None:
     """add_rms_norm, then quantize: values int8 [rows, hidden], scale float32 [rows].
 
     The normed row is rounded to x's type before it is quantised, which only keeps the reference's numbers.
     """
-    _launch_norm(x, residual, weight, eps, total, values, scale)
+    _launch_norm(x, residual, weight, eps, total, values, scale, peaks)
 
 
 def swiglu(gate_up: Tensor, out: Tensor) -> None:
@@ -64,23 +86,48 @@ def quantize(x: Tensor, values: Tensor, scale: Tensor, limit: int = INT8) -> Non
     _launch_rows(_quantize, x, values, scale, limit)
 
 
+def quantize_by_peak(x: Tensor, peaks: Tensor, values: Tensor, scale: Tensor) -> None:
+    """`quantize` to int8 where peaks int32 [rows] has max|row| as `launch.as_peak` writes it: several programs a row."""
+    rows, size = x.shape
+    grid = (rows, triton.cdiv(size, _SHARE))
+    launch(_quantize_by_peak, grid, x, peaks, values, scale, size, warps=4, SHARE=_SHARE, BLOCK=2048)
+
+
 def _warps(block: int) -> int:
     """16 elements a thread, in 4 to 16 warps: short chains of loads without spilling."""
     return min(max(block // 512, 4), 16)
 
 
 def _launch_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, total: Tensor, out: Tensor, scale: Tensor
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    total: Tensor,
+    out: Tensor,
+    scale: Tensor,
+    peaks: Tensor | None,
 ) -> None:
     rows, hidden = x.shape
     block = triton.next_power_of_2(hidden)
     launch(
         _add_rms_norm,
         (rows,),
-        *(x, x if residual is None else residual, weight, eps, total, out, scale, hidden),
+        *(
+            x,
+            x if residual is None else residual,
+            weight,
+            eps,
+            total,
+            out,
+            scale,
+            x if peaks is None else peaks,
+            hidden,
+        ),
         warps=_warps(block),
         ADD=residual is not None,
         QUANTIZE=0 if out is scale else INT8,
+        HAS_PEAKS=peaks is not None,
         BLOCK=block,
     )
 
@@ -92,18 +139,23 @@ def _launch_rows(kernel: triton.JITFunction, x: Tensor, out: Tensor, scale: Tens
 
 
 @jit()
-def _embed(table, ids, out, hidden, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
+def _embed(
+    table, ids, out, keys, hidden,
+    HAS_KEYS: tl.constexpr, LEAST: tl.constexpr, MOST_ROWS: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
     row, column = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     await_inputs(DEPENDENT)
     source = tl.load(ids + row) * hidden
     x = tl.load(table + source + column, mask=column < hidden)
     tl.store(out + row * hidden + column, x.to(tl.float32).to(out.dtype.element_ty), mask=column < hidden)
+    if HAS_KEYS:
+        tl.store(keys + row, LEAST, mask=row < MOST_ROWS)
 
 
 @jit(varying=("eps",))
 def _add_rms_norm(
-    x, residual, weight, eps, total, out, scale, hidden,
-    ADD: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
+    x, residual, weight, eps, total, out, scale, peaks, hidden,
+    ADD: tl.constexpr, QUANTIZE: tl.constexpr, HAS_PEAKS: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     row, column = tl.program_id(0), tl.arange(0, BLOCK)
     here, inside = row * hidden + column, column < hidden
@@ -115,6 +167,8 @@ def _add_rms_norm(
         y += tl.load(residual + here, mask=inside, other=0).to(tl.float32)
         y = y.to(dtype).to(tl.float32)
         tl.store(total + here, y.to(dtype), mask=inside)
+    if HAS_PEAKS:
+        tl.store(peaks + row, 0)
     mean = tl.div_rn(tl.sum(y * y, axis=0), hidden.to(tl.float32))
     y = (y * tl.div_rn(1.0, tl.sqrt_rn(mean + eps)) * gain).to(dtype)
     _store_row(y, out, scale, row, here, inside, QUANTIZE)
@@ -128,8 +182,8 @@ def _swiglu(gate_up, out, scale, inter, QUANTIZE: tl.constexpr, BLOCK: tl.conste
     await_inputs(DEPENDENT)
     gate = tl.load(gate_up + row * 2 * inter + column, mask=inside, other=0).to(tl.float32)
     up = tl.load(gate_up + (row * 2 + 1) * inter + column, mask=inside, other=0).to(tl.float32)
-    silu = tl.div_rn(gate, 1.0 + tl.exp(-gate)).to(dtype).to(tl.float32)
-    _store_row((silu * up).to(dtype), out, scale, row, row * inter + column, inside, QUANTIZE)
+    y = silu_times(gate, up, dtype).to(dtype)
+    _store_row(y, out, scale, row, row * inter + column, inside, QUANTIZE)
 
 
 @jit()
@@ -138,6 +192,21 @@ def _quantize(x, out, scale, size, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr, 
     here, inside = row * size + column, column < size
     await_inputs(DEPENDENT)
     _store_row(tl.load(x + here, mask=inside, other=0), out, scale, row, here, inside, QUANTIZE)
+
+
+@jit()
+def _quantize_by_peak(
+    x, peaks, values, scale, size, SHARE: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr
+):  # fmt: skip
+    row, share = tl.program_id(0), tl.arange(0, BLOCK)
+    column = tl.program_id(1) * SHARE + share
+    here, inside = row * size + column, (column < size) & (share < SHARE)
+    await_inputs(DEPENDENT)
+    y = tl.load(x + here, mask=inside, other=0).to(tl.float32)
+    row_scale = row_scale_of(tl.load(peaks + row).to(tl.float32, bitcast=True), 127)
+    tl.store(values + here, round_to_int8(tl.div_rn(y, row_scale)), mask=inside)
+    if tl.program_id(1) == 0:
+        tl.store(scale + row, row_scale)
 
 
 @triton.jit

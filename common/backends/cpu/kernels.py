@@ -129,17 +129,60 @@ def recording() -> Iterator[Recording]:
         made._calls = _kernels.recorded()
 
 
-class SlotMemory:
-    """Keys and values of one sequence as the kernels have them: float32 [layers, kv_heads, capacity, head_dim].
+KV_FORMATS = ("float32", "bfloat16", "int8")
+KV_MOST_DIM = 1024  # of a head
+_KV_CHUNK = 64
 
-    The memory is uninitialised: the system gives it out page by page as positions are written.
+
+def kv_bytes(layers: int, kv_heads: int, head_dim: int, kv: str = "float32") -> int:
+    """Bytes of one position's keys and values; int8 with a float32 scale for each head's key and value."""
+    row = {"float32": 4 * head_dim, "bfloat16": 2 * head_dim, "int8": head_dim + 4}[kv]
+    return 2 * layers * kv_heads * row
+
+
+class SlotMemory:
+    """Keys and values of one sequence as the kernels have them: for each 64 positions, all layers and heads together.
+
+    Memory is uninitialised, and the system gives it out page by page: a slot costs what its text takes, not its
+    capacity.
+    kv: float32; bfloat16, rounded half to even; or int8 with a scale for each head and position.
     """
 
-    def __init__(self, layers: int, kv_heads: int, capacity: int, head_dim: int) -> None:
-        self.k = torch.empty(layers, kv_heads, capacity, head_dim)
-        self.v = torch.empty(layers, kv_heads, capacity, head_dim)
-        self._slot = torch.tensor([self.k.data_ptr(), self.v.data_ptr(), capacity, layers, kv_heads, head_dim])
+    def __init__(self, layers: int, kv_heads: int, capacity: int, head_dim: int, kv: str = "float32") -> None:
+        if head_dim % 16 or not 0 < head_dim <= KV_MOST_DIM:
+            raise ValueError(f"{head_dim=} must be a multiple of 16, at most {KV_MOST_DIM}")
+        self._shape = (-(-capacity // _KV_CHUNK), layers, kv_heads)
+        self._head_dim, self._kv = head_dim, kv
+        nbytes = self._shape[0] * _KV_CHUNK * kv_bytes(layers, kv_heads, head_dim, kv) // 2
+        self._memory = [torch.empty(nbytes, dtype=torch.uint8) for _ in range(2)]
+        pointers = [memory.data_ptr() for memory in self._memory]
+        self._slot = torch.tensor([*pointers, capacity, layers, kv_heads, head_dim, KV_FORMATS.index(kv)])
         self.pointer = self._slot.data_ptr()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values for the whole capacity."""
+        return sum(memory.nbytes for memory in self._memory)
+
+    @property
+    def k(self) -> Tensor:
+        """A copy: float32 [layers, kv_heads, capacity rounded up to 64, head_dim]."""
+        return self._copy(self._memory[0])
+
+    @property
+    def v(self) -> Tensor:
+        """A copy: float32 [layers, kv_heads, capacity rounded up to 64, head_dim]."""
+        return self._copy(self._memory[1])
+
+    def _copy(self, memory: Tensor) -> Tensor:
+        chunks = memory.view(*self._shape, -1)
+        if self._kv == "int8":
+            split = _KV_CHUNK * self._head_dim
+            values = chunks[..., :split].contiguous().view(_int8).view(*self._shape, _KV_CHUNK, -1)
+            rows = values * chunks[..., split:].contiguous().view(_float32)[..., None]
+        else:
+            rows = chunks.view(getattr(torch, self._kv)).view(*self._shape, _KV_CHUNK, -1).float()
+        return rows.movedim(0, 2).flatten(2, 3)
 
     def keep(self, length: int, rows: Sequence[int]) -> None:
         """Moves `rows`, ascending, counted from position `length`, to positions length, length + 1, ..."""
@@ -200,6 +243,8 @@ def _constant(tensor: Tensor | None, dtype: torch.dtype, elements: int) -> int:
 def _weight(packed: _Packed | PackedInt4) -> int:
     if _recorder.recording is not None:
         _recorder.recording.kept.append(packed)
+    if packed.instruction_set != _isa:
+        raise ValueError(f"a weight packed for {packed.instruction_set} does not fit the kernels of {_isa}")
     return packed.pointer
 
 
@@ -217,18 +262,19 @@ def _output(out: Tensor | None, *shape: int) -> tuple[Tensor, int]:
 
 
 class _Packed:
-    """A weight in the kernels' layout: `n` outputs, `k` inputs, `tensor` keeps the bytes alive."""
+    """A weight in the layout of the instruction set in use: `n` outputs, `k` inputs, `tensor` keeps the bytes alive."""
 
-    __slots__ = ("k", "n", "pointer", "tensor")
+    __slots__ = ("instruction_set", "k", "n", "pointer", "tensor")
     bits: int
 
     def __init__(self, weight: Tensor, dtype: torch.dtype, k_step: int):
         if weight.dim() != 2:
             raise ValueError(f"expected a weight of shape [n, k], got {tuple(weight.shape)}")
         self.n, self.k = weight.shape
+        self.instruction_set = _isa
         source = _pointer(weight, dtype, self.n * self.k)
         blocks, steps = -(-self.n // _BLOCK), -(-self.k // k_step)
-        # [blocks, steps, 32, k_step] in the layouts of csrc/pack.c; the address must not change from here on
+        # in the layouts of csrc/pack.c, which pad to blocks of 32 outputs; the address must not change from here on
         self.tensor = torch.empty(blocks * steps * _BLOCK * k_step, dtype=torch.uint8 if dtype is _int8 else dtype)
         self.pointer = self.tensor.data_ptr()
         _kernels.pack(self.bits, source, self.pointer, self.n, self.k)
@@ -275,10 +321,11 @@ class PackedInt4:
     """int4 weight, int8 [n, k] between -8 and 7, with a bfloat16 scale per group of inputs [n, k / group], and an
     offset likewise or None."""
 
-    __slots__ = ("group", "k", "n", "offset", "pointer", "scale", "tensor")
+    __slots__ = ("group", "instruction_set", "k", "n", "offset", "pointer", "scale", "tensor")
 
     def __init__(self, weight: Tensor, scale: Tensor, offset: Tensor | None = None):
         (self.n, self.k), groups = weight.shape, scale.shape[1]
+        self.instruction_set = _isa
         self.group = self.k // groups
         if self.k % groups or self.group % 8:
             raise ValueError(f"{groups} groups of {self.k} inputs: a group must be a multiple of 8")
@@ -297,11 +344,6 @@ class PackedInt4:
             _kernels.pack_scales(source, self.offset.data_ptr(), self.n, groups)
 
 
-def int4_available() -> bool:
-    """Whether the instruction set in use has int4 kernels."""
-    return _kernels is not None and _kernels.has_int4()
-
-
 def int4_linear(x: Tensor | Quantized, weight: PackedInt4, bias: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias`, the sum of each group times its scale, summed in float32: -> float32 [m, n].
 
@@ -312,7 +354,7 @@ def int4_linear(x: Tensor | Quantized, weight: PackedInt4, bias: Tensor | None =
     m, n, k = values.shape[0], weight.n, weight.k
     if isinstance(x, Tensor):
         rounded = _new((m, k))
-        _kernels.round_bf16(_pointer(x, _float32, m * k), rounded.data_ptr(), m, k, _threads())
+        _kernels.round_bf16(_pointer(x, _float32, m * k), rounded.data_ptr(), m, k, _threads(), True)
         pointer, scale_pointer = rounded.data_ptr(), 0
     else:
         pointer, scale_pointer = _pointer(values, _int8, m * k), _pointer(x[1], _float32, m)
@@ -385,7 +427,7 @@ def bf16_linear(x: Tensor, weight: PackedBf16, bias: Tensor | None = None, out: 
     m, n, k = x.shape[0], weight.n, weight.k
     out, out_pointer = _output(out, m, n)
     rounded = _new((m, k))
-    _kernels.round_bf16(_pointer(x, _float32, m * k), rounded.data_ptr(), m, k, _threads())
+    _kernels.round_bf16(_pointer(x, _float32, m * k), rounded.data_ptr(), m, k, _threads(), False)
     _kernels.float_linear(
         True, rounded.data_ptr(), _weight(weight), _constant(bias, _float32, n), out_pointer, m, n, k, _threads(), True
     )
@@ -504,7 +546,13 @@ def rope_qk_append(
     m, width = qkv.shape
     kv_heads = (width // dim - heads) // 2
     positions, stride = cos.shape
-    if dim % 16 or kv_heads < 1 or width != (heads + 2 * kv_heads) * dim or (stride != dim and 2 * stride != dim):
+    if (
+        dim % 16
+        or dim > KV_MOST_DIM
+        or kv_heads < 1
+        or width != (heads + 2 * kv_heads) * dim
+        or (stride != dim and 2 * stride != dim)
+    ):
         raise ValueError(f"{heads=} {dim=}, tables {tuple(cos.shape)}: dim must be a multiple of 16")
     q = _new((m, heads, dim))
     _kernels.rope_qk_append(

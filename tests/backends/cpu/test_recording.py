@@ -52,7 +52,7 @@ def window(slot: Slot, *ids: int) -> Batch:
 def schedules(draw: st.DrawFn) -> list[list[tuple[int, list[int], list[int] | None, int]]]:
     """Passes of a few slots' segments: slot, ids, parents, and how many rows (or which path) are committed."""
     passes = []
-    for _ in range(draw(st.integers(1, 6))):
+    for _ in range(draw(st.integers(2, 4))):
         segments = []
         for slot in draw(st.permutations(range(3)))[: draw(st.integers(1, 3))]:
             ids = draw(st.lists(st.integers(0, 150), min_size=1, max_size=5))
@@ -67,7 +67,7 @@ def schedules(draw: st.DrawFn) -> list[list[tuple[int, list[int], list[int] | No
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("precision", PRECISIONS)
 @given(schedules(), st.sampled_from([1, 2, 3]))
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=3, deadline=None)
 def test_a_row_has_the_logits_of_plain_decoding_in_every_batch(shipped, family, precision, schedule, threads):
     """Recorded and replayed passes over chains and trees of three sequences against single tokens without recording."""
     torch.set_num_threads(threads)
@@ -89,9 +89,9 @@ def test_a_row_has_the_logits_of_plain_decoding_in_every_batch(shipped, family, 
 
 
 @pytest.mark.parametrize("isa", kernels.instruction_sets())
-def test_every_instruction_set_replays(shipped, isa):
-    runtime = Runtime(shipped("qwen3", "w8a8").decoder)
-    with kernels.use_instruction_set(isa):
+def test_every_instruction_set_replays(isa):
+    with kernels.use_instruction_set(isa):  # weights are packed for it
+        runtime = Runtime(load("tiny-qwen3", device="cpu", precision="w8a8").decoder)
         slot, other = filled_slot(runtime), filled_slot(runtime, prompt=PROMPT[:30])
         runtime.run(window(slot, 1, 2, 3))
         batch = Batch([Segment(other, [7]), Segment(slot, [8, 9], [-1, -1], logits_to_keep=2)])

@@ -12,7 +12,7 @@
 struct int8_linear_args {
     const int8_t *x;         /* [m, k4 * 4], zero beyond k */
     const float *x_scale;    /* [m] */
-    const uint8_t *weight;   /* [ceil(n / 32), k4, 32, 4]: int8 value + 128, 128 where padded */
+    const uint8_t *weight;   /* packed by `layout`, zeros where padded */
     const float *w_scale;    /* [n] */
     const float *bias;       /* [n] or NULL */
     float *out;              /* [m, n], or NULL when accumulators are asked for */
@@ -22,14 +22,14 @@ struct int8_linear_args {
 
 struct float_linear_args {
     const void *x;           /* float [m, k], or what round_bf16 made of it */
-    const void *weight;      /* float: [ceil(n / 32), k, 32]; bf16: [ceil(n / 32), ceil(k / 2), 32, 2] */
+    const void *weight;      /* float or bf16, packed by `layout` */
     const float *bias;       /* [n] or NULL */
     float *out;              /* [m, n] */
     int64_t m, n, k;
 };
 
 struct int4_linear_args {
-    const void *x;           /* bfloat16 [m, k], or int8 between -7 and 7 where there is x_scale */
+    const void *x;           /* what round_int4 made of it, or int8 [m, k] between -7 and 7 where there is x_scale */
     const float *x_scale;    /* [m] or NULL */
     const uint8_t *weight;   /* [ceil(n / 32), k / 8, 32, 4], see pack.c */
     const uint16_t *w_scale; /* bfloat16 [ceil(n / 32), k / group, 32] */
@@ -99,10 +99,25 @@ struct swiglu_args {
 /* What one pass runs over, one segment per sequence. The table stays at its address: a recorded pass points to it, and
  * only what it says changes from replay to replay. Row i of a segment is written at position length + i of its slot;
  * it sees the committed positions, its ancestors and itself, as if its ancestors stood at length, length + 1, ... */
+enum kv_format { KV_FLOAT32, KV_BFLOAT16, KV_INT8 };
+#define KV_CHUNK 64          /* positions that lie together, of all layers and heads: memory grows as text does */
 struct slot {
-    char *k, *v;             /* [layers, kv_heads, capacity, dim] */
-    int64_t capacity, layers, kv_heads, dim;
+    char *k, *v;             /* [capacity / 64, layers, kv_heads], each [64, dim] and, for int8, float scale[64] */
+    int64_t capacity, layers, kv_heads, dim, format;
 };
+static inline int64_t kv_row_bytes(const struct slot *s)
+{
+    return s->dim * 4 >> s->format;
+}
+static inline int64_t kv_chunk_bytes(const struct slot *s)
+{
+    return KV_CHUNK * (kv_row_bytes(s) + (s->format == KV_INT8 ? (int64_t)sizeof(float) : 0));
+}
+/* Where the chunk of a position begins. */
+static inline int64_t kv_chunk_at(const struct slot *s, int64_t layer, int64_t head, int64_t position)
+{
+    return ((position / KV_CHUNK * s->layers + layer) * s->kv_heads + head) * kv_chunk_bytes(s);
+}
 struct segment {
     struct slot slot;
     int64_t length;          /* committed positions */
@@ -142,6 +157,9 @@ struct attention_args {
     int64_t m, heads, kv_heads, dim, layer;
     int64_t tokens_per_item, scratch_bytes;
     int64_t next;            /* work items handed out so far */
+    int64_t is_split, spans; /* whether spans of keys are items of their own, and the most that a row has */
+    int32_t *finished;       /* [items without spans]: spans that are done */
+    float *partials;         /* [m * heads, spans, dim + 2]: sums of a span, their maximum and total, where is_split */
 };
 
 struct read_args {
@@ -158,16 +176,28 @@ struct argmax_args {
 
 typedef void (*task_fn)(void *args, int thread, int threads);
 
+/* How a weight lies in memory, [ceil(n / width), k / inputs, width, inputs], which is up to the kernels that read it. */
+struct layout {
+    int64_t int8_width, int8_inputs, float_width;
+    uint8_t int8_shift;      /* added to each value */
+};
+
 struct kernels {
     const char *name;
+    struct layout layout;
     task_fn int8_linear, f32_linear, bf16_linear, rounded_linear, round_bf16, embed_bf16, embed_f32, quantize, norm;
     task_fn swiglu, rope, attention, argmax, read, hadamard, add_offsets;
-    task_fn int4_linear; /* NULL where the instruction set has none */
+    task_fn int4_linear, round_int4;
     void (*exp)(const float *x, float *y, int64_t n); /* for the accuracy test */
 };
 
-extern const struct kernels kernels_avx512bf16, kernels_avx512, kernels_avxvnni, kernels_avx2, kernels_dotprod;
+extern const struct kernels kernels_amx, kernels_avx512bf16, kernels_avx512, kernels_avxvnni, kernels_avx2, kernels_dotprod;
 extern const struct kernels kernels_plain;
+
+/* Whether the compiler can make kernels_amx, and Linux is there to be asked for the tiles. */
+#if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define HAVE_AMX 1
+#endif
 
 /* Whether the compiler can make kernels_dotprod: older clang has the intrinsics only where every processor has them. */
 #if defined(__aarch64__) && defined(__linux__) && (!defined(__clang__) || __clang_major__ >= 16)
@@ -187,6 +217,7 @@ struct call {
     int64_t items;           /* independent pieces of work: no more threads than that */
     int64_t most_threads;    /* that scratch has room for */
     void *scratch;           /* from malloc, or NULL: belongs to the call */
+    void *partials;          /* of attention's first run, from malloc, or NULL */
     const void *weight;      /* what the call reads from memory and nothing else does, or NULL; in whole blocks, */
     int64_t block_bytes, blocks; /* of which every thread has its share */
     union {
@@ -217,26 +248,30 @@ void recording_free(struct recording *);
 const char *embed_check(const struct embed_args *);
 const char *rope_check(const struct rope_args *);
 const char *attention_check(const struct attention_args *);
-int64_t attention_items(const struct attention_args *);
+/* Divides the work and takes *memory, of *bytes from malloc, for partial sums: more of it if need be, NULL where there is
+ * no more. Returns the number of items. */
+int64_t attention_prepare(struct attention_args *, int64_t threads, void **memory, int64_t *bytes);
 const char *segments_finish(struct segments *); /* derives what follows from slots, lengths, rows and parents */
 void slot_move(const struct slot *, int64_t from, int64_t to);                      /* one position over another */
 void slot_copy(const struct slot *from, const struct slot *to, int64_t positions); /* the first ones */
 
 /* pack.c: weights from row-major [n, k] to the layouts above */
-void pack_int8(const int8_t *weight, uint8_t *packed, int64_t n, int64_t k);
+void pack_int8(const struct layout *, const int8_t *weight, uint8_t *packed, int64_t n, int64_t k);
 void pack_int4(const int8_t *weight, uint8_t *packed, int64_t n, int64_t k);
 void pack_scales(const uint16_t *scale, uint16_t *packed, int64_t n, int64_t groups);
-void pack_bf16(const uint16_t *weight, uint16_t *packed, int64_t n, int64_t k);
-void pack_f32(const float *weight, float *packed, int64_t n, int64_t k);
+void pack_bf16(const struct layout *, const uint16_t *weight, uint16_t *packed, int64_t n, int64_t k);
+void pack_f32(const struct layout *, const float *weight, float *packed, int64_t n, int64_t k);
 
 static inline int64_t int4_scratch_bytes(int64_t k, int64_t group)
 {
     return 64 * (k + k / group * (int64_t)sizeof(int32_t)); /* a panel of inputs in the weights' order, and sums of groups */
 }
 
-/* Rows of q that share one pass over a chunk of keys, and the keys of a chunk. */
+/* Rows of q that share one pass over a chunk of keys, the keys of a chunk, and those of a span. */
 #define ATTENTION_ROWS 64
-#define ATTENTION_KEYS 64
+#define ATTENTION_KEYS KV_CHUNK
+#define ATTENTION_SPAN 1024
+#define ATTENTION_MOST_DIM 1024 /* of a head */
 /* Chunks that hold the last committed keys, fewer than one chunk's, and those of so many rows of a tree. */
 static inline int64_t tree_chunks(int64_t rows)
 {
@@ -244,8 +279,8 @@ static inline int64_t tree_chunks(int64_t rows)
 }
 static inline int64_t attention_scratch_bytes(int64_t rows, int64_t dim, int64_t m)
 {
-    /* transposed keys, scores of up to 4 rows, then per row: scaled query, output, maximum, sum, and its scores over a
-     * tree's keys; where a token's keys lie (and alignment) */
-    int64_t floats = (dim + 4) * ATTENTION_KEYS + rows * (2 * dim + 2) + (rows + 1) * tree_chunks(m) * ATTENTION_KEYS + 16;
+    /* transposed keys; scores of up to 4 rows; per row a scaled query, and twice an output, maximum and sum; per row its
+     * scores over a tree's keys, and three times 32 bits for where such a key lies (and alignment) */
+    int64_t floats = (dim + 4) * ATTENTION_KEYS + rows * (3 * dim + 4) + (rows + 3) * tree_chunks(m) * ATTENTION_KEYS + 32;
     return (int64_t)sizeof(float) * (floats - floats % 16);
 }
