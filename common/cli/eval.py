@@ -1,4 +1,4 @@
-"""`quasar eval fidelity | tasks | replay`: what precisions and drafters do to the text, and to Spec-Bench's questions."""
+"""`quasar eval fidelity | tasks | replay`: what precisions and drafters do to text, and to Spec-Bench's questions."""
 
 from __future__ import annotations
 
