@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from quasar.backends.base import Slot
 from quasar.drafting.cascade import CascadeDrafter
