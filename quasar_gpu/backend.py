@@ -219,7 +219,12 @@ class CudaBackend(Backend):
             gate_up.run(y, linear_kernels.SwiGLU(self._peaks))
             return y if quant is None else self._quantize_with_peaks(y, quant)
         gate_up = self.result(gate_up)
-        y = self._new((gate_up.shape[0], gate_up.shape[1] // 2), self.dtype)
+        shape = (gate_up.shape[0], gate_up.shape[1] // 2)
+        if quant is not None and quant.static_scale is None:
+            quantized = self._quantized(shape)
+            row_kernels.swiglu_quantize(gate_up, quantized.values, quantized.scale)
+            return quantized
+        y = self._new(shape, self.dtype)
         row_kernels.swiglu(gate_up, y)
         return y if quant is None else self.quantize(y, quant)
 
