@@ -6,3 +6,9 @@ class QuasarError(Exception):
 
     The command line prints it and exits with code 2; libraries may catch it.
     """
+
+
+def shorten(text: str, most: int = 120) -> str:
+    """What a file says, for a line that quotes it: on one line, and cut where it is long."""
+    text = " ".join(text.split())
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from quasar.backends.base import Backend
 from quasar.errors import QuasarError
 from quasar.memory import out_of_memory_in_one_line
-from quasar.models.build import WeightSource
+from quasar.models.build import WeightSource, assemble
 from quasar.models.config import ModelConfig
 from quasar.models.decoder import Decoder
 from quasar.models.fidelity import Fidelity
 from quasar.models.linear_int4 import in_w4a4
+from quasar.models.loader import CheckpointWeights
 from quasar.models.model import ASSETS, DEFAULT_MODEL, LoadOptions, Model, open_model
+from quasar.models.own_text import own_text
 from quasar.models.sharing import share
+from quasar.models.weights_cache import WeightsCache, source_digest
 from quasar.quantization.budget import choose_kept
 from quasar.quantization.calibration import read_texts
 from quasar.quantization.fidelity import held_out
@@ -48,12 +51,21 @@ def load(
     lossless: bool = False,
     trust_remote_code: bool = False,
     progress: bool = False,
+    prompts: Sequence[str] | None = None,
+    heldout: Sequence[str] | None = None,
+    lm_head: str = "full",
+    recipe: Recipe = DEFAULT_RECIPE,
+    force: bool = False,
+    cache: WeightsCache | None = None,
 ) -> Model:
-    """Loads a checkpoint folder, a shipped model (tiny-qwen3, tiny-openpangu), a hub name, or `dummy:SHAPE`.
+    """Loads a checkpoint folder, a GGUF file, a shipped model (tiny-qwen3, tiny-openpangu), smollm2, a hub name, or
+    `dummy:SHAPE`.
 
-    precision "auto" takes the checkpoint's own, full or w8a8. "w8a8" calibrates a full-precision checkpoint on the
-    built-in prompts and quantises it; call `quantize` yourself to choose. "full" refuses a quantised checkpoint.
-    lossless keeps the full-precision weights beside the quantised ones, for generating with lossless=True.
+    precision "auto" takes the checkpoint's own, full or w8a8. Others quantise a full-precision checkpoint, calibrated
+    on prompts and measured on heldout (None: built-in texts); lm_head, recipe and force are those of `quantize`. What
+    was quantised is kept in `cache` (None: the user's own), so that the next start only maps it. "full" refuses a
+    quantised checkpoint. lossless keeps the full-precision weights beside the quantised ones, for generating with
+    lossless=True.
     """
     if precision not in ("auto", *PRECISIONS):
         raise QuasarError(f"--precision {precision} is unknown; use one of {', '.join(PRECISIONS)}")
@@ -68,9 +80,21 @@ def load(
     found.backend.require_memory(quantized_bytes(found.config, precision), f"loading {model}")
     full = found.decoder(progress) if lossless else None
     decoder, fidelity = _quantized(
-        found.name, found.config, found.weights, found.backend, found.tokenizer, precision=precision, progress=progress
+        found.name,
+        found.config,
+        found.weights,
+        found.backend,
+        found.tokenizer,
+        prompts,
+        precision=precision,
+        lm_head=lm_head,
+        heldout=heldout,
+        recipe=recipe,
+        force=force,
+        progress=progress,
+        files=found.files,
+        cache=cache or WeightsCache(),
     )
-    found.weights.finish()
     return replace(found.model(decoder), precision=precision, fidelity=fidelity, full=full, weights=None)
 
 
@@ -134,13 +158,29 @@ def _quantized(
     recipe: Recipe = DEFAULT_RECIPE,
     force: bool = False,
     progress: bool = False,
+    files: Sequence[Path] = (),
+    cache: WeightsCache | None = None,
 ) -> tuple[Decoder, Fidelity | None]:
+    """files: what weights are read from; with them and a cache, what was quantised before is only mapped."""
     if lm_head not in LM_HEADS:
         raise QuasarError(f"--lm-head {lm_head} is unknown; use one of {', '.join(LM_HEADS)}")
-    if tokenizer is None:  # random weights: any ids do, the figures would mean nothing
-        texts, measured = [list(range(min(64, config.max_position_embeddings)))], []
-    else:
+    texts: list[list[int]] = []
+    measured: list[list[int]] = []
+    if tokenizer is not None:
         texts, measured = calibration_and_heldout(config, tokenizer, prompts, heldout)
+    elif not files:  # random weights: any ids do
+        texts = [list(range(min(64, config.max_position_embeddings, config.vocab_size)))]
+    key, writer = "", None
+    if files and cache is not None and cache.enabled:
+        key = cache.key(files, _cache_settings(config, backend, precision, lm_head, recipe, texts, measured))
+        cached = cache.open(key, backend.place)
+        if cached is not None:
+            decoder = assemble(config, cached, backend, progress)
+            fidelity = None if cached.about["fidelity"] is None else Fidelity(**cached.about["fidelity"])
+            return _finished(name, decoder, fidelity, precision, force)
+        writer = cache.writer(key)
+    if not texts:
+        texts = own_text(assemble(config, weights, backend))
     method: Method = Int4(config)
     if precision == "w8a8":
         method = W8A8(config, recipe.alpha, rounding=recipe.rounding)
@@ -151,13 +191,56 @@ def _quantized(
                 log.info("layer %d %s stays in 16 bits: %.1e nats of KL alone", each.layer, each.name, each.kl)
             keep = [(each.layer, each.name) for each in kept]
             method = W8A8(config, recipe.alpha, rounding=recipe.rounding, keep=keep)
-    decoder, fidelity = quantized_decoder(config, weights, backend, method, texts, measured, lm_head, progress)
+    try:
+        decoder, fidelity = quantized_decoder(
+            config, weights, backend, method, texts, measured, lm_head, progress, keep=writer
+        )
+        if isinstance(weights, CheckpointWeights):
+            weights.finish()
+    except BaseException:
+        if writer is not None:
+            writer.abandon()
+        raise
+    if writer is not None:
+        about = {"model": name, "precision": method.precision, "recipe": str(recipe), "device": backend.name}
+        figures = None if fidelity is None else asdict(fidelity)
+        writer.finish(about | {"fidelity": figures, "mean_kl": None if fidelity is None else fidelity.mean_kl})
+    return _finished(name, decoder, fidelity, precision, force)
+
+
+def _finished(
+    name: str, decoder: Decoder, fidelity: Fidelity | None, precision: str, force: bool
+) -> tuple[Decoder, Fidelity | None]:
+    """With the activations of the precision, and not as garbage."""
     if precision == "w4a4":
         decoder = share(decoder, convert=in_w4a4)
     if fidelity is not None:
         log.info("%s against full precision: %s", precision.upper(), fidelity)
         require_agreement(name, fidelity, precision, force)
     return decoder, fidelity
+
+
+def _cache_settings(
+    config: ModelConfig,
+    backend: Backend,
+    precision: str,
+    lm_head: str,
+    recipe: Recipe,
+    texts: Sequence[Sequence[int]],
+    measured: Sequence[Sequence[int]],
+) -> dict[str, Any]:
+    """All that quantised weights depend on, beside the checkpoint."""
+    here = Path(__file__).parent
+    return {
+        "config": repr(config),
+        "method": "w8a8" if precision == "w8a8" else "int4",  # w4a4 is w4a16 with other activations
+        "lm_head": lm_head,
+        "recipe": asdict(recipe) if precision == "w8a8" else None,
+        "device": [backend.name, str(backend.dtype), str(backend.linear_dtype)],
+        "texts": texts,
+        "measured": measured,
+        "code": source_digest([here / "quantization", here / "checkpoints", here / "models" / "loader.py"]),
+    }
 
 
 def calibration_and_heldout(

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quasar.backends.base import ActivationQuant, AttentionSpec, KVCache, Quantized
+from quasar.backends.base import ActivationQuant, AttentionSpec, Batch, Quantized, Segment, Slot
 from quasar.errors import QuasarError
 from quasar_npu.backend import NpuBackend
+from quasar_npu.places import Places, hidden_from, to_device
 from quasar_npu.weights import Int8Part, bias_of, int8_parts, joined
 
 _ROTARY_HEAD = 128  # the one head size that npu_rotary_mul takes here
@@ -85,13 +86,46 @@ class InferenceCardBackend(NpuBackend):
         first, second = x.chunk(2, dim=-1)
         return x * cos + torch.cat([-second, first], dim=-1) * sin
 
-    def attention(self, q: Tensor, spec: AttentionSpec, cache: KVCache, layer: int) -> Tensor:
-        tokens, end = q.shape[0], cache.length + q.shape[0]
-        keys, values = (half[:, :end] for half in cache.memory[layer])
+    # Keys and values: each sequence has memory of its own, written by copies of slices, since the chip has no scatter.
+
+    def new_slot(self, layers: int, kv_heads: int, capacity: int, head_dim: int) -> Slot:
+        return Slot(layers, kv_heads, capacity, head_dim, self.dtype, self.device)
+
+    def _begin(self, batch: Batch) -> Places:
+        segment = batch.segments[0]
+        chain = len(batch.segments) == 1 and segment.parents is None
+        positions = None if chain else to_device(torch.tensor(batch.positions, dtype=torch.int32), self.device)
+        self._places[batch] = Places(positions, segment.slot.length, ())
+        return self._places[batch]
+
+    def _append(self, keys: Tensor, values: Tensor | None, batch: Batch, layer: int, spec: AttentionSpec) -> None:
+        if values is None:
+            keys, values = keys.chunk(2)
+        for segment, first in zip(batch.segments, batch.first_rows, strict=False):
+            slot, count = segment.slot, len(segment.ids)
+            where = slice(slot.length, slot.length + count)
+            for memory, rows in ((slot.k, keys), (slot.v, values)):
+                new = rows.view(batch.rows, spec.kv_heads, -1)[first : first + count]
+                memory[layer, :, where] = new.transpose(0, 1)
+
+    def attention(self, q: Tensor, spec: AttentionSpec, batch: Batch, layer: int) -> Tensor:
+        parts = [
+            self._attend_segment(q[first : first + len(segment.ids)], spec, segment, layer)
+            for segment, first in zip(batch.segments, batch.first_rows, strict=False)
+        ]
+        return joined(parts, dim=0)
+
+    def _attend_segment(self, q: Tensor, spec: AttentionSpec, segment: Segment, layer: int) -> Tensor:
+        slot, tokens = segment.slot, q.shape[0]
+        end = slot.length + tokens
+        keys, values = slot.k[layer, :, :end], slot.v[layer, :, :end]
         # [kv_heads, group * tokens, head_dim]: a kv head serves its group in one product.
         grouped = q.transpose(0, 1).reshape(spec.kv_heads, -1, spec.head_dim)
         scores = (grouped @ keys.transpose(1, 2)).float() * spec.head_dim**-0.5
-        hidden = torch.ones(tokens, end, dtype=torch.bool, device=self.device).triu(cache.length + 1)
+        if segment.parents is None:
+            hidden = torch.ones(tokens, end, dtype=torch.bool, device=self.device).triu(slot.length + 1)
+        else:
+            hidden = to_device(hidden_from(segment, end), self.device)
         scores = scores.view(spec.heads, tokens, end).masked_fill(hidden, -torch.inf)
         probs = scores.softmax(dim=-1).to(self.dtype).view(spec.kv_heads, -1, end)
         return (probs @ values).view(spec.heads, tokens, -1).transpose(0, 1).reshape(tokens, -1)

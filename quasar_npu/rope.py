@@ -25,7 +25,7 @@ _TOGETHER = 16  # passes up to this long (windows) get the rows of all layers at
 
 
 class LayerGains:
-    """What a layer's heads make of cos and sin: rows * scale + offset, both float32 [2 (cos, sin), heads, 1, head_dim].
+    """What a layer's heads make of cos and sin: rows * scale + offset, both float32 [2 (cos, sin), 1, heads, head_dim].
 
     `norm` [head_dim] is the one weight that is left to the norm of q and k; None for models without norms.
     """
@@ -34,7 +34,7 @@ class LayerGains:
         if spec.q_norm is None or spec.k_norm is None:
             # q and k as they are, v unturned.
             turned = torch.tensor([1.0] * (spec.heads + spec.kv_heads) + [0.0] * spec.kv_heads)
-            scale = turned.view(1, -1, 1, 1).expand(2, -1, 1, spec.head_dim)
+            scale = turned.view(1, 1, -1, 1).expand(2, 1, -1, spec.head_dim)
             offset = (1 - scale) * torch.tensor([1.0, 0.0]).view(2, 1, 1, 1)
             self.scale, self.offset, self.norm = scale.contiguous().to(device), offset.to(device), None
             return
@@ -43,13 +43,14 @@ class LayerGains:
         power = 2.0 ** math.ceil(math.log2(peak)) if peak > 0 else 1.0
         weights = torch.stack([q] * spec.heads + [k] * spec.kv_heads) / power  # [heads + kv_heads, head_dim]
         # sin multiplies the turned vector, whose halves have changed places.
-        scale = torch.stack([weights, weights.roll(spec.head_dim // 2, dims=-1)])[:, :, None]
+        scale = torch.stack([weights, weights.roll(spec.head_dim // 2, dims=-1)])[:, None]
         self.scale, self.offset = scale.to(device), None
         self.norm = torch.full_like(spec.q_norm, power)
 
-    def rotations(self, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def rotations(self, cos: Tensor, sin: Tensor, dtype: torch.dtype, order: Tensor | None) -> tuple[Tensor, Tensor]:
         """From plain rows [tokens, head_dim / 2] to what npu_rotary_mul takes, for this layer alone."""
-        return _flat(_apply(doubled(cos, sin)[:, None], self.scale, self.offset).to(dtype))
+        made = _apply(doubled(cos, sin)[:, :, None], self.scale, self.offset).to(dtype)  # [2, tokens, heads, head_dim]
+        return _flat(_ordered(made[:, None], order)[:, 0])
 
 
 class RopeTables:
@@ -63,19 +64,25 @@ class RopeTables:
         self._scale = torch.stack([layer.scale for layer in layers], dim=1)  # [2, layers, heads, 1, head_dim]
         self._offset = None if gains[0].offset is None else gains[0].offset[:, None]
 
-    def rows(self, start: int, tokens: int, positions: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each layer cos, sin [1, heads * tokens, 1, head_dim]; device-held positions [tokens] replace start."""
+    def rows(
+        self, start: int, tokens: int, positions: Tensor | None, order: Tensor | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each layer cos, sin [1, tokens * heads, 1, head_dim], in the `order` in which a pass has its rows.
+
+        Device-held positions [tokens] replace `start`.
+        """
         table = self._table
         rows = table[:, start : start + tokens] if positions is None else table.index_select(1, positions)
-        rows = rows[:, None, None]  # [2, 1, 1, tokens, head_dim]
+        rows = rows[:, None, :, None]  # [2, 1, tokens, 1, head_dim]
         if self._shared or tokens <= _TOGETHER:
-            made = _apply(rows, self._scale, self._offset).to(self._dtype)  # [2, layers, heads, tokens, head_dim]
+            made = _apply(rows, self._scale, self._offset).to(self._dtype)  # [2, layers, tokens, heads, head_dim]
+            made = _ordered(made, order)
             for layer in range(self._layers):
                 yield _flat(made[:, 0 if self._shared else layer])
         else:
             for layer in range(self._layers):
                 scale = self._scale[:, layer : layer + 1]
-                yield _flat(_apply(rows, scale, self._offset).to(self._dtype)[:, 0])
+                yield _flat(_ordered(_apply(rows, scale, self._offset).to(self._dtype), order)[:, 0])
 
 
 def doubled(cos: Tensor, sin: Tensor) -> Tensor:
@@ -84,11 +91,17 @@ def doubled(cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _apply(rows: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
-    """rows [2, ..., tokens, head_dim] -> float32 [2, ..., heads, tokens, head_dim]."""
+    """rows [2, ..., tokens, 1, head_dim] -> float32 [2, ..., tokens, heads, head_dim]."""
     return rows * scale if offset is None else torch.addcmul(offset, rows, scale)
 
 
+def _ordered(made: Tensor, order: Tensor | None) -> Tensor:
+    """[2, layers, tokens, heads, head_dim] -> [2, layers, tokens * heads, head_dim], in the order of a pass's rows."""
+    flat = made.flatten(2, 3)
+    return flat if order is None else flat.index_select(2, order)
+
+
 def _flat(pair: Tensor) -> tuple[Tensor, Tensor]:
-    """[2, heads, tokens, head_dim] -> two of [1, heads * tokens, 1, head_dim], which is what "BSND" rotates."""
+    """[2, rows, head_dim] -> two of [1, rows, 1, head_dim], which is what "BSND" rotates."""
     cos, sin = (half.reshape(1, -1, 1, half.shape[-1]) for half in pair)
     return cos, sin

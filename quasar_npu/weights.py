@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 
 import torch
@@ -23,10 +24,18 @@ class Int8Part:
     first: int  # of its channels in the whole layer
 
 
+def float_nz_wanted() -> bool:
+    """QUASAR_NPU_FLOAT_NZ=1: floating-point weights in FRACTAL_NZ too. On older CANN their product is then an operator
+    that no graph can hold, so it is for those who have measured it."""
+    return os.environ.get("QUASAR_NPU_FLOAT_NZ") == "1"
+
+
 def fractal(weight: Tensor) -> Tensor:
-    """A copy of a device tensor in FRACTAL_NZ. Shape and values stay."""
+    """A copy of a device tensor in FRACTAL_NZ. Shape and values stay. A matrix of one row or column stays as it is."""
     import torch_npu
 
+    if min(weight.shape[-2:]) == 1:
+        return weight.contiguous()
     cast = torch_npu.npu_format_cast(weight.contiguous(), _FRACTAL_NZ)
     if int(torch_npu.get_npu_format(cast)) != _FRACTAL_NZ:
         log.warning(
@@ -56,6 +65,6 @@ def bias_of(part: Int8Part, bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias[part.first : part.first + len(part.scale)]
 
 
-def joined(outputs: list[Tensor]) -> Tensor:
+def joined(outputs: list[Tensor], dim: int = -1) -> Tensor:
     """[tokens, out] of all parts."""
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=dim)

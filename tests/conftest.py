@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,10 @@ if not torch.cuda.is_available():
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from quasar import Model, load
+
+# What tests quantise goes into a cache of their own, and with it.
+_cache = tempfile.TemporaryDirectory(prefix="quasar-tests-")
+os.environ["QUASAR_CACHE"] = _cache.name
 
 # Tiny models gain nothing from threads, and on a busy machine their barriers cost seconds.
 torch.set_num_threads(1)

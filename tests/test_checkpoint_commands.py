@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from quasar.cli import main
+from tests.helpers.gguf_files import write_gguf
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -62,6 +63,8 @@ def test_inspect_says_what_it_can(tmp_path: Path, capsys: pytest.CaptureFixture[
     (tmp_path / "model.safetensors").write_bytes((GOLDEN / "small-qwen3" / "model.safetensors").read_bytes())
     assert main(["inspect", str(tmp_path)]) == 0
     out = capsys.readouterr().out
+    assert main(["inspect", "--check", str(tmp_path)]) == 1
+    assert main(["inspect", "--check", str(GOLDEN / "small-qwen3")]) == 0
     assert "25 tensors" in out
     assert "no: " in out
     assert "architecture MixtralForCausalLM is not supported" in out
@@ -145,3 +148,26 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     dummy = ["quantize", "--dummy", "qwen3-0.6b", "--output", str(tmp_path / "out")]
     assert "not worth saving" in failure(capsys, *dummy)
     assert not (tmp_path / "out").exists()
+
+
+def test_inspect_of_a_gguf_file_reads_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_gguf(tmp_path / "model.gguf", kind="Q4_K")
+    with path.open("r+b") as file:  # what is written over is not looked at
+        file.seek(-1000, 2)
+        file.write(b"\xff" * 1000)
+    assert main(["inspect", "--check", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "LlamaForCausalLM: 2 layers, hidden 256" in out
+    assert "GGUF (Q4_K)" in out
+    assert "300 tokens, with a chat template" in out
+    assert "holds scales that are not finite" in failure(capsys, "generate", "--model", str(path), "Hi")
+
+
+def test_a_folder_without_a_tokenizer_takes_ids(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((GOLDEN / "small-qwen3" / name).read_bytes())
+    for precision in ("full", "w8a8"):
+        flags = ["--model", str(tmp_path), "--precision", precision, "--max-new-tokens", "4", "--ignore-eos"]
+        assert main(["generate", *flags, "--prompt-ids", "1,2,3"]) == 0
+        assert len(capsys.readouterr().out.split()) == 4
+    assert "has no tokenizer; give token ids" in failure(capsys, "generate", "--model", str(tmp_path), "Hi")

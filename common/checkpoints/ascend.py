@@ -44,6 +44,7 @@ class AscendFolder(SafetensorsFolder):
     """A checkpoint of msModelSlim, or of Quasar in the same format."""
 
     format = "ascend"
+    is_quantized = True
 
     def __init__(self, folder: Path, description: Path) -> None:
         self.index = _only(folder, "*.safetensors.index.json", "one index or none") or SafetensorsFolder.index

@@ -34,6 +34,7 @@ class CompressedTensorsFolder(SafetensorsFolder):
     """A compressed-tensors checkpoint whose quantised layers are W8A8 or W4A16."""
 
     format = "compressed-tensors"
+    is_quantized = True
 
     def __init__(self, folder: Path, quantization: dict[str, Any]) -> None:
         super().__init__(folder)

@@ -34,6 +34,7 @@ class SafetensorsFolder:
     """One file, or shards with an index. Nothing is read before it is asked for; here everything is floating point."""
 
     format = "full precision"
+    is_quantized = False
     single, index = "model.safetensors", "model.safetensors.index.json"
 
     def __init__(self, folder: Path) -> None:

@@ -29,7 +29,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    from quasar.cli import bench, compare, eval, generate, inspect, quantize, serve
+    from quasar.cli import batch, bench, cache, chat, compare, eval, generate, inspect, quantize, serve
 
     parser = OneLineParser(
         prog="quasar",
@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (generate, compare, quantize, inspect, eval, bench, serve):
+    for command in (generate, chat, serve, batch, compare, quantize, inspect, cache, eval, bench):
         command.add_parser(subparsers)
     return parser
 
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None, default_device: str | None = None) -
     logging.basicConfig(format="%(levelname)s: %(message)s", level=level)
     try:
         with out_of_memory_in_one_line():
-            args.run(args)
+            code = args.run(args)
         sys.stdout.flush()
     except QuasarError as error:
         print(f"quasar {args.command}: {error}", file=sys.stderr)
@@ -68,4 +68,4 @@ def main(argv: Sequence[str] | None = None, default_device: str | None = None) -
         # The reader (head, less) has what it wanted; keep the interpreter's own flush at exit quiet too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    return 0
+    return code or 0

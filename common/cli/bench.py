@@ -15,7 +15,7 @@ from tqdm import tqdm
 from quasar.backends import get_backend
 from quasar.cli import flags
 from quasar.errors import QuasarError
-from quasar.evaluation import decode, peers, speed
+from quasar.evaluation import decode, peers, serving, speed
 from quasar.generation import GenerationSettings
 from quasar.loading import PRECISIONS, texts_or_default
 from quasar.models.model import ASSETS, Model, find_checkpoint
@@ -26,7 +26,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "bench", help="measure speed", description="Measure speed, as ratios within one run."
     )
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="step|decode")
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="step|decode|serving")
     step = kinds.add_parser(
         "step",
         help="one forward pass of M new tokens",
@@ -68,7 +68,24 @@ def add_parser(subparsers: Any) -> None:
     ends.add_argument("--gamma", type=int, metavar="G", help="fixed window (default: adapts)")
     ends.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
     ends.set_defaults(run=run_decode)
-    for each, repeats in ((step, 9), (ends, 3)):
+    many = kinds.add_parser(
+        "serving",
+        help="many sequences at once",
+        description="Tokens per second, time to the first token and between tokens, of full precision and W8A8, "
+        "plain and with drafts, at several numbers of sequences in one engine.",
+    )
+    many.add_argument(
+        "--sequences", type=_numbers, default=[1, 2, 4, 8, 16], metavar="N,N", help="at once (default: 1,2,4,8,16)"
+    )
+    many.add_argument(
+        "--prompts", metavar="FILE", help="JSONL of prompts (default: built-in ones; random with --dummy)"
+    )
+    many.add_argument("--context", type=int, default=64, metavar="N", help="tokens of a prompt (default: %(default)s)")
+    many.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="per prompt (default: %(default)s)")
+    many.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
+    flags.add_draft_flag(many)
+    many.set_defaults(run=run_serving)
+    for each, repeats in ((step, 9), (ends, 3), (many, 3)):
         each.add_argument("--repeats", type=int, default=repeats, metavar="N", help="rounds (default: %(default)s)")
         each.add_argument("--json", metavar="FILE", help="write the figures there too")
         flags.add_model_flags(each)
@@ -148,6 +165,48 @@ def decode_table(speeds: list[decode.DecodeSpeed]) -> str:
     lines.append(f"Quasar over n-gram in full precision: {speeds[3].speed / speeds[1].speed:.2f}x")
     if speeds[0].replayed:
         lines.append("(acceptance lengths are replayed as stated, not measured)")
+    return "\n".join(lines)
+
+
+def run_serving(args: argparse.Namespace) -> None:
+    _positive(args, "repeats", "context", "max_new_tokens")
+    models = {precision: flags.load_model(args, precision) for precision in ("full", "w8a8")}
+    model = models["full"]
+
+    def settings(draft: str | None) -> GenerationSettings:
+        return GenerationSettings(
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            draft=draft or args.draft,
+            ignore_eos=True,  # as many tokens for every scheme
+        )
+
+    if args.prompts is None and model.tokenizer is None:
+        generator = torch.Generator().manual_seed(0)
+        shape = (max(args.sequences) * (args.repeats + 1), args.context)
+        prompts = torch.randint(0, model.config.vocab_size, shape, generator=generator).tolist()
+    else:
+        texts = texts_or_default(args.prompts) or read_texts(ASSETS / "calibration.jsonl")
+        prompts = [model.encode(text)[: args.context] for text in texts]
+    total = (args.repeats + 1) * len(args.sequences) * len(serving.SCHEMES)
+    with tqdm(total=total, desc="serving", unit="run", disable=not sys.stderr.isatty(), leave=False) as bar:
+        served = serving.compare(models, prompts, args.sequences, settings, args.repeats, bar.update)
+    print(serving_table(served))
+    _write_json(args, {"backend": model.decoder.backend.name, "serving": [s.as_dict() for s in served]})
+
+
+def serving_table(served: list[serving.Served]) -> str:
+    """A line per scheme and number of sequences."""
+    plain = {s.sequences: s.tokens_per_second for s in served if s.scheme == "plain, W8A8"}
+    lines = [
+        f"{'scheme':<24}{'sequences':>10}{'tokens/s':>10}{'first, ms':>11}{'between, ms':>13}{'acceptance':>12}"
+        f"{'vs plain W8A8':>15}"
+    ]
+    lines += [
+        f"{s.scheme:<24}{s.sequences:>10}{s.tokens_per_second:>10.1f}{s.first_token * 1e3:>11.1f}"
+        f"{s.between_tokens * 1e3:>13.2f}{s.acceptance_length:>12.2f}{s.tokens_per_second / plain[s.sequences]:>14.2f}x"
+        for s in served
+    ]
     return "\n".join(lines)
 
 

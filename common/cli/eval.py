@@ -14,9 +14,10 @@ from quasar.cli import flags
 from quasar.drafting import check_draft
 from quasar.errors import QuasarError
 from quasar.evaluation import fidelity, tasks
+from quasar.evaluation.texts import MeasuredTexts, conversations, plain_texts
 from quasar.generation import GenerationSettings
 from quasar.loading import CALIBRATION_TOKENS, texts_or_default
-from quasar.models.model import ASSETS
+from quasar.models.model import ASSETS, Model
 from quasar.quantization.calibration import read_texts
 
 _DRAFTS = ["ngram", "suffix", "self:skip=1", "self:w4a4"]
@@ -32,6 +33,12 @@ def add_parser(subparsers: Any) -> None:
         help="every verifier against full precision",
         description="For every verifier (full, W8A8 with and without SmoothQuant, W4A16, W4A4, layers pruned): "
         "divergence from full precision on text, and acceptance length with every drafter on prompts.",
+    )
+    table.add_argument(
+        "--chat",
+        action="store_true",
+        help="measure on conversations: the questions of --heldout (default: built in) in the model's chat template, "
+        "with the answers that the full-precision model gives at temperature 0.7",
     )
     table.add_argument("--prompts", metavar="FILE", help="JSONL to generate from (default: built in)")
     table.add_argument(
@@ -66,6 +73,11 @@ def add_parser(subparsers: Any) -> None:
     bench.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="per turn (default: %(default)s)")
     bench.add_argument("--gamma", type=int, metavar="G", help="tokens drafted per pass (default: adapts)")
     bench.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
+    bench.add_argument(
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        help="put questions into the model's chat template (default: where it has one)",
+    )
     bench.add_argument("--answers", metavar="DIR", help="write answers there, one JSONL file per scheme")
     bench.set_defaults(run=run_tasks)
     for each in (table, bench):
@@ -81,10 +93,11 @@ def run_fidelity(args: argparse.Namespace) -> None:
     model = flags.load_model(args, "full")
     if model.tokenizer is None:
         raise QuasarError(f"{model.name} has random weights: its fidelity means nothing; name a --model")
-    texts = [model.encode(text) for text in texts_or_default(args.heldout) or read_texts(ASSETS / "heldout.jsonl")]
-    prompts = texts
+    measured_texts = _measured_texts(args, model)
+    texts = measured_texts.ids
+    prompts = [model.encode(text, chat=True) for text in _questions(args)] if args.chat else texts
     if args.prompts is not None:
-        prompts = [model.encode(text) for text in read_texts(Path(args.prompts))]
+        prompts = [model.encode(text, args.chat) for text in read_texts(Path(args.prompts))]
     prompts = [ids[: args.prompt_tokens] for ids in prompts[: args.limit]]
     calibration = texts_or_default(args.calibration) or read_texts(ASSETS / "calibration.jsonl")
     calibration_ids = [model.encode(text)[:CALIBRATION_TOKENS] for text in calibration]
@@ -96,16 +109,32 @@ def run_fidelity(args: argparse.Namespace) -> None:
         for row in measured:
             rows.append(row)
             bar.update()
-    print(fidelity_table(rows, args.drafts, f"{model.name}, backend {model.decoder.backend.name}"))
-    _write_json(args, {"verifiers": [row.as_dict() for row in rows]})
+    about = f"{model.name}, backend {model.decoder.backend.name}; measured on {measured_texts.about}"
+    print(fidelity_table(rows, args.drafts, about))
+    _write_json(args, {"text": measured_texts.about, "verifiers": [row.as_dict() for row in rows]})
     if draw is not None:
         draw(rows)
+
+
+def _questions(args: argparse.Namespace) -> list[str]:
+    return texts_or_default(args.heldout) or read_texts(ASSETS / "questions.jsonl")
+
+
+def _measured_texts(args: argparse.Namespace, model: Model) -> MeasuredTexts:
+    """What divergence is measured on; with --chat another copy of the model answers first."""
+    if not args.chat:
+        source = args.heldout or "the built-in held-out text"
+        return plain_texts(model, texts_or_default(args.heldout) or read_texts(ASSETS / "heldout.jsonl"), source)
+    questions = _questions(args)
+    with tqdm(total=len(questions), desc="answering", disable=not sys.stderr.isatty(), leave=False) as bar:
+        source = args.heldout or "the built-in questions"
+        return conversations(flags.load_model(args, "full"), questions, source, tick=bar.update)
 
 
 def fidelity_table(rows: list[fidelity.VerifierFidelity], drafts: list[str], title: str) -> str:
     """Markdown, a line per verifier."""
     heads = ["verifier", "mean KL", "p99 KL", "top-1", "perplexity", "MB per pass", *(f"L {name}" for name in drafts)]
-    lines = [f"{title}, {rows[0].fidelity.tokens} tokens of text", "", _line(heads), _line(["---"] * len(heads))]
+    lines = [f"{title}, {rows[0].fidelity.tokens} tokens", "", _line(heads), _line(["---"] * len(heads))]
     for row in rows:
         f = row.fidelity
         figures = [f"{f.mean_kl:.1e}", f"{f.p99_kl:.1e}", f"{f.top1_agreement:.1%}", f"{f.perplexity:.2f}"]
@@ -127,14 +156,27 @@ def run_tasks(args: argparse.Namespace) -> None:
     models = {precision: flags.load_model(args, precision) for precision in ([*wanted, "full"] if lossless else wanted)}
     for model in models.values():
         model.full = models["full"].decoder if lossless else None
+    if args.chat is None:
+        args.chat = any(m.tokenizer is not None and bool(m.tokenizer.chat_template) for m in models.values())
     with tqdm(total=len(questions), unit="question", disable=not sys.stderr.isatty(), leave=False) as bar:
-        run = tasks.run_tasks(models, schemes, questions, settings, bar.update)
+        run = tasks.run_tasks(models, schemes, questions, settings, bar.update, chat=args.chat)
     rows = run.rows()
-    print(tasks_table(rows))
-    _write_json(args, {"rows": [row.as_dict() for row in rows]})
+    about = _about_tasks(args, next(iter(models.values())), questions)
+    print(f"{about}\n\n{tasks_table(rows)}")
+    _write_json(args, {"text": about, "rows": [row.as_dict() for row in rows]})
     if args.answers is not None:
         for path in tasks.write_answers(run, Path(args.answers)):
             print(f"answers: {path}", file=sys.stderr)
+
+
+def _about_tasks(args: argparse.Namespace, model: Model, questions: list[tasks.Question]) -> str:
+    turns = sum(len(question.turns) for question in questions)
+    categories = len({question.category for question in questions})
+    form = "in its chat template" if args.chat else "as plain text"
+    return (
+        f"{model.name}, backend {model.decoder.backend.name}; measured on {args.tasks}: {len(questions)} questions of "
+        f"{categories} categories, {turns} turns, {form}, answers of up to {args.max_new_tokens} tokens"
+    )
 
 
 def tasks_table(rows: list[tasks.CategoryRow]) -> str:

@@ -10,7 +10,7 @@ from quasar.backends import DEVICES
 from quasar.drafting import DRAFTS
 from quasar.errors import QuasarError
 from quasar.generation import GenerationSettings
-from quasar.loading import LM_HEADS, PRECISIONS, load, quantize, texts_or_default
+from quasar.loading import LM_HEADS, PRECISIONS, load, texts_or_default
 from quasar.models.chat import THINK_MODES
 from quasar.models.config import DUMMY_SHAPES
 from quasar.models.model import DEFAULT_MODEL, DUMMY_PREFIX, Model
@@ -26,7 +26,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--model",
         default=DEFAULT_MODEL,
         metavar="M",
-        help="checkpoint folder, hub name, or one of the shipped tiny-qwen3 and tiny-openpangu (default: %(default)s)",
+        help="checkpoint folder, GGUF file, hub name, smollm2 where its package is installed, or one of the shipped "
+        "tiny-qwen3 and tiny-openpangu (default: %(default)s)",
     )
     which.add_argument(
         "--dummy",
@@ -177,30 +178,20 @@ def load_model(args: argparse.Namespace, precision: str, lossless: bool = False)
     name = args.model if args.dummy is None else DUMMY_PREFIX + args.dummy
     progress = sys.stderr.isatty()
     calibration, heldout = texts_or_default(args.calibration), texts_or_default(args.heldout)
-    recipe = recipe_of(args)
-    model = load(
+    return load(
         name,
         device=args.device,
-        precision="full" if precision == "full" else "auto",
+        precision=precision,
         dtype=args.dtype,
+        lossless=lossless,
         trust_remote_code=args.trust_remote_code,
         progress=progress,
+        prompts=calibration,
+        heldout=heldout,
+        lm_head=args.lm_head,
+        recipe=recipe_of(args),
+        force=args.force,
     )
-    if precision not in ("full", model.precision):  # some were quantised before they were saved
-        quantize(
-            model,
-            calibration,
-            precision=precision,
-            lm_head=args.lm_head,
-            keep_full=lossless,
-            heldout=heldout,
-            alpha=recipe.alpha,
-            rounding=recipe.rounding,
-            budget=recipe.budget,
-            force=args.force,
-            progress=progress,
-        )
-    return model
 
 
 def settings_of(args: argparse.Namespace, draft: str, lossless: bool = False) -> GenerationSettings:

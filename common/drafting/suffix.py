@@ -6,16 +6,13 @@ import json
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from quasar.drafting.ngram import prior
 from quasar.drafting.suffix_automaton import ROOT, SuffixAutomaton
 from quasar.drafting.survival import SurvivalTable
 from quasar.errors import QuasarError
+from quasar.models.model import Model
 from quasar.speculation.draft import Draft, Drafter
-
-if TYPE_CHECKING:
-    from quasar.models.model import Model
 
 # A match of n tokens is trusted for TRUST * n more (the paper's alpha), as far as the counts give the path at least
 # LEAST; of the longest MATCHES matches the one that promises most tokens is taken.

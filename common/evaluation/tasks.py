@@ -150,15 +150,17 @@ def run_tasks(
     questions: Sequence[Question],
     settings: GenerationSettings,
     tick: Callable[[], object] = lambda: None,
+    chat: bool | None = None,
 ) -> TaskRun:
     """Every question by every scheme, question by question so that a drifting machine treats schemes alike.
 
     models: by precision; the lossless ones keep their full-precision weights. A later turn's prompt holds the earlier
-    turns with the first scheme's answers, so that all schemes continue the same text.
+    turns with the first scheme's answers, so that all schemes continue the same text. chat: whether questions go into
+    the chat template, None where there is one.
     """
     run = TaskRun()
     for scheme in schemes:  # first passes, and the window's timings, are nobody's question
-        ids = encode_turns(models[scheme.precision], [questions[0].turns[0]], [], 8)
+        ids = encode_turns(models[scheme.precision], [questions[0].turns[0]], [], 8, chat)
         generate(models[scheme.precision], ids, _settings(settings, scheme, max_new_tokens=8)).result()
     for question in questions:
         results: dict[str, list[Result]] = {scheme.name: [] for scheme in schemes}
@@ -166,7 +168,7 @@ def run_tasks(
         for turn in range(len(question.turns)):
             for scheme in schemes:
                 model = models[scheme.precision]
-                ids = encode_turns(model, question.turns[: turn + 1], said, settings.max_new_tokens)
+                ids = encode_turns(model, question.turns[: turn + 1], said, settings.max_new_tokens, chat)
                 results[scheme.name].append(generate(model, ids, _settings(settings, scheme)).result())
             said.append(results[schemes[0].name][turn].text)
         tallies = run.tallies.setdefault(question.category, {})
@@ -186,11 +188,16 @@ def _settings(settings: GenerationSettings, scheme: Scheme, **changes: int) -> G
     return replace(settings, draft=scheme.draft, lossless=scheme.lossless, **changes)
 
 
-def encode_turns(model: Model, turns: Sequence[str], said: Sequence[str], room: int) -> list[int]:
-    """Token ids of a conversation: in the model's chat template where it has one, else its texts in turn. What does
-    not fit with `room` tokens of answer loses its beginning."""
+def encode_turns(
+    model: Model, turns: Sequence[str], said: Sequence[str], room: int, chat: bool | None = None
+) -> list[int]:
+    """Token ids of a conversation: in the model's chat template (chat; None: where it has one), else its texts in turn.
+    What does not fit with `room` tokens of answer loses its beginning."""
     tokenizer = model.tokenizer
-    if tokenizer is not None and tokenizer.chat_template:
+    has_template = tokenizer is not None and bool(tokenizer.chat_template)
+    if chat and not has_template:
+        raise QuasarError(f"{model.name} has no chat template; leave out --chat")
+    if has_template and chat is not False:
         messages = []
         for i, turn in enumerate(turns):
             messages.append({"role": "user", "content": turn})

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,8 +21,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from quasar.backends.base import Backend
-from quasar.backends.reference import ReferenceBackend
+from quasar.checkpoints import GGUFSource
 from quasar.checkpoints.folder import read_json
+from quasar.checkpoints.gguf import gguf_config
 from quasar.checkpoints.weights import FullWeights, LayerWeights
 from quasar.errors import QuasarError
 from quasar.export.model_card import model_card
@@ -29,8 +31,9 @@ from quasar.export.settings import ExportSettings
 from quasar.export.workspace import Workspace, refuse_existing
 from quasar.loading import calibration_and_heldout, quantized_bytes, require_agreement
 from quasar.models.fidelity import Fidelity
-from quasar.models.loader import PROJECTIONS, build_decoder, output_sizes, split
+from quasar.models.loader import PROJECTIONS, output_sizes, split
 from quasar.models.model import Checkpoint, LoadOptions, find_checkpoint, open_model
+from quasar.models.opening import check_shapes
 from quasar.quantization.budget import Kept, choose_kept
 from quasar.quantization.methods import Method
 from quasar.quantization.recipe import pass_bytes
@@ -64,8 +67,14 @@ def quantize_checkpoint(
     if found.is_quantized:
         form = found.weights.source.format
         raise QuasarError(f"{model} is already quantised ({form}); quantise the model it was made of")
+    if config.rope_scaling is not None and config.rope_scaling.kind == "factors":
+        raise QuasarError(
+            f"{model}: its rotary divisors have no place in config.json; quantise the original checkpoint"
+        )
+    if found.tokenizer is None:
+        raise QuasarError(f"{model} has no tokenizer: there is no text to calibrate and measure on")
     # Shapes and names now rather than after hours: no weight is read on the meta device.
-    build_decoder(config, found.weights.source, ReferenceBackend("meta", config.dtype))
+    check_shapes(config, found.weights.source)
     sequences, measured = calibration_and_heldout(config, found.tokenizer, calibration, heldout)
     work = Workspace(output, _identity(folder, settings, sequences, measured, backend))
     if work.figures is not None:
@@ -80,7 +89,10 @@ def quantize_checkpoint(
     except QuasarError:
         work.discard()
         raise
-    work.copy_from(folder)
+    if folder.is_file():
+        _write_tokenizer(found, work)
+    else:
+        work.copy_from(folder)
     of = "Quasar's built-in prompts" if calibration is None else "the file named in the command"
     calibrated = f"{sum(map(len, sequences))} tokens of {of}"
     card = model_card(model, folder, settings, fidelity, command, settings.how(), calibrated, kept)
@@ -88,6 +100,14 @@ def quantize_checkpoint(
     work.complete(asdict(fidelity))
     work.finish()
     return fidelity
+
+
+def _write_tokenizer(found: Checkpoint, work: Workspace) -> None:
+    """What a GGUF file holds of a tokenizer, in the files that others read."""
+    with tempfile.TemporaryDirectory() as scratch:
+        found.tokenizer.save_pretrained(Path(scratch))
+        for path in sorted(Path(scratch).iterdir()):
+            work.write_text(path.name, path.read_text(encoding="utf-8"))
 
 
 def _kept(
@@ -172,7 +192,11 @@ class _Export:
         if not (c.tie_word_embeddings and isinstance(head.lm_head, FullWeights)):
             tensors |= self.writer.linear("lm_head", head.lm_head, c.dtype)
         self._write(self.steps - 1, tensors)
-        fields = read_json(self.found.weights.source.folder / "config.json")
+        source = self.found.weights.source
+        if isinstance(source, GGUFSource):
+            fields = gguf_config(source.file) | {"eos_token_id": sorted(self.found.stop_ids)}
+        else:
+            fields = read_json(source.folder / "config.json")
         if self.settings.lm_head == "w8a8":
             fields["tie_word_embeddings"] = False
         names = self.work.index(self._shard, self.steps, self.writer.index)
@@ -203,7 +227,7 @@ def _identity(
     backend: Backend,
 ) -> dict[str, Any]:
     """What has to be the same for an interrupted run to go on."""
-    files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
+    files = [folder] if folder.is_file() else sorted([*folder.glob("*.safetensors"), folder / "config.json"])
     return asdict(settings) | {
         "model": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files],
         "calibration": hashlib.sha256(json.dumps(sequences).encode()).hexdigest(),

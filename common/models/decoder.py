@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from quasar.backends.base import AttentionSpec, Backend, Batch, Segment
 from quasar.models.config import ModelConfig
 from quasar.models.linear import Linear
+from quasar.models.rope import inverse_frequencies
 
 CHUNK_ROWS = 512  # of a text in one pass, so that memory grows with the chunk and not with the text
 
@@ -119,8 +120,11 @@ class Decoder(nn.Module):
 
 def rope_tables(config: ModelConfig, backend: Backend) -> tuple[Tensor, Tensor]:
     """cos, sin float32 [max_position_embeddings, head_dim / 2] on the device (Su et al. 2021)."""
-    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
-    frequency = 1.0 / config.rope_theta**exponent
+    if backend.device.type == "meta":  # only shapes are asked for
+        empty = torch.empty(config.max_position_embeddings, config.head_dim // 2, device="meta")
+        return empty, empty
+    frequency = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    magnitude = 1.0 if config.rope_scaling is None else config.rope_scaling.attention_factor
     angle = torch.arange(config.max_position_embeddings).float()[:, None] * frequency
     dtype = torch.float64 if backend.dtype == torch.float64 else torch.float32
-    return angle.cos().to(backend.device, dtype), angle.sin().to(backend.device, dtype)
+    return (angle.cos() * magnitude).to(backend.device, dtype), (angle.sin() * magnitude).to(backend.device, dtype)

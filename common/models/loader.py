@@ -103,7 +103,7 @@ class CheckpointWeights:
             q_norm=self._norm(f"{at}.self_attn.q_norm", c.head_dim)[0] if c.qk_norm else None,
             k_norm=self._norm(f"{at}.self_attn.k_norm", c.head_dim)[0] if c.qk_norm else None,
             qkv=self._linear(names["qkv"], sizes["qkv"], c.hidden_size, c.attention_bias, input_bias),
-            o=self._linear(names["o"], sizes["o"], heads, c.attention_bias),
+            o=self._linear(names["o"], sizes["o"], heads, c.output_bias),
             post_norm=post_norm,
             gate_up=self._linear(names["gate_up"], sizes["gate_up"], c.hidden_size, False, post_bias),
             down=self._linear(names["down"], sizes["down"], c.intermediate_size, False),

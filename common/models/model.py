@@ -1,8 +1,7 @@
-"""A model that can be talked to: decoder, tokenizer, stop ids; and where models are found."""
+"""A model that can be talked to: decoder, tokenizer, stop ids."""
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,32 +12,44 @@ import torch
 
 from quasar.backends import get_backend
 from quasar.backends.base import Backend
-from quasar.checkpoints import open_checkpoint
-from quasar.checkpoints.folder import SafetensorsFolder, read_json
 from quasar.errors import QuasarError
 from quasar.models.build import WeightSource, assemble, precision_of
 from quasar.models.chat import render_chat
-from quasar.models.config import DTYPES, DUMMY_SHAPES, ModelConfig, read_config
+from quasar.models.config import DTYPES, DUMMY_SHAPES, ModelConfig
 from quasar.models.decoder import Decoder
 from quasar.models.fidelity import Fidelity
+from quasar.models.find import ASSETS, DEFAULT_MODEL, find_checkpoint
 from quasar.models.loader import CheckpointWeights, RandomTensors
+from quasar.models.opening import open_parts
 from quasar.models.runtime import Runtime
+from quasar.models.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ASSETS = Path(__file__).parent.parent / "assets"
-DEFAULT_MODEL = "tiny-qwen3"
+__all__ = [
+    "ASSETS",
+    "DEFAULT_MODEL",
+    "DUMMY_PREFIX",
+    "LoadOptions",
+    "Model",
+    "dummy_config",
+    "find_checkpoint",
+    "load_checkpoint",
+    "load_tokenizer",
+]
+
 DUMMY_PREFIX = "dummy:"
 
 
 @dataclass
 class Model:
-    """What `generate` needs. `tokenizer` is None for random weights: those take and give token ids only."""
+    """What `generate` needs. `tokenizer` is None for random weights, and for checkpoints that bring none: those take
+    and give token ids only."""
 
     name: str
     decoder: Decoder
-    tokenizer: PreTrainedTokenizerBase | None
+    tokenizer: Tokenizer | PreTrainedTokenizerBase | None
     stop_ids: frozenset[int]
     precision: str = "full"
     fidelity: Fidelity | None = None  # set by quantisation
@@ -93,7 +104,7 @@ class Model:
         system is the turn before it, think one of "slow", "fast" and "auto" (see `render_chat`); both go with chat.
         """
         if self.tokenizer is None:
-            raise QuasarError(f"{self.name} has random weights and no tokenizer; give --prompt-ids 1,2,3")
+            raise QuasarError(f"{self.name} has no tokenizer; give token ids, as --prompt-ids 1,2,3")
         if chat:
             turns = [] if system is None else [{"role": "system", "content": system}]
             return render_chat(self.tokenizer, [*turns, {"role": "user", "content": text}], think=think)
@@ -128,10 +139,11 @@ class Checkpoint:
     config: ModelConfig
     weights: CheckpointWeights
     backend: Backend
-    tokenizer: PreTrainedTokenizerBase | None
+    tokenizer: Tokenizer | PreTrainedTokenizerBase | None
     stop_ids: frozenset[int]
     is_quantized: bool
     nbytes: int
+    files: tuple[Path, ...] = ()  # that config and weights were read from; none for random weights
     trust_remote_code: bool = False
 
     def decoder(self, progress: bool = False) -> Decoder:
@@ -165,18 +177,19 @@ def open_model(name: str, options: LoadOptions) -> Checkpoint:
         nbytes = config.matrix_parameters * config.dtype.itemsize
         return Checkpoint(name, config, weights, backend, None, frozenset(), is_quantized=False, nbytes=nbytes)
     folder = find_checkpoint(name, options.trust_remote_code)
-    config = read_config(folder)
-    source = open_checkpoint(folder)
-    tokenizer = load_tokenizer(folder, options.trust_remote_code)
+    # Blocks of a GGUF file: exactly what they stand for where float32 was asked for.
+    dtype = torch.float32 if options.dtype == "float32" else torch.bfloat16
+    opened = open_parts(folder, options.trust_remote_code, dtype)
     return Checkpoint(
         name,
-        config,
-        CheckpointWeights(config, source, backend.place),
+        opened.config,
+        CheckpointWeights(opened.config, opened.source, backend.place),
         backend,
-        tokenizer,
-        _stop_ids(folder, tokenizer),
-        is_quantized=source.format != SafetensorsFolder.format,
-        nbytes=source.nbytes,
+        opened.tokenizer,
+        opened.stop_ids,
+        is_quantized=opened.source.is_quantized,
+        nbytes=opened.source.nbytes,
+        files=opened.files,
         trust_remote_code=options.trust_remote_code,
     )
 
@@ -192,60 +205,6 @@ def dummy_config(shape: str) -> ModelConfig:
     if shape not in DUMMY_SHAPES:
         raise QuasarError(f"--dummy {shape} is unknown; use one of {', '.join(DUMMY_SHAPES)}")
     return DUMMY_SHAPES[shape]
-
-
-def find_checkpoint(name: str, trust_remote_code: bool = False) -> Path:
-    """The folder that `name` means; downloads a hub repository (organisation/name) through huggingface_hub."""
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    if (ASSETS / name / "config.json").exists():
-        return ASSETS / name
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        shipped = ", ".join(sorted(path.parent.name for path in ASSETS.glob("*/config.json")))
-        raise QuasarError(f"--model {name}: no such folder; shipped models are {shipped}, hub models organisation/name")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", *(["*.py"] if trust_remote_code else [])]
-    try:
-        return Path(snapshot_download(name, allow_patterns=wanted))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise QuasarError(f"--model {name}: not a folder here, and not to be had from the hub ({reason})") from None
-
-
-def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer in a checkpoint folder; QuasarError where there is none that can be used."""
-    from transformers import AutoTokenizer  # takes seconds to import
-    from transformers.utils import logging as transformers_logging
-
-    verbosity = transformers_logging.get_verbosity()
-    # It warns that it has no such model as PanguEmbedded: only the tokenizer is asked for.
-    transformers_logging.set_verbosity_error()
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    except Exception as error:  # the tokenizers library raises bare Exceptions on files that it cannot parse
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if "trust_remote_code" in str(error):
-            raise QuasarError(
-                f"{folder}: the tokenizer is Python code in the checkpoint; read it, then give --trust-remote-code"
-            ) from None
-        raise QuasarError(f"{folder}: no usable tokenizer ({reason})") from None
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-
-
-def _stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """From generation_config.json, else config.json; and the tokenizer's own end token."""
-    ids: set[int] = set()
-    for file in ("generation_config.json", "config.json"):
-        if not ids and (folder / file).exists():
-            value = read_json(folder / file).get("eos_token_id")
-            ids.update(i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int))
-    if tokenizer.eos_token_id is not None:
-        ids.add(tokenizer.eos_token_id)
-    return frozenset(ids)
 
 
 def _dtype(name: str) -> torch.dtype | None:

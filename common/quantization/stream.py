@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -144,6 +145,19 @@ class LayerQuantizer:
         return self.backend.add_rms_norm(x.clone(), None, norm, self.config.rms_norm_eps, None)[0]
 
 
+class WeightSink(Protocol):
+    """What takes the parts of a quantised model, such as a cache."""
+
+    def layer(self, weights: LayerWeights) -> None:
+        """One decoder layer."""
+
+    def embedding(self, table: Tensor) -> None:
+        """[vocab, hidden]."""
+
+    def head(self, weights: HeadWeights, embedding: Tensor) -> None:
+        """The last norm and lm_head, which may be the embedding."""
+
+
 def quantized_decoder(
     config: ModelConfig,
     source: WeightSource,
@@ -153,16 +167,25 @@ def quantized_decoder(
     heldout: Sequence[Sequence[int]] = (),
     lm_head: str = "full",
     progress: bool = False,
+    keep: WeightSink | None = None,
 ) -> tuple[Decoder, Fidelity | None]:
-    """The quantised model on the backend, and what quantising did to held-out texts, None without any."""
+    """The quantised model on the backend, and what quantising did to held-out texts, None without any.
+
+    keep is handed every part as it is made.
+    """
     quantizer = LayerQuantizer(config, source, backend, method, calibration, heldout)
     states = quantizer.start()
     layers = []
     bar = tqdm(range(config.num_layers), desc="quantising", unit="layer", disable=not progress, leave=False)
     for index in bar:
-        _, layer, states = quantizer.layer(index, states)
+        made, layer, states = quantizer.layer(index, states)
         layers.append(layer)
+        if keep is not None:
+            keep.layer(made)
     head, linear, fidelity = quantizer.head(states, lm_head)
     embedding = backend.place(method.embedding(source.embedding()))
+    if keep is not None:
+        keep.embedding(embedding)
+        keep.head(head, embedding)
     norm = backend.place(head.norm).to(backend.dtype)
     return Decoder(config, backend, embedding=embedding, layers=layers, norm=norm, lm_head=linear), fidelity

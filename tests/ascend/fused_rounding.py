@@ -8,7 +8,9 @@ reference backend itself, op by op and in ids, is tested beside it (test_npu_bac
 
 The differences, all of them:
 
-    add_rms_norm    the norm is not rounded to the activations' type before it is quantised
+    add_rms_norm    bfloat16: the sum is normalised before it is rounded. Before int8 the norm is not rounded to the
+                    activations' type; elsewhere it is rounded before the weight is applied, and after
+    quantize        values are multiplied by 127 / max, not divided by max / 127
     swiglu          silu(gate) is not rounded before the product, nor the product before it is quantised
     append_rotated  cos and sin (and, with q and k norms, their products with the norms' weights) are rounded to the
                     activations' type; the norm is rounded before its weight is applied, not after
@@ -27,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quasar.backends.base import ActivationQuant, AttentionSpec, KVCache, Quantized
+from quasar.backends.base import ActivationQuant, AttentionSpec, Batch, Quantized, Segment
 from quasar.backends.reference import ReferenceBackend
 
 
@@ -57,21 +59,32 @@ class FusedRounding(ReferenceBackend):
         return (x.double().view(-1, len(hadamard)) @ hadamard.double()).view(x.shape).to(self.dtype)
 
     def quantize(self, x: Tensor, quant: ActivationQuant) -> Quantized:
+        x = x.float()
         if quant.static_scale is None:
             # A row of zeros has scale 0 on the NPU and 1 in the reference; its product is 0 either way.
-            quantised = super().quantize(x, quant)
-            return Quantized(quantised.values, torch.where(quantised.values.any(-1), quantised.scale, 0.0))
-        values = (x.float() / quant.static_scale).round().clamp(-128, 127)  # npu_quantize clips at -128
+            peak = x.abs().amax(dim=-1)
+            values = torch.where(peak[:, None] > 0, (x * (127 / peak)[:, None]).round(), 0.0)
+            return Quantized(values.to(torch.int8), peak / 127)
+        factor = (1 / quant.static_scale).to(self.dtype).float()  # which comes in the activations' type
+        values = (x * factor).round().clamp(-128, 127)  # npu_quantize clips at -128
         return Quantized(values.to(torch.int8), quant.static_scale)
 
     def add_rms_norm(
         self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, quant: ActivationQuant | None
     ) -> tuple[Tensor | Quantized, Tensor]:
-        residual = x if residual is None else x + residual
-        y = _normed(residual, eps) * weight.float()
+        alone = residual is None
+        if alone:
+            total = x.float()
+        elif self.dtype == torch.bfloat16:
+            total = x.float() + residual.float()
+        else:
+            total = (x + residual).float()
+        normed, residual = _normed(total, eps), total.to(self.dtype)
         if quant is not None and quant.static_scale is None:
-            return self.quantize(y, quant), residual
-        y = y.to(self.dtype)
+            return self.quantize(normed * weight.float(), quant), residual
+        if not alone:  # npu_add_rms_norm; npu_rms_norm, at a text's first norm, rounds once
+            normed = normed.to(self.dtype).float()
+        y = (normed * weight.float()).to(self.dtype)
         return (y if quant is None else self.quantize(y, quant)), residual
 
     def swiglu(self, gate_up: Tensor, quant: ActivationQuant | None) -> Tensor | Quantized:
@@ -83,12 +96,16 @@ class FusedRounding(ReferenceBackend):
         return y if quant is None else self.quantize(y, quant)
 
     def append_rotated(
-        self, qkv: Tensor, spec: AttentionSpec, cos: Tensor, sin: Tensor, cache: KVCache, layer: int
+        self, qkv: Tensor, spec: AttentionSpec, cos: Tensor, sin: Tensor, batch: Batch, layer: int
     ) -> Tensor:
-        tokens, start = len(qkv), cache.length
-        q, k, v = qkv.view(tokens, -1, spec.head_dim).split([spec.heads, spec.kv_heads, spec.kv_heads], dim=1)
-        cache.k[layer, :, start : start + tokens] = self._turned(k, spec.k_norm, spec, cos, sin).transpose(0, 1)
-        cache.v[layer, :, start : start + tokens] = v.transpose(0, 1)
+        rows = qkv.view(len(qkv), -1, spec.head_dim)
+        q, k, v = rows.split([spec.heads, spec.kv_heads, spec.kv_heads], dim=1)
+        k = self._turned(k, spec.k_norm, spec, cos, sin)
+        for segment, first in zip(batch.segments, batch.first_rows, strict=False):
+            slot, last = segment.slot, first + len(segment.ids)
+            written = slice(slot.length, slot.length + len(segment.ids))
+            slot.k[layer, :, written] = k[first:last].transpose(0, 1)
+            slot.v[layer, :, written] = v[first:last].transpose(0, 1)
         return self._turned(q, spec.q_norm, spec, cos, sin)
 
     def _turned(self, x: Tensor, norm: Tensor | None, spec: AttentionSpec, cos: Tensor, sin: Tensor) -> Tensor:
@@ -104,14 +121,25 @@ class FusedRounding(ReferenceBackend):
         first, second = x.float().chunk(2, dim=-1)
         return (x.float() * cos + torch.cat([-second, first], dim=-1) * sin).to(self.dtype)
 
-    def attention(self, q: Tensor, spec: AttentionSpec, cache: KVCache, layer: int) -> Tensor:
-        tokens, start = len(q), cache.length
+    def attention(self, q: Tensor, spec: AttentionSpec, batch: Batch, layer: int) -> Tensor:
+        return torch.cat(
+            [
+                self._attended(q[first : first + len(segment.ids)], spec, segment, layer)
+                for segment, first in zip(batch.segments, batch.first_rows, strict=False)
+            ]
+        )
+
+    def _attended(self, q: Tensor, spec: AttentionSpec, segment: Segment, layer: int) -> Tensor:
+        tokens, slot = len(q), segment.slot
         k, v = (
-            half[layer, :, : start + tokens].double().repeat_interleave(spec.heads // spec.kv_heads, 0)
-            for half in (cache.k, cache.v)
+            half[layer, :, : slot.length + tokens].double().repeat_interleave(spec.heads // spec.kv_heads, 0)
+            for half in (slot.k, slot.v)
         )
         scores = q.transpose(0, 1).double() @ k.transpose(1, 2) * spec.head_dim**-0.5
-        hidden = torch.ones(tokens, start + tokens, dtype=torch.bool).triu(start + 1)
+        hidden = torch.ones(tokens, slot.length + tokens, dtype=torch.bool)
+        hidden[:, : slot.length] = False
+        for row in range(tokens):
+            hidden[row, [slot.length + ancestor for ancestor in segment.path(row)]] = False
         y = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v  # [heads, tokens, head_dim]
         return y.transpose(0, 1).reshape(tokens, -1).to(self.dtype)
 

@@ -6,10 +6,11 @@ bound counts the roundings that the two sides do not share.
 
 import pytest
 import torch
+from emulated_npu import branch_as, counting
 from fused_rounding import FusedRounding
 
 from quasar.backends import get_backend
-from quasar.backends.base import ActivationQuant, AttentionSpec, Quantized
+from quasar.backends.base import ActivationQuant, AttentionSpec, Batch, Quantized, Segment
 from quasar.backends.reference import ReferenceBackend
 from quasar.models.decoder import rope_tables
 
@@ -99,14 +100,57 @@ def test_full_linear(sides, with_bias):
     assert_near(got, reference.linear(x, weight, bias), 4 * rounding)
 
 
-def test_weights_lie_in_fractal_nz(sides):
+def test_int8_weights_lie_in_fractal_nz_and_others_where_that_is_asked_for(sides, monkeypatch):
+    """Their product is an operator that older CANN cannot capture."""
     import torch_npu
 
     npu = sides[0]
-    weight = npu.full_weight(torch.randn(64, 32))
     (part,) = npu.int8_weight(torch.ones(64, 32, dtype=torch.int8), torch.ones(64))
-    assert int(torch_npu.get_npu_format(weight)) == int(torch_npu.get_npu_format(part.values)) == 29
+    assert int(torch_npu.get_npu_format(part.values)) == 29
+    assert int(torch_npu.get_npu_format(npu.full_weight(torch.randn(64, 32)))) == 2
+    monkeypatch.setenv("QUASAR_NPU_FLOAT_NZ", "1")
+    weight = npu.full_weight(torch.randn(64, 32))
+    assert int(torch_npu.get_npu_format(weight)) == 29
     assert weight.nbytes == 64 * 32 * 2
+
+
+def test_a_matrix_of_one_column_stays_as_it_is(sides):
+    """FRACTAL_NZ has no such matrices."""
+    import torch_npu
+
+    (part,) = sides[0].int8_weight(torch.ones(1, 32, dtype=torch.int8), torch.ones(1))
+    assert int(torch_npu.get_npu_format(part.values)) == 2
+
+
+@pytest.mark.parametrize("operators", ["norm", "swiglu"])
+def test_norm_and_swiglu_without_the_fused_operators(operators, monkeypatch):
+    """Switchable, since only hardware can say which is faster; with the same values but for one rounding more."""
+    monkeypatch.setenv(f"QUASAR_NPU_FUSED_{operators.upper()}", "0")
+    npu = get_backend("npu", torch.bfloat16)
+    reference, rounding = ReferenceBackend("cpu", torch.bfloat16), 2.0**-9
+    x, weight = random(6, 96, dtype=npu.dtype), random(96, dtype=npu.dtype, seed=2)
+    with counting() as counts:
+        if operators == "norm":
+            got = npu.add_rms_norm(x.npu(), x.npu(), weight.npu(), 1e-6, DYNAMIC)[0]
+            expected = reference.add_rms_norm(x, x, weight, 1e-6, DYNAMIC)[0]
+        else:
+            got, expected = npu.swiglu(x.npu(), DYNAMIC), reference.swiglu(x, DYNAMIC)
+    fused = {"norm": "npu_add_rms_norm", "swiglu": "npu_swiglu"}[operators]
+    assert counts.launches == {fused: 1, "npu_dynamic_quant": 1}
+    assert_near(got, expected, 4 * rounding)
+
+
+def test_before_cann_8_3_norm_and_quantisation_are_two_operators():
+    with branch_as("7.0.0"):
+        npu = get_backend("npu", torch.bfloat16)
+        assert not npu.fuses_norm_and_quant
+        x = random(6, 96, dtype=npu.dtype).npu()
+        with counting() as counts:
+            npu.add_rms_norm(x, x, torch.ones_like(x[0]), 1e-6, DYNAMIC)
+            npu.add_rms_norm(x, None, torch.ones_like(x[0]), 1e-6, DYNAMIC)
+    assert counts.launches["npu_add_rms_norm"] == counts.launches["npu_rms_norm"] == 1
+    assert counts.launches["npu_dynamic_quant"] == 2
+    assert counts.launches["npu_add_rms_norm_dynamic_quant"] == 0
 
 
 @pytest.mark.parametrize(
@@ -174,20 +218,21 @@ def test_append_and_attention(sides, name, before, tokens, rows_from):
             spec.eps,
         )
         cos, sin = rope_tables(Positions(spec.head_dim), backend)
-        cache = backend.new_cache(2, spec.kv_heads, 64, spec.head_dim)
+        slot = backend.new_slot(2, spec.kv_heads, 64, spec.head_dim)
         for start, count in ((0, before), (before, tokens)):
-            cache.length = start
+            slot.length = start
             if not count:
                 continue
+            batch = Batch([Segment(slot, [0] * count)])
             qkv = random(count, (spec.heads + 2 * spec.kv_heads) * spec.head_dim, dtype=npu.dtype, seed=count)
             if rows_from == "plain rows":
                 rows = cos[start : start + count], sin[start : start + count]
             else:
-                rows = list(backend.rope_rows(cos, sin, [local, local], cache, count))[1]
-            q = backend.append_rotated(qkv.to(backend.device), local, *rows, cache, 1)
-            out = backend.attention(q, local, cache, 1)
+                rows = list(backend.rope_rows(cos, sin, [local, local], batch))[1]
+            q = backend.append_rotated(qkv.to(backend.device), local, *rows, batch, 1)
+            out = backend.attention(q, local, batch, 1)
         outputs.append((q.cpu(), out.cpu()))
-        caches.append((cache.k.cpu(), cache.v.cpu()))
+        caches.append((slot.k.cpu(), slot.v.cpu()))
     assert_same(outputs[0], outputs[1])
     assert_same(caches[0], caches[1])
     # cos or sin, norm and output each round by themselves; in the reference attention's scores and probabilities too.

@@ -48,7 +48,7 @@ def change_config(folder, **fields):
     [
         ({"architectures": ["MixtralForCausalLM"]}, "architecture MixtralForCausalLM is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
-        ({"rope_parameters": None, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling 'yarn'"),
+        ({"rope_parameters": None, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "rope scaling 'dynamic'"),
         ({"use_sliding_window": True}, "use_sliding_window is not supported"),
         ({"num_hidden_layers": -1}, "num_hidden_layers is -1"),
         ({"num_hidden_layers": "three"}, "num_hidden_layers is 'three'"),

@@ -22,11 +22,17 @@ from quasar.backends.reference import ReferenceBackend
 _HEAD_STEP = 16  # the attention kernels take head sizes that are multiples of it
 
 
+def _has_kernel(head_dim: int) -> bool:
+    return head_dim % _HEAD_STEP == 0 and head_dim <= kernels.KV_MOST_DIM
+
+
 class CpuBackend(ReferenceBackend):
     name = "cpu"
 
-    def __init__(self) -> None:
+    def __init__(self, kv: str = "float32") -> None:
+        """kv: what keys and values are kept in, one of kernels.KV_FORMATS."""
         super().__init__("cpu", torch.float32)
+        self.kv = kv
 
     def full_weight(self, weight: Tensor) -> Any:
         if weight.dtype == torch.bfloat16:
@@ -92,7 +98,7 @@ class CpuBackend(ReferenceBackend):
         self, cos: Tensor, sin: Tensor, specs: Sequence[AttentionSpec], batch: Batch
     ) -> Iterable[tuple[Tensor, Tensor]]:
         """The whole tables: the kernel looks positions up. Called once per pass: segments are read here."""
-        if specs[0].head_dim % _HEAD_STEP:
+        if not _has_kernel(specs[0].head_dim):
             return super().rope_rows(cos, sin, specs, batch)
         batch.on_device = segments_of(batch, batch.on_device)
         return [(cos, sin)] * len(specs)
@@ -100,14 +106,14 @@ class CpuBackend(ReferenceBackend):
     def append_rotated(
         self, qkv: Tensor, spec: AttentionSpec, cos: Tensor, sin: Tensor, batch: Batch, layer: int
     ) -> Tensor:
-        if spec.head_dim % _HEAD_STEP:
+        if not _has_kernel(spec.head_dim):
             return super().append_rotated(qkv, spec, cos, sin, batch, layer)
         return kernels.rope_qk_append(
             qkv, cos, sin, batch.on_device, layer, spec.heads, spec.head_dim, spec.q_norm, spec.k_norm, spec.eps
         )
 
     def attention(self, q: Tensor, spec: AttentionSpec, batch: Batch, layer: int) -> Tensor:
-        if spec.head_dim % _HEAD_STEP:
+        if not _has_kernel(spec.head_dim):
             return super().attention(q, spec, batch, layer)
         return kernels.attention(q, batch.on_device, layer, spec.kv_heads, spec.head_dim**-0.5)
 
@@ -115,9 +121,14 @@ class CpuBackend(ReferenceBackend):
         return kernels.argmax(logits)
 
     def new_slot(self, layers: int, kv_heads: int, capacity: int, head_dim: int) -> Slot:
-        if head_dim % _HEAD_STEP:
+        if not _has_kernel(head_dim):
             return super().new_slot(layers, kv_heads, capacity, head_dim)
-        return CpuSlot(layers, kv_heads, capacity, head_dim)
+        return CpuSlot(layers, kv_heads, capacity, head_dim, self.kv)
+
+    def kv_bytes(self, layers: int, kv_heads: int, head_dim: int) -> int:
+        if not _has_kernel(head_dim):
+            return super().kv_bytes(layers, kv_heads, head_dim)
+        return kernels.kv_bytes(layers, kv_heads, head_dim, self.kv)
 
     def pass_key(self, batch: Batch) -> Hashable | None:
         return pass_key(batch)

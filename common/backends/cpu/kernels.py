@@ -129,17 +129,59 @@ def recording() -> Iterator[Recording]:
         made._calls = _kernels.recorded()
 
 
-class SlotMemory:
-    """Keys and values of one sequence as the kernels have them: float32 [layers, kv_heads, capacity, head_dim].
+KV_FORMATS = ("float32", "bfloat16", "int8")
+KV_MOST_DIM = 1024  # of a head
+_KV_CHUNK = 64
 
-    The memory is uninitialised: the system gives it out page by page as positions are written.
+
+def kv_bytes(layers: int, kv_heads: int, head_dim: int, kv: str = "float32") -> int:
+    """Bytes of one position's keys and values; int8 with a float32 scale for each head's key and value."""
+    row = {"float32": 4 * head_dim, "bfloat16": 2 * head_dim, "int8": head_dim + 4}[kv]
+    return 2 * layers * kv_heads * row
+
+
+class SlotMemory:
+    """Keys and values of one sequence as the kernels have them: for each 64 positions, all layers and heads together.
+
+    Memory is uninitialised, and the system gives it out page by page: a slot costs what its text takes, not its capacity.
+    kv: float32; bfloat16, rounded half to even; or int8 with a scale for each head and position.
     """
 
-    def __init__(self, layers: int, kv_heads: int, capacity: int, head_dim: int) -> None:
-        self.k = torch.empty(layers, kv_heads, capacity, head_dim)
-        self.v = torch.empty(layers, kv_heads, capacity, head_dim)
-        self._slot = torch.tensor([self.k.data_ptr(), self.v.data_ptr(), capacity, layers, kv_heads, head_dim])
+    def __init__(self, layers: int, kv_heads: int, capacity: int, head_dim: int, kv: str = "float32") -> None:
+        if head_dim % 16 or not 0 < head_dim <= KV_MOST_DIM:
+            raise ValueError(f"{head_dim=} must be a multiple of 16, at most {KV_MOST_DIM}")
+        self._shape = (-(-capacity // _KV_CHUNK), layers, kv_heads)
+        self._head_dim, self._kv = head_dim, kv
+        nbytes = self._shape[0] * _KV_CHUNK * kv_bytes(layers, kv_heads, head_dim, kv) // 2
+        self._memory = [torch.empty(nbytes, dtype=torch.uint8) for _ in range(2)]
+        pointers = [memory.data_ptr() for memory in self._memory]
+        self._slot = torch.tensor([*pointers, capacity, layers, kv_heads, head_dim, KV_FORMATS.index(kv)])
         self.pointer = self._slot.data_ptr()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values for the whole capacity."""
+        return sum(memory.nbytes for memory in self._memory)
+
+    @property
+    def k(self) -> Tensor:
+        """A copy: float32 [layers, kv_heads, capacity rounded up to 64, head_dim]."""
+        return self._copy(self._memory[0])
+
+    @property
+    def v(self) -> Tensor:
+        """A copy: float32 [layers, kv_heads, capacity rounded up to 64, head_dim]."""
+        return self._copy(self._memory[1])
+
+    def _copy(self, memory: Tensor) -> Tensor:
+        chunks = memory.view(*self._shape, -1)
+        if self._kv == "int8":
+            split = _KV_CHUNK * self._head_dim
+            values = chunks[..., :split].contiguous().view(_int8).view(*self._shape, _KV_CHUNK, -1)
+            rows = values * chunks[..., split:].contiguous().view(_float32)[..., None]
+        else:
+            rows = chunks.view(getattr(torch, self._kv)).view(*self._shape, _KV_CHUNK, -1).float()
+        return rows.movedim(0, 2).flatten(2, 3)
 
     def keep(self, length: int, rows: Sequence[int]) -> None:
         """Moves `rows`, ascending, counted from position `length`, to positions length, length + 1, ..."""
@@ -504,7 +546,13 @@ def rope_qk_append(
     m, width = qkv.shape
     kv_heads = (width // dim - heads) // 2
     positions, stride = cos.shape
-    if dim % 16 or kv_heads < 1 or width != (heads + 2 * kv_heads) * dim or (stride != dim and 2 * stride != dim):
+    if (
+        dim % 16
+        or dim > KV_MOST_DIM
+        or kv_heads < 1
+        or width != (heads + 2 * kv_heads) * dim
+        or (stride != dim and 2 * stride != dim)
+    ):
         raise ValueError(f"{heads=} {dim=}, tables {tuple(cos.shape)}: dim must be a multiple of 16")
     q = _new((m, heads, dim))
     _kernels.rope_qk_append(

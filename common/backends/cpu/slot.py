@@ -13,20 +13,25 @@ from quasar.backends.cpu.kernels import SlotMemory
 class CpuSlot(Slot):
     """A sequence's keys and values as the attention kernels read them."""
 
-    def __init__(self, layers: int, kv_heads: int, capacity: int, head_dim: int) -> None:
-        self.memory = SlotMemory(layers, kv_heads, capacity, head_dim)
+    def __init__(self, layers: int, kv_heads: int, capacity: int, head_dim: int, kv: str) -> None:
+        self.memory = SlotMemory(layers, kv_heads, capacity, head_dim, kv)
         self.capacity = capacity
         self.length = 0
 
     @property
     def k(self) -> Tensor:
-        """float32 [layers, kv_heads, capacity, head_dim]"""
+        """A copy: float32 [layers, kv_heads, at least capacity, head_dim]."""
         return self.memory.k
 
     @property
     def v(self) -> Tensor:
-        """float32 [layers, kv_heads, capacity, head_dim]"""
+        """A copy: float32 [layers, kv_heads, at least capacity, head_dim]."""
         return self.memory.v
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values for the whole capacity; the system gives them out as text grows."""
+        return self.memory.nbytes
 
     def commit(self, rows: int | Sequence[int]) -> None:
         count = rows if isinstance(rows, int) else len(rows)

@@ -10,9 +10,10 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from emulated_npu import counts, graphs
 from emulated_npu.graphs import Launch
-from emulated_npu.limits import NotEmulated, is_fractal, is_inference_card, need, soc_name
+from emulated_npu.limits import NotEmulated, Refused, is_fractal, is_inference_card, need, soc_name
 from emulated_npu.memory import device_copy, host_view
 from emulated_npu.ops import OPERATORS, OUT_OVERLOADS, Operator
+from emulated_npu.schemas import old_cann
 
 aten = torch.ops.aten
 
@@ -63,8 +64,12 @@ class EmulatedDevice(TorchDispatchMode):
             return func(*args, **kwargs)
         graphs.refuse_if_stalled()
         # Host views outlive the call when a graph records it, so they must not be inference tensors.
-        with torch.inference_mode(False), torch.no_grad():
-            return self._run(func, args, kwargs, tensors, on_device)
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                return self._run(func, args, kwargs, tensors, on_device)
+        except Refused:
+            graphs.break_capture()
+            raise
 
     def _run(
         self, func: Any, args: tuple, kwargs: dict, tensors: list[torch.Tensor], on_device: list[torch.Tensor]
@@ -80,7 +85,9 @@ class EmulatedDevice(TorchDispatchMode):
         if func.namespace not in ("aten", "prims"):
             raise NotEmulated(f"{func} is not emulated")
         if packet in _NATIVE:
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+            graphs.own(result)
+            return result
         if _is_composite(func):
             with self:
                 return func.decompose(*args, **kwargs)
@@ -147,6 +154,9 @@ def _check_aten(func: Any, tensors: list[torch.Tensor]) -> None:
         need(tensor.dtype != torch.bfloat16 or not is_inference_card(), f"{func}: {soc_name()} has no bfloat16")
     product = func.overloadpacket in _MATRIX_PRODUCTS
     for tensor in tensors:
+        if product and graphs.capturing() and tensor.device.type == "npu" and old_cann():
+            # vllm-ascend issues 3927 and 4960: on older CANN such a product is an aclop.
+            need(not is_fractal(host_view(tensor)), f"{func} with a FRACTAL_NZ weight, during graph capture")
         if product:
             need(tensor.is_floating_point(), f"{func}: integer matrices multiply in npu_quant_matmul only")
         elif tensor.device.type == "npu":
@@ -206,6 +216,7 @@ def launch(name: str, call: Callable, args: tuple, kwargs: dict, *, stays: bool 
     host_args, host_kwargs = tree_unflatten(views, structure)
     results = call(*host_args, **host_kwargs)
     counts.launched(name)
+    outside = graphs.outside_memory(leaves)
 
     targets: list[torch.Tensor | None] = []
 
@@ -222,7 +233,8 @@ def launch(name: str, call: Callable, args: tuple, kwargs: dict, *, stays: bool 
         return tensor
 
     placed = tree_map(place, results)
-    graphs.record(Launch(name, call, host_args, host_kwargs, targets))
+    graphs.own(placed)
+    graphs.record(Launch(name, call, host_args, host_kwargs, targets, outside))
     return placed
 
 

@@ -9,12 +9,14 @@ device waits for that update in the middle of the graph; here a replay without o
 the device says so.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from emulated_npu import counts
 from emulated_npu.limits import Refused, need
@@ -29,12 +31,19 @@ class Launch:
     args: tuple
     kwargs: dict[str, Any]
     targets: list[torch.Tensor | None]
+    outside: list[tuple[int, StorageWeakRef]] = field(default_factory=list)  # inputs that the graph does not own
 
     def run(self) -> None:
         """Compute again from what the inputs hold now, into the addresses of the first time."""
-        results = [
-            leaf for leaf in tree_flatten(self.call(*self.args, **self.kwargs))[0] if isinstance(leaf, torch.Tensor)
-        ]
+        args, kwargs = self.args, self.kwargs
+        freed = [index for index, storage in self.outside if storage.expired()]
+        if freed:
+            # Whatever lies there now. Hardware would not say so either: it is wrong tokens that tell.
+            leaves, structure = tree_flatten((args, kwargs))
+            for index in freed:
+                leaves[index] = torch.full_like(leaves[index], 85)
+            args, kwargs = tree_unflatten(leaves, structure)
+        results = [leaf for leaf in tree_flatten(self.call(*args, **kwargs))[0] if isinstance(leaf, torch.Tensor)]
         for result, target in zip(results, self.targets, strict=True):
             if target is not None:
                 target.copy_(result)
@@ -45,6 +54,7 @@ class Recording:
     """Everything one graph launches, in order."""
 
     launches: list[Launch] = field(default_factory=list)
+    owned: set[int] = field(default_factory=set)  # addresses of memory that was allocated during capture
     groups: list["TaskGroup"] = field(default_factory=list)
     updated: bool = False  # the task groups have been given arguments for the next replay
     stalled: bool = False  # a replay waits for them
@@ -60,6 +70,7 @@ class TaskGroup:
 
 
 _capturing: Recording | None = None
+_break: Callable[[], None] | None = None
 _open_group: TaskGroup | None = None
 _updating: TaskGroup | None = None
 _stalled: Recording | None = None
@@ -84,6 +95,32 @@ def record(launch: Launch) -> None:
             _open_group.launches.append(launch)
 
 
+def own(results: Any) -> None:
+    """Remember memory that was allocated while a graph is captured: it stays with the graph when tensors go."""
+    if _capturing is not None:
+        tensors = [leaf for leaf in tree_flatten(results)[0] if isinstance(leaf, torch.Tensor)]
+        _capturing.owned.update(t.untyped_storage().data_ptr() for t in tensors if t.device.type == "npu")
+
+
+def outside_memory(leaves: list[Any]) -> list[tuple[int, StorageWeakRef]]:
+    """The inputs of a launch, by their place, whose memory a captured graph reads and does not own."""
+    if _capturing is None:
+        return []
+    return [
+        (index, StorageWeakRef(leaf.untyped_storage()))
+        for index, leaf in enumerate(leaves)
+        if isinstance(leaf, torch.Tensor)
+        and leaf.device.type == "npu"
+        and leaf.untyped_storage().data_ptr() not in _capturing.owned
+    ]
+
+
+def break_capture() -> None:
+    """An operator was refused: a capture that goes on cannot be ended any more."""
+    if _capturing is not None and _break is not None:
+        _break()
+
+
 def update_arguments(arguments: dict[str, Any]) -> None:
     """Replace the arguments of the one kernel in the task group that is being updated."""
     kernels = [launch for launch in _updating.launches if not launch.name.endswith("/contiguous")]
@@ -97,8 +134,10 @@ def refuse_if_stalled() -> None:
         raise Refused("a replayed graph waits for graph.update(); the device would hang here")
 
 
-def patch_torch_npu() -> None:
+def patch_torch_npu(break_capture: Callable[[], None]) -> None:
     """Wrap the methods of ``torch.npu.NPUGraph`` and the task-group functions it calls."""
+    global _break
+    _break = break_capture
     from torch_npu.npu import graphs as real
 
     graph_class = real.NPUGraph
@@ -112,6 +151,7 @@ def patch_torch_npu() -> None:
 
     def capture_begin(graph: Any, *args: Any, **kwargs: Any) -> None:
         global _capturing
+        need(os.environ.get("TASK_QUEUE_ENABLE") != "2", "TASK_QUEUE_ENABLE=2 cannot capture graphs")
         begin(graph, *args, **kwargs)
         _capturing = graph._recording = Recording()
 

@@ -15,12 +15,13 @@
 #include <time.h>
 
 #define API __attribute__((visibility("default")))
-enum { OK = 0, NOT_SUPPORTED = 207000, WAIT_DURING_CAPTURE = 107027, OUT_OF_MEMORY = 207001 };
+enum { OK = 0, NOT_SUPPORTED = 207000, WAIT_DURING_CAPTURE = 107027, CAPTURE_BROKEN = 107025, OUT_OF_MEMORY = 207001 };
 
 /* --- books the Python side reads ------------------------------------------------------------------------ */
 
 static int64_t host_waits;
 static void *capturing_stream, *capturing_graph;
+static int capture_broken;
 static const char *last_error = "";
 
 API int64_t emulated_host_waits(void) { return host_waits; }
@@ -144,10 +145,15 @@ API int aclmdlRICaptureGetInfo(void *stream, int *status, void **graph) {
     if (graph) *graph = active ? capturing_graph : NULL;
     return OK;
 }
+/* After an operator that cannot be captured, the capture is broken: ending it is an error. */
+API void emulated_break_capture(void) { capture_broken = 1; }
 API int aclmdlRICaptureEnd(void *stream, void **graph) {
-    *graph = capturing_graph;
+    int broken = capture_broken;
+    *graph = broken ? NULL : capturing_graph;
     capturing_stream = capturing_graph = NULL;
-    return OK;
+    capture_broken = 0;
+    if (broken) last_error = "the capture was broken by an operator that cannot be captured";
+    return broken ? CAPTURE_BROKEN : OK;
 }
 API int aclmdlRIExecuteAsync(void *graph, void *stream) { return OK; }
 API int aclmdlRIDestroy(void *graph) { free(graph); return OK; }

@@ -397,6 +397,11 @@ def branch_as(branch: str) -> Iterator[None]:
             setattr(torch_npu, name, function)
 
 
+def old_cann() -> bool:
+    """Whether a branch of before CANN 9 is among those that calls are held to."""
+    return any(branch.startswith("7.") for branch in _branches)
+
+
 @cache
 def forms(operator: str, branch: str) -> tuple[Any, ...]:
     """The operator's schemas in a branch, parsed by torch."""

@@ -114,7 +114,7 @@ def install() -> None:
     from emulated_npu.device import EmulatedDevice
 
     counts.watch(runtime)
-    graphs.patch_torch_npu()
+    graphs.patch_torch_npu(runtime.emulated_break_capture)
     schemas.watch_calls()
     EmulatedDevice().__enter__()
 

@@ -265,7 +265,10 @@ def sequence_holding(k: Tensor, v: Tensor, heads: int, length: int) -> Sequence:
     """k, v [kv_heads, capacity, dim], of which `length` positions are committed."""
     kv_heads, capacity, dim = k.shape
     made = Sequence(heads, kv_heads, dim, capacity)
-    made.memory.k[0], made.memory.v[0] = k, v
+    for memory, rows in zip(made.memory._memory, (k, v), strict=True):
+        chunks = memory.view(torch.float32).view(-1, kv_heads, 64, dim).movedim(0, 1)
+        padded = F.pad(rows, (0, 0, 0, -capacity % 64), value=math.nan)
+        chunks.copy_(padded.reshape(chunks.shape))
     made.length = length
     return made
 
@@ -298,7 +301,7 @@ def test_rope_qk_append(heads: int, kv_heads: int, dim: int, normed: bool, whole
     assert torch.equal(v[:, new].transpose(0, 1), parts[2])
     for memory in (k, v):
         assert (memory[:, :start] == 9).all()
-        assert (memory[:, start + m :] == 9).all()
+        assert (memory[:, start + m : capacity] == 9).all()
 
 
 def attention_in_float64(q: Tensor, k_cache: Tensor, v_cache: Tensor, start: int, scale: float) -> Tensor:
@@ -393,7 +396,7 @@ def test_attention_of_a_token_does_not_depend_on_its_company(heads: int, kv_head
             part = qkv[start : start + window]
             rows.append(sequence.attend(sequence.append(part, cos, sin, norm, norm), dim**-0.5))
             sequence.length += len(part)
-        return torch.cat(rows), torch.cat([sequence.memory.k, sequence.memory.v])
+        return torch.cat(rows), torch.cat([sequence.memory.k, sequence.memory.v])[:, :, :tokens]
 
     whole, caches = run(tokens)
     torch.set_num_threads(1)

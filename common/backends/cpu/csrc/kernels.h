@@ -99,10 +99,25 @@ struct swiglu_args {
 /* What one pass runs over, one segment per sequence. The table stays at its address: a recorded pass points to it, and
  * only what it says changes from replay to replay. Row i of a segment is written at position length + i of its slot;
  * it sees the committed positions, its ancestors and itself, as if its ancestors stood at length, length + 1, ... */
+enum kv_format { KV_FLOAT32, KV_BFLOAT16, KV_INT8 };
+#define KV_CHUNK 64          /* positions that lie together, of all layers and heads: memory grows as text does */
 struct slot {
-    char *k, *v;             /* [layers, kv_heads, capacity, dim] */
-    int64_t capacity, layers, kv_heads, dim;
+    char *k, *v;             /* [capacity / 64, layers, kv_heads], each [64, dim] and, for int8, float scale[64] */
+    int64_t capacity, layers, kv_heads, dim, format;
 };
+static inline int64_t kv_row_bytes(const struct slot *s)
+{
+    return s->dim * 4 >> s->format;
+}
+static inline int64_t kv_chunk_bytes(const struct slot *s)
+{
+    return KV_CHUNK * (kv_row_bytes(s) + (s->format == KV_INT8 ? (int64_t)sizeof(float) : 0));
+}
+/* Where the chunk of a position begins. */
+static inline int64_t kv_chunk_at(const struct slot *s, int64_t layer, int64_t head, int64_t position)
+{
+    return ((position / KV_CHUNK * s->layers + layer) * s->kv_heads + head) * kv_chunk_bytes(s);
+}
 struct segment {
     struct slot slot;
     int64_t length;          /* committed positions */
@@ -142,6 +157,9 @@ struct attention_args {
     int64_t m, heads, kv_heads, dim, layer;
     int64_t tokens_per_item, scratch_bytes;
     int64_t next;            /* work items handed out so far */
+    int64_t is_split, spans; /* whether spans of keys are items of their own, and the most that a row has */
+    int32_t *finished;       /* [items without spans]: spans that are done */
+    float *partials;         /* [m * heads, spans, dim + 2]: sums of a span, their maximum and total, where is_split */
 };
 
 struct read_args {
@@ -187,6 +205,7 @@ struct call {
     int64_t items;           /* independent pieces of work: no more threads than that */
     int64_t most_threads;    /* that scratch has room for */
     void *scratch;           /* from malloc, or NULL: belongs to the call */
+    void *partials;          /* of attention's first run, from malloc, or NULL */
     const void *weight;      /* what the call reads from memory and nothing else does, or NULL; in whole blocks, */
     int64_t block_bytes, blocks; /* of which every thread has its share */
     union {
@@ -217,7 +236,9 @@ void recording_free(struct recording *);
 const char *embed_check(const struct embed_args *);
 const char *rope_check(const struct rope_args *);
 const char *attention_check(const struct attention_args *);
-int64_t attention_items(const struct attention_args *);
+/* Divides the work and takes *memory, of *bytes from malloc, for partial sums: more of it if need be, NULL where there is
+ * no more. Returns the number of items. */
+int64_t attention_prepare(struct attention_args *, int64_t threads, void **memory, int64_t *bytes);
 const char *segments_finish(struct segments *); /* derives what follows from slots, lengths, rows and parents */
 void slot_move(const struct slot *, int64_t from, int64_t to);                      /* one position over another */
 void slot_copy(const struct slot *from, const struct slot *to, int64_t positions); /* the first ones */
@@ -234,9 +255,11 @@ static inline int64_t int4_scratch_bytes(int64_t k, int64_t group)
     return 64 * (k + k / group * (int64_t)sizeof(int32_t)); /* a panel of inputs in the weights' order, and sums of groups */
 }
 
-/* Rows of q that share one pass over a chunk of keys, and the keys of a chunk. */
+/* Rows of q that share one pass over a chunk of keys, the keys of a chunk, and those of a span. */
 #define ATTENTION_ROWS 64
-#define ATTENTION_KEYS 64
+#define ATTENTION_KEYS KV_CHUNK
+#define ATTENTION_SPAN 1024
+#define ATTENTION_MOST_DIM 1024 /* of a head */
 /* Chunks that hold the last committed keys, fewer than one chunk's, and those of so many rows of a tree. */
 static inline int64_t tree_chunks(int64_t rows)
 {
@@ -244,8 +267,8 @@ static inline int64_t tree_chunks(int64_t rows)
 }
 static inline int64_t attention_scratch_bytes(int64_t rows, int64_t dim, int64_t m)
 {
-    /* transposed keys, scores of up to 4 rows, then per row: scaled query, output, maximum, sum, and its scores over a
-     * tree's keys; where a token's keys lie (and alignment) */
-    int64_t floats = (dim + 4) * ATTENTION_KEYS + rows * (2 * dim + 2) + (rows + 1) * tree_chunks(m) * ATTENTION_KEYS + 16;
+    /* transposed keys; scores of up to 4 rows; per row a scaled query, and twice an output, maximum and sum; per row its
+     * scores over a tree's keys, and three times 32 bits for where such a key lies (and alignment) */
+    int64_t floats = (dim + 4) * ATTENTION_KEYS + rows * (3 * dim + 4) + (rows + 3) * tree_chunks(m) * ATTENTION_KEYS + 32;
     return (int64_t)sizeof(float) * (floats - floats % 16);
 }

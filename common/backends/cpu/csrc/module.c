@@ -106,6 +106,8 @@ static PyObject *run(struct call *call, int64_t cost, int64_t threads)
     Py_BEGIN_ALLOW_THREADS
     parallel_run(call->task, &call->int8_linear, items * cost < ALONE ? 1 : team(items, threads));
     Py_END_ALLOW_THREADS
+    free(call->partials);
+    call->partials = NULL;
     call->most_threads = call->moving == ATTENTION ? team(MAX_THREADS, threads) : team(items, threads);
     if (call->moving != ATTENTION && items * cost < ALONE_IN_REPLAY) /* attention costs more when the window has moved on */
         call->items = 1;
@@ -358,8 +360,8 @@ static PyObject *py_slot_keep(PyObject *Py_UNUSED(self), PyObject *const *object
 /* from, to, positions */
 FUNCTION(py_slot_copy, 3)
     const struct slot *from = ADDRESS(0), *to = ADDRESS(1);
-    if (from->layers != to->layers || from->kv_heads != to->kv_heads || from->dim != to->dim || INT(2) < 0 ||
-        INT(2) > from->capacity || INT(2) > to->capacity)
+    if (from->layers != to->layers || from->kv_heads != to->kv_heads || from->dim != to->dim ||
+        from->format != to->format || INT(2) < 0 || INT(2) > from->capacity || INT(2) > to->capacity)
         return PyErr_Format(PyExc_ValueError, "%lld positions cannot be copied", (long long)INT(2));
     Py_BEGIN_ALLOW_THREADS
     slot_copy(from, to, INT(2));
@@ -400,10 +402,13 @@ FUNCTION(py_attention, 10)
     const char *wrong = attention_check(&call.attention);
     if (wrong)
         return PyErr_Format(PyExc_IndexError, "%s", wrong);
-    call.items = attention_items(&call.attention);
+    int64_t bytes = 0;
+    call.items = attention_prepare(&call.attention, INT(9), &call.partials, &bytes);
     call.scratch = call.attention.scratch = scratch(team(MAX_THREADS, INT(9)) * call.attention.scratch_bytes);
-    if (!call.scratch)
+    if (!call.scratch) {
+        free(call.partials);
         return PyErr_NoMemory();
+    }
     return run(&call, (segments->last_position + 1) * dim, INT(9));
 }
 

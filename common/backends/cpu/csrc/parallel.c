@@ -36,6 +36,35 @@ static void run_share(void *data)
     job->task(job->args, omp_thread(), omp_threads());
 }
 
+#if __SANITIZE_THREAD__
+/* ThreadSanitizer does not see how GNU OpenMP's threads wait for each other; it knows these. */
+#include <pthread.h>
+
+struct member {
+    struct job *job;
+    int thread, threads;
+};
+
+static void *run_member(void *data)
+{
+    struct member *m = data;
+    m->job->task(m->job->args, m->thread, m->threads);
+    return NULL;
+}
+
+static void run_pthreads(struct job *job, int threads)
+{
+    pthread_t team[MAX_THREADS];
+    struct member members[MAX_THREADS];
+    for (int i = 0; i < threads; i++) {
+        members[i] = (struct member){job, i, threads};
+        pthread_create(team + i, NULL, run_member, members + i);
+    }
+    for (int i = 0; i < threads; i++)
+        pthread_join(team[i], NULL);
+}
+#endif
+
 void parallel_run(task_fn task, void *args, int threads)
 {
     if (threads <= 1 || !gomp_parallel || !omp_thread || !omp_threads) {
@@ -44,5 +73,9 @@ void parallel_run(task_fn task, void *args, int threads)
     }
     threads = threads < MAX_THREADS ? threads : MAX_THREADS;
     struct job job = {task, args};
+#if __SANITIZE_THREAD__
+    run_pthreads(&job, threads);
+#else
     gomp_parallel(run_share, &job, (unsigned)threads, 0);
+#endif
 }

@@ -17,6 +17,8 @@
 struct recording {
     struct call *calls;
     int64_t count, room;
+    void *partials; /* of attention: one call at a time needs them */
+    int64_t partials_bytes;
 };
 
 struct recording *recording_new(void)
@@ -43,22 +45,17 @@ void recording_free(struct recording *r)
     for (int64_t i = 0; i < r->count; i++)
         free(r->calls[i].scratch);
     free(r->calls);
+    free(r->partials);
     free(r);
 }
 
-/* What changed since the call was made last. */
-static const char *renew(struct call *call)
+/* What is wrong with what changed since the call was made last. */
+static const char *check(const struct call *call)
 {
-    const char *wrong;
     switch (call->moving) {
     case EMBED: return embed_check(&call->embed);
     case ROPE: return rope_check(&call->rope);
-    case ATTENTION:
-        if ((wrong = attention_check(&call->attention)))
-            return wrong;
-        call->items = attention_items(&call->attention);
-        call->attention.next = 0;
-        return NULL;
+    case ATTENTION: return attention_check(&call->attention);
     case STAYS: break;
     }
     return NULL;
@@ -149,10 +146,19 @@ int64_t recording_calls(const struct recording *r, const struct call **calls)
 const char *recording_replay(struct recording *r, int threads, int64_t *nanoseconds)
 {
     for (int64_t i = 0; i < r->count; i++) {
-        const char *wrong = renew(r->calls + i);
+        const char *wrong = check(r->calls + i);
         if (wrong)
             return wrong;
     }
+    const void *before;
+    do { /* again where memory was taken anew: earlier calls point to what there was */
+        before = r->partials;
+        for (int64_t i = 0; i < r->count; i++) {
+            struct call *call = r->calls + i;
+            if (call->moving == ATTENTION)
+                call->items = attention_prepare(&call->attention, threads, &r->partials, &r->partials_bytes);
+        }
+    } while (r->partials != before);
     struct replay replay = {.recording = r, .nanoseconds = nanoseconds};
     parallel_run(replay_calls, &replay, threads);
     return NULL;

@@ -238,6 +238,22 @@ INLINE void rope_head(const float *x, const float *weight, float eps, const floa
     }
 }
 
+/* A head's key or value into its row of a chunk: float32 as it is, bfloat16 half to even, int8 by the row's own scale. */
+INLINE void keep_row(const struct slot *slot, char *chunk, int64_t position, const float *x)
+{
+    const int64_t dim = slot->dim, bytes = kv_row_bytes(slot);
+    char *row = chunk + position % KV_CHUNK * bytes;
+    if (slot->format == KV_FLOAT32)
+        memcpy(row, x, (size_t)bytes);
+    else if (slot->format == KV_INT8)
+        ((float *)(chunk + KV_CHUNK * bytes))[position % KV_CHUNK] = quantize_row(x, (int8_t *)row, dim, 127.0f);
+    else
+        for (int64_t i = 0; i < dim; i += VL) {
+            vh rounded = __builtin_convertvector(round_bits(load(x + i)) >> 16, vh);
+            memcpy(row + 2 * i, &rounded, sizeof rounded);
+        }
+}
+
 static void rope(void *data, int thread, int threads)
 {
     const struct rope_args *a = data;
@@ -248,14 +264,17 @@ static void rope(void *data, int thread, int threads)
         const struct row *row = a->segments->row + i;
         const struct segment *s = a->segments->segment + row->segment;
         const float *cos = a->cos + row->position * a->table_stride, *sin = a->sin + row->position * a->table_stride;
-        int64_t at = (a->layer * a->kv_heads * s->slot.capacity + s->length + i - s->first_row) * dim;
-        float *k = (float *)s->slot.k + at, *v = (float *)s->slot.v + at;
+        const int64_t at = s->length + i - s->first_row, chunk = kv_chunk_at(&s->slot, a->layer, 0, at);
+        const int64_t next = kv_chunk_bytes(&s->slot);
+        float rotated[ATTENTION_MOST_DIM];
         for (int64_t h = 0; h < a->heads; h++, x += dim)
             rope_head(x, a->q_weight, a->eps, cos, sin, a->q + (i * a->heads + h) * dim, dim);
+        for (int64_t h = 0; h < a->kv_heads; h++, x += dim) {
+            rope_head(x, a->k_weight, a->eps, cos, sin, rotated, dim);
+            keep_row(&s->slot, s->slot.k + chunk + h * next, at, rotated);
+        }
         for (int64_t h = 0; h < a->kv_heads; h++, x += dim)
-            rope_head(x, a->k_weight, a->eps, cos, sin, k + h * s->slot.capacity * dim, dim);
-        for (int64_t h = 0; h < a->kv_heads; h++, x += dim)
-            memcpy(v + h * s->slot.capacity * dim, x, (size_t)dim * sizeof(float));
+            keep_row(&s->slot, s->slot.v + chunk + h * next, at, x);
     }
 }
 

@@ -1,6 +1,7 @@
 /* The table of segments that a pass runs over: what is checked before kernels read memory by it, and its slots' memory. */
 #include "kernels.h"
 
+#include <stdlib.h>
 #include <string.h>
 
 const char *segments_finish(struct segments *t)
@@ -57,29 +58,58 @@ const char *attention_check(const struct attention_args *a)
     return slots_check(a->segments, a->m, a->layer, a->kv_heads, a->dim);
 }
 
-int64_t attention_items(const struct attention_args *a)
+int64_t attention_prepare(struct attention_args *a, int64_t threads, void **memory, int64_t *bytes)
 {
-    int64_t blocks = 0;
-    for (int64_t n = 0; n < a->segments->count; n++)
-        blocks += (a->segments->segment[n].rows + a->tokens_per_item - 1) / a->tokens_per_item;
-    return blocks * a->kv_heads;
+    const struct segments *t = a->segments;
+    int64_t items = 0, spans = 0, split_items = 0;
+    for (int64_t n = 0; n < t->count; n++) {
+        const struct segment *s = t->segment + n;
+        int64_t blocks = (s->rows + a->tokens_per_item - 1) / a->tokens_per_item, whole = s->length / ATTENTION_SPAN;
+        items += blocks * a->kv_heads;
+        split_items += blocks * a->kv_heads * (whole + 1);
+        spans = whole + 2 > spans ? whole + 2 : spans; /* the rows' own keys may reach into the next span */
+    }
+    a->next = 0;
+    /* Sums are the same either way. */
+    a->is_split = spans > 2 && a->m <= ATTENTION_ROWS && items % threads && items < 4 * threads;
+    if (!a->is_split)
+        return items;
+    a->spans = spans;
+    int64_t counters = (items * (int64_t)sizeof(int32_t) + 63) / 64 * 64;
+    int64_t needed = counters + a->m * a->heads * spans * (a->dim + 2) * (int64_t)sizeof(float);
+    if (needed > *bytes) {
+        free(*memory);
+        *bytes = needed;
+        *memory = aligned_alloc(64, (size_t)(needed + 63) / 64 * 64);
+    }
+    if (!*memory) {
+        *bytes = a->is_split = 0;
+        return items;
+    }
+    a->finished = *memory;
+    a->partials = (float *)((char *)*memory + counters);
+    memset(a->finished, 0, (size_t)counters);
+    return split_items;
 }
 
 void slot_move(const struct slot *slot, int64_t from, int64_t to)
 {
-    int64_t bytes = slot->dim * (int64_t)sizeof(float);
-    for (int64_t head = 0; head < slot->layers * slot->kv_heads; head++) {
-        int64_t at = head * slot->capacity;
-        memcpy(slot->k + (at + to) * bytes, slot->k + (at + from) * bytes, (size_t)bytes);
-        memcpy(slot->v + (at + to) * bytes, slot->v + (at + from) * bytes, (size_t)bytes);
-    }
+    int64_t row = kv_row_bytes(slot), scales = KV_CHUNK * row;
+    for (int64_t layer = 0; layer < slot->layers; layer++)
+        for (int64_t head = 0; head < slot->kv_heads; head++)
+            for (int which = 0; which < 2; which++) {
+                char *memory = which ? slot->v : slot->k;
+                const char *source = memory + kv_chunk_at(slot, layer, head, from);
+                char *target = memory + kv_chunk_at(slot, layer, head, to);
+                memcpy(target + to % KV_CHUNK * row, source + from % KV_CHUNK * row, (size_t)row);
+                if (slot->format == KV_INT8)
+                    memcpy(target + scales + to % KV_CHUNK * 4, source + scales + from % KV_CHUNK * 4, 4);
+            }
 }
 
 void slot_copy(const struct slot *from, const struct slot *to, int64_t positions)
 {
-    int64_t bytes = from->dim * (int64_t)sizeof(float);
-    for (int64_t head = 0; head < from->layers * from->kv_heads; head++) {
-        memcpy(to->k + head * to->capacity * bytes, from->k + head * from->capacity * bytes, (size_t)(positions * bytes));
-        memcpy(to->v + head * to->capacity * bytes, from->v + head * from->capacity * bytes, (size_t)(positions * bytes));
-    }
+    size_t bytes = (size_t)kv_chunk_at(from, 0, 0, positions + KV_CHUNK - 1);
+    memcpy(to->k, from->k, bytes);
+    memcpy(to->v, from->v, bytes);
 }

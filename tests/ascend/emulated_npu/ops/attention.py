@@ -77,13 +77,15 @@ def fused_infer_attention(
     antiquant_mode,
     key_antiquant_mode,
     value_antiquant_mode,
+    block_table=None,
     **others,
 ):
     """softmax(scale * q k^T, masked) v for a prompt or a window -> (output laid out as query, empty float32).
 
     Layouts: BSH, BSND, BNSD, BNSD_BSND, TND. ``sparse_mode`` 0 takes the full mask (True = hidden) or none; 2
     and 3 are causal, aligned to the top left and the bottom right of the valid lengths. Rows past
-    ``actual_seq_lengths`` are zero here and undefined on the hardware.
+    ``actual_seq_lengths`` are zero here and undefined on the hardware. With ``block_table`` keys and values are
+    [blocks, block_size, kv heads * head size], and the query BSND or TND.
     """
     need_training_card("npu_fused_infer_attention_score")
     used = [name for name, value in others.items() if value is not None]
@@ -98,6 +100,21 @@ def fused_infer_attention(
         "query heads per kv head: a whole number <= 64",
     )
     need(num_heads <= 256, "at most 256 heads")
+    if block_table is not None:
+        return _paged(
+            query,
+            key,
+            value,
+            kv_heads,
+            scale,
+            input_layout,
+            sparse_mode,
+            atten_mask,
+            actual_seq_lengths,
+            actual_seq_lengths_kv,
+            block_table,
+            block_size,
+        )
     if input_layout == "TND":
         return _variable_length(
             query,
@@ -117,7 +134,7 @@ def fused_infer_attention(
     batch, _, q_length, head = q.shape
     kv_length = k.shape[2]
     need(k.shape[0] == batch and k.shape[3] == head, "query and key differ in batch or head size")
-    need(head <= 512 and head * q.element_size() % 16 == 0, f"head size {head}: <= 512 and 16-byte aligned")
+    _check_query(batch, q_length, head, q.element_size())
     need(q_length > 1 or kv_length <= 262144, "decoding takes at most 262144 cached positions")
     need(q_length > 1 or input_layout != "BNSD_BSND", "BNSD_BSND is for more than one query position")
     # Documented: with one query position the lengths of the query and sparse_mode are ignored.
@@ -144,6 +161,60 @@ def fused_infer_attention(
             out[row, :, :rows] = _attend(q[row, :, :rows], k[row, :, :columns], v[row, :, :columns], scale, masked)
     result = _from_bnsd(out, input_layout).to(query.dtype)
     return result, torch.empty(0)
+
+
+def _check_query(batch: int, q_length: int, head: int, itemsize: int) -> None:
+    need(head <= 512 and head * itemsize % 32 == 0, f"head size {head}: <= 512 and 32-byte aligned")
+    need(q_length == 1 or batch <= 128, f"{batch} sequences: at most 128 with more than one query position")
+
+
+def _paged(q, k, v, kv_heads, scale, layout, sparse_mode, mask, q_ends, kv_lengths, block_table, block_size):
+    """Keys and values in blocks: sequence i's positions lie in the blocks of row i of the table, in order."""
+    need_dtype("block_table", block_table, torch.int32)
+    need(block_table.dim() == 2, "block_table must be [sequences, blocks]")
+    need(k.dim() == 3 and k.shape[1] == block_size, "paged keys must be [blocks, block_size, kv heads * head size]")
+    need(k.shape[2] % kv_heads == 0 and k.shape[2] <= 65535, "paged keys: kv heads * head size <= 65535")
+    need(kv_lengths is not None, "block_table needs actual_seq_lengths_kv")
+    need(bool(((block_table >= 0) & (block_table < k.shape[0])).all()), "block_table points outside the blocks")
+    sequences, most = block_table.shape[0], block_table.shape[1] * block_size
+    lengths = list(kv_lengths)
+    need(len(lengths) == sequences, f"actual_seq_lengths_kv needs {sequences} entries")
+    need(all(0 < length <= most for length in lengths), f"actual_seq_lengths_kv {lengths} exceeds the table's {most}")
+    head = q.shape[-1]
+    need(k.shape[2] == kv_heads * head, "query and key differ in head size")
+    if layout == "TND":
+        need(head in (128, 192), f"TND takes head size 128 or 192, not {head}")
+        need(q.dim() == 3 and q_ends is not None, "TND wants [tokens, heads, head size] and actual_seq_lengths")
+        ends = list(q_ends)
+        need(len(ends) == sequences and sorted(ends) == ends, "actual_seq_lengths must be cumulated, one per sequence")
+        need(ends[-1] == q.shape[0], "actual_seq_lengths must end with the number of tokens")
+        need(sparse_mode == 3, "TND with block_table is emulated with sparse_mode 3 only")
+        queries, rows = [q[first:last] for first, last in _spans(ends)], max(b - a for a, b in _spans(ends))
+        _check_query(sequences, rows, head, q.element_size())
+    else:
+        need_emulated(layout == "BSND", f"block_table with layout {layout}")
+        need(q.dim() == 4 and q.shape[0] == sequences, "BSND wants [sequences, rows, heads, head size]")
+        need_emulated(q_ends is None, "BSND with actual_seq_lengths")
+        queries, rows = list(q), q.shape[1]
+        _check_query(sequences, rows, head, q.element_size())
+    need(block_size % (128 if rows > 1 else 16) == 0 and block_size <= 512, f"block_size {block_size}")
+    mode = sparse_mode if rows > 1 or layout == "TND" else 0
+    need_emulated(mode in (0, 3), "block_table with sparse_mode 0 or 3")
+    if mode == 3:
+        _check_optimised_mask(mask)
+    else:
+        mask = _full_mask(mask, sequences, rows, most)
+    outputs = []
+    for i, (rows_of, length) in enumerate(zip(queries, lengths, strict=True)):
+        keys, values = (t[block_table[i].long()].reshape(most, kv_heads, head)[:length].transpose(0, 1) for t in (k, v))
+        if mode == 3:
+            masked = _causal(rows_of.shape[0], length, bottom_right=True)
+        else:
+            masked = None if mask is None else mask[i, 0, :, :length]
+            need(masked is None or not bool(masked.all(-1).any()), "a row that sees nothing gives NaN")
+        outputs.append(_attend(rows_of.transpose(0, 1), keys, values, scale, masked).transpose(0, 1))
+    result = torch.cat(outputs) if layout == "TND" else torch.stack(outputs)
+    return result.contiguous().to(q.dtype), torch.empty(0)
 
 
 def _to_bnsd(tensor, heads: int, layout: str):

@@ -38,14 +38,22 @@ def npu_rms_norm(input, gamma, epsilon):
     return result.to(input.dtype), rstd
 
 
+def _added(x1: torch.Tensor, x2: torch.Tensor) -> torch.Tensor:
+    """float32: what the fused kernels normalise. They add bfloat16 in float32, float16 in float16."""
+    return x1.float() + x2.float() if x1.dtype == torch.bfloat16 else (x1 + x2).float()
+
+
 def npu_add_rms_norm(x1, x2, gamma, epsilon):
-    """Residual addition and norm of the rounded sum -> normalised, float32 1/rms, the sum."""
+    """Residual addition and norm of the sum -> normalised, float32 1/rms, the sum.
+
+    The normalised value is rounded to the activations' type before gamma is applied, and after.
+    """
     need_dtype("x1", x1, torch.float32, torch.float16, torch.bfloat16)
     need_same_dtype(x1=x1, x2=x2, gamma=gamma)
     need_shape("x2", x2, tuple(x1.shape))
-    total = x1 + x2
-    result, rstd = _normalise(total, gamma, epsilon)
-    return result.to(x1.dtype), rstd, total
+    total = _added(x1, x2)
+    unweighted, rstd = _normalise(total, torch.ones_like(gamma, dtype=torch.float32), epsilon)
+    return (unweighted.to(x1.dtype).float() * gamma.float()).to(x1.dtype), rstd, total.to(x1.dtype)
 
 
 def npu_add_rms_norm_dynamic_quant(x1, x2, gamma, smooth_scale1, smooth_scale2, beta, epsilon, output_mask, y_dtype):
@@ -78,7 +86,7 @@ def npu_add_rms_norm_dynamic_quant(x1, x2, gamma, smooth_scale1, smooth_scale2, 
         for want, factor in zip(wanted, smooth, strict=True):
             need(want or factor is None, "a smooth_scale for an output that output_mask leaves out")
 
-    total = x1 + x2
+    total = _added(x1, x2)
     norm, _ = _normalise(total, gamma, epsilon)
     if beta is not None:
         norm = norm + beta.float()
@@ -88,4 +96,4 @@ def npu_add_rms_norm_dynamic_quant(x1, x2, gamma, smooth_scale1, smooth_scale2, 
         y, scale = quantise_rows(branch) if want else (torch.empty(0, dtype=torch.int8), torch.empty(0))
         outputs.append(y)
         scales.append(scale)
-    return outputs[0], outputs[1], total, scales[0], scales[1]
+    return outputs[0], outputs[1], total.to(x1.dtype), scales[0], scales[1]

@@ -2,6 +2,7 @@
 
 import torch
 
+from emulated_npu import graphs
 from emulated_npu.limits import (
     is_fractal,
     is_inference_card,
@@ -29,14 +30,16 @@ LAST_DIMENSION = 65535
 
 
 def quantise_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """float32 [..., n] -> int8 [..., n] and its float32 scale [...]: scale = max|row| / 127, rint(x / scale).
+    """float32 [..., n] -> int8 [..., n] and its float32 scale [...]: max|row| / 127, rint(x * (127 / max|row|)).
+
+    The kernels multiply by the reciprocal, which they divide once: not the same bits as dividing by the scale.
 
     The documentation does not say what a row of zeros gives (the formula divides by zero); here it gives
     zeros and scale 0, so that its product is 0 whatever it is multiplied with.
     """
-    scale = x.abs().amax(-1) / 127
-    quantised = torch.round(x / scale.unsqueeze(-1))
-    return torch.where(scale.unsqueeze(-1) > 0, quantised, 0.0).to(torch.int8), scale
+    peak = x.abs().amax(-1)
+    quantised = torch.round(x * (127 / peak).unsqueeze(-1))
+    return torch.where(peak.unsqueeze(-1) > 0, quantised, 0.0).to(torch.int8), peak / 127
 
 
 def npu_dynamic_quant(input, smooth_scales, group_index, dst_type, quant_mode, dst_type_max):
@@ -55,6 +58,8 @@ def npu_dynamic_quant(input, smooth_scales, group_index, dst_type, quant_mode, d
 def npu_quantize(input, scales, zero_points, dtype, axis, div_mode):
     """Static quantisation: rint(input / scales + zero_points), input * scales if ``div_mode`` is False."""
     need_dtype("input", input, torch.float32, torch.float16, torch.bfloat16)
+    # In op-plugin 7.2.0 and 7.3.0 it is an operator of the old kind (aclop), which no graph can hold.
+    need(not (div_mode and graphs.capturing()), "npu_quantize with div_mode is an aclop, during graph capture")
     if div_mode:
         need_dtype("scales", scales, torch.float32, torch.bfloat16)
         need_dtype("zero_points", zero_points, torch.int8, torch.uint8, torch.int32, torch.bfloat16)
@@ -107,7 +112,7 @@ def _check_combination(scale, offset, pertoken_scale, bias, output) -> None:
         need_dtype("bias", bias, *wide_bias)
     elif output == torch.float16 and pertoken_scale is not None:
         need_dtype("scale with per-token float16 output", scale, torch.float32)
-        need_dtype("bias", bias, *wide_bias)
+        need_dtype("bias", bias, torch.int32, torch.float32)
     elif output == torch.int32:
         need_dtype("scale with int32 output", scale, torch.float32, torch.bfloat16)
         need_dtype("bias", bias, torch.int32)

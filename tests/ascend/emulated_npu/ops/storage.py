@@ -7,12 +7,12 @@ from emulated_npu import counts, graphs
 from emulated_npu.limits import (
     FRACTAL_NZ,
     is_fractal,
-    is_inference_card,
     need,
     need_dtype,
     need_emulated,
     need_same_dtype,
     need_shape,
+    need_training_card,
 )
 from emulated_npu.memory import host_view
 
@@ -21,9 +21,8 @@ ND = 2
 
 def npu_scatter_nd_update_(input, indices, updates):
     """input[indices[i]] = updates[i], in place; indices [..., a] address the first a dimensions of input."""
-    everywhere = (torch.float32, torch.float16, torch.bool)
-    more = () if is_inference_card() else (torch.bfloat16, torch.int64, torch.int8)
-    need_dtype("input", input, *everywhere, *more)
+    need_training_card("npu_scatter_nd_update_")  # CANN has no binary of it for inference cards
+    need_dtype("input", input, torch.float32, torch.float16, torch.bool, torch.bfloat16, torch.int64, torch.int8)
     need_same_dtype(input=input, updates=updates)
     need_dtype("indices", indices, torch.int32, torch.int64)
     need(indices.dim() >= 2, "indices needs at least two dimensions")
@@ -52,6 +51,7 @@ def npu_format_cast(input, acl_format=None, customize_dtype=None, input_dtype=No
     if is_fractal(host_view(input)) == (acl_format == FRACTAL_NZ):
         return input
     need(input.dim() >= 2, "FRACTAL_NZ needs at least two dimensions")
+    need(min(input.shape[-2:]) > 1, f"a FRACTAL_NZ matrix of {tuple(input.shape)}: a dimension of 1 stays ND")
     result = torch_npu.unsafe_empty_with_format(
         input.size(), dtype=input.dtype, device="npu", acl_format=acl_format, keep_format=False
     )
