@@ -43,6 +43,7 @@ from quasar_gpu.kernels import int4 as int4_kernels
 from quasar_gpu.kernels import linear as linear_kernels
 from quasar_gpu.kernels import rows as row_kernels
 from quasar_gpu.kernels.launch import MOST_ROWS, WINDOW, launching
+from quasar_gpu.kernels.sampling import gumbel_best
 from quasar_gpu.prompt import padded_int_mm
 from quasar_gpu.slots import PagedSlot, PagePool
 
@@ -321,6 +322,12 @@ class CudaBackend(Backend):
         if keys is self._host_keys and self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
         return linear_kernels.best_tokens(keys[: len(logits)] if rows is None else keys[rows])
+
+    def gumbel_argmax(self, logits: Tensor, states: Sequence[int], temperatures: Sequence[float]) -> Sequence[int]:
+        signed = [state - (state >> 63 << 64) for state in states]  # as int64 has them
+        on_device = torch.tensor(signed, dtype=torch.int64, device=self.device)
+        rates = torch.tensor(temperatures, dtype=torch.float64, device=self.device)
+        return gumbel_best(logits, on_device, rates).tolist()
 
     # Captured passes.
 

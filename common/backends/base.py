@@ -317,6 +317,13 @@ class Backend(ABC):
         """[tokens, vocab] -> int64 [tokens], the first of equals."""
         return logits.argmax(dim=-1)
 
+    def gumbel_argmax(
+        self, logits: Tensor, states: Sequence[int], temperatures: Sequence[float]
+    ) -> Sequence[int] | None:
+        """The token of each row of [rows, vocab] with the largest logits / temperature + noise, where `sampling` has
+        the noise of a state; None where the host takes them one by one."""
+        return None
+
     # Once per pass.
 
     def rope_rows(

@@ -104,7 +104,7 @@ def test_a_row_does_not_depend_on_its_batch(kernel_device, monkeypatch, dtype, o
 
 def test_more_rows_are_refused(kernel_device):
     x = torch.zeros(65, 32, device=kernel_device)
-    with pytest.raises(QuasarError, match="a pass of 65 rows: CUDA kernels .* take 1 to 64"):
+    with pytest.raises(QuasarError, match=r"a pass of 65 rows: CUDA kernels .* take 1 to 64"):
         linear.float_linear(x, torch.zeros(8, 32, device=kernel_device), None, torch.empty(65, 8, device=kernel_device))
 
 
