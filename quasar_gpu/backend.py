@@ -52,9 +52,14 @@ from quasar_gpu.slots import PagedSlot, PagePool
 class Product:
     """A linear layer's result [rows, outputs], to be computed: `run(out, epilogue)` launches it."""
 
+    backend: CudaBackend
     rows: int
     outputs: int
     run: Callable[[Tensor, linear_kernels.Epilogue], None]
+
+    def __add__(self, other: Tensor) -> Tensor:
+        """For whoever runs a layer by itself and adds the residual stream."""
+        return self.backend.result(self) + other
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,7 @@ class CudaBackend(Backend):
             for rows, results in zip(x.split(MOST_ROWS), out.split(MOST_ROWS), strict=True):
                 linear_kernels.float_linear(rows, weight, bias, results, epilogue=epilogue)
 
-        return Product(x.shape[0], weight.shape[0], run)
+        return Product(self, x.shape[0], weight.shape[0], run)
 
     def int8_linear(self, x: Quantized, weight: Any, bias: Tensor | None) -> Any:
         (values, weight_scale), (rows, scale) = weight, (x.values, x.scale)
@@ -138,7 +143,7 @@ class CudaBackend(Backend):
             y = padded_int_mm(rows, values).float().mul_(scale[:, None]).mul_(weight_scale)
             out.copy_(y if bias is None else y.add_(bias))
 
-        return Product(rows.shape[0], values.shape[0], run)
+        return Product(self, rows.shape[0], values.shape[0], run)
 
     def int4_linear(self, x: Tensor | Quantized, weight: Any, bias: Tensor | None) -> Any:
         values, scale = (x.values, x.scale) if isinstance(x, Quantized) else (x, None)
@@ -146,7 +151,7 @@ class CudaBackend(Backend):
         def run(out: Tensor, epilogue: linear_kernels.Epilogue) -> None:
             int4_kernels.int4_linear(values, scale, weight, bias, out, epilogue)
 
-        return Product(values.shape[0], weight.values.shape[0], run)
+        return Product(self, values.shape[0], weight.values.shape[0], run)
 
     def result(self, y: Tensor | Product, dtype: torch.dtype | None = None) -> Tensor:
         """A linear layer's result as a tensor [rows, outputs] of `dtype` (None: the backend's)."""
