@@ -52,14 +52,10 @@ class CpuBackend(ReferenceBackend):
         return kernels.int8_linear(x.values, scale, weight, bias)
 
     def int4_weight(self, values: Tensor, scale: Tensor, offset: Tensor | None = None) -> Any:
-        if not kernels.int4_available():
-            return super().int4_weight(values, scale, offset)
         offset = None if offset is None else offset.contiguous()
         return kernels.PackedInt4(values.contiguous(), scale.contiguous(), offset)
 
     def int4_linear(self, x: Tensor | Quantized, weight: Any, bias: Tensor | None) -> Tensor:
-        if not isinstance(weight, kernels.PackedInt4):
-            return super().int4_linear(x, weight, bias)
         return kernels.int4_linear((x.values, x.scale) if isinstance(x, Quantized) else x, weight, bias)
 
     def quantize_int4(self, x: Tensor) -> Quantized:

@@ -143,7 +143,8 @@ def kv_bytes(layers: int, kv_heads: int, head_dim: int, kv: str = "float32") -> 
 class SlotMemory:
     """Keys and values of one sequence as the kernels have them: for each 64 positions, all layers and heads together.
 
-    Memory is uninitialised, and the system gives it out page by page: a slot costs what its text takes, not its capacity.
+    Memory is uninitialised, and the system gives it out page by page: a slot costs what its text takes, not its
+    capacity.
     kv: float32; bfloat16, rounded half to even; or int8 with a scale for each head and position.
     """
 
@@ -242,6 +243,8 @@ def _constant(tensor: Tensor | None, dtype: torch.dtype, elements: int) -> int:
 def _weight(packed: _Packed | PackedInt4) -> int:
     if _recorder.recording is not None:
         _recorder.recording.kept.append(packed)
+    if packed.instruction_set != _isa:
+        raise ValueError(f"a weight packed for {packed.instruction_set} does not fit the kernels of {_isa}")
     return packed.pointer
 
 
@@ -259,18 +262,19 @@ def _output(out: Tensor | None, *shape: int) -> tuple[Tensor, int]:
 
 
 class _Packed:
-    """A weight in the kernels' layout: `n` outputs, `k` inputs, `tensor` keeps the bytes alive."""
+    """A weight in the layout of the instruction set in use: `n` outputs, `k` inputs, `tensor` keeps the bytes alive."""
 
-    __slots__ = ("k", "n", "pointer", "tensor")
+    __slots__ = ("instruction_set", "k", "n", "pointer", "tensor")
     bits: int
 
     def __init__(self, weight: Tensor, dtype: torch.dtype, k_step: int):
         if weight.dim() != 2:
             raise ValueError(f"expected a weight of shape [n, k], got {tuple(weight.shape)}")
         self.n, self.k = weight.shape
+        self.instruction_set = _isa
         source = _pointer(weight, dtype, self.n * self.k)
         blocks, steps = -(-self.n // _BLOCK), -(-self.k // k_step)
-        # [blocks, steps, 32, k_step] in the layouts of csrc/pack.c; the address must not change from here on
+        # in the layouts of csrc/pack.c, which pad to blocks of 32 outputs; the address must not change from here on
         self.tensor = torch.empty(blocks * steps * _BLOCK * k_step, dtype=torch.uint8 if dtype is _int8 else dtype)
         self.pointer = self.tensor.data_ptr()
         _kernels.pack(self.bits, source, self.pointer, self.n, self.k)
@@ -317,10 +321,11 @@ class PackedInt4:
     """int4 weight, int8 [n, k] between -8 and 7, with a bfloat16 scale per group of inputs [n, k / group], and an
     offset likewise or None."""
 
-    __slots__ = ("group", "k", "n", "offset", "pointer", "scale", "tensor")
+    __slots__ = ("group", "instruction_set", "k", "n", "offset", "pointer", "scale", "tensor")
 
     def __init__(self, weight: Tensor, scale: Tensor, offset: Tensor | None = None):
         (self.n, self.k), groups = weight.shape, scale.shape[1]
+        self.instruction_set = _isa
         self.group = self.k // groups
         if self.k % groups or self.group % 8:
             raise ValueError(f"{groups} groups of {self.k} inputs: a group must be a multiple of 8")
@@ -339,11 +344,6 @@ class PackedInt4:
             _kernels.pack_scales(source, self.offset.data_ptr(), self.n, groups)
 
 
-def int4_available() -> bool:
-    """Whether the instruction set in use has int4 kernels."""
-    return _kernels is not None and _kernels.has_int4()
-
-
 def int4_linear(x: Tensor | Quantized, weight: PackedInt4, bias: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias`, the sum of each group times its scale, summed in float32: -> float32 [m, n].
 
@@ -354,7 +354,7 @@ def int4_linear(x: Tensor | Quantized, weight: PackedInt4, bias: Tensor | None =
     m, n, k = values.shape[0], weight.n, weight.k
     if isinstance(x, Tensor):
         rounded = _new((m, k))
-        _kernels.round_bf16(_pointer(x, _float32, m * k), rounded.data_ptr(), m, k, _threads())
+        _kernels.round_bf16(_pointer(x, _float32, m * k), rounded.data_ptr(), m, k, _threads(), True)
         pointer, scale_pointer = rounded.data_ptr(), 0
     else:
         pointer, scale_pointer = _pointer(values, _int8, m * k), _pointer(x[1], _float32, m)
@@ -427,7 +427,7 @@ def bf16_linear(x: Tensor, weight: PackedBf16, bias: Tensor | None = None, out: 
     m, n, k = x.shape[0], weight.n, weight.k
     out, out_pointer = _output(out, m, n)
     rounded = _new((m, k))
-    _kernels.round_bf16(_pointer(x, _float32, m * k), rounded.data_ptr(), m, k, _threads())
+    _kernels.round_bf16(_pointer(x, _float32, m * k), rounded.data_ptr(), m, k, _threads(), False)
     _kernels.float_linear(
         True, rounded.data_ptr(), _weight(weight), _constant(bias, _float32, n), out_pointer, m, n, k, _threads(), True
     )

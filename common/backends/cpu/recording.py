@@ -57,6 +57,10 @@ class RecordedPass:
         self._recording.replay()
         return self.logits
 
+    def timed_replay(self) -> list[tuple[str, float]]:
+        """The last pass once more: the name of each kernel call, and its seconds until all threads had done it."""
+        return self._recording.timed_replay()
+
 
 class _KernelsOnly(TorchDispatchMode):
     """Refuses, with NotImplementedError, every operation of PyTorch's that computes: a replay would leave it out."""

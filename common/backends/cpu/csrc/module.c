@@ -10,6 +10,12 @@
 #include <string.h>
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if HAVE_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+#define REQUEST_STATE 0x1023 /* ARCH_REQ_XCOMP_PERM: what a process must ask Linux for, once, before it uses tiles */
+#define TILE_DATA 18
+#endif
 #elif HAVE_DOTPROD
 #include <sys/auxv.h>
 #define DOT_PRODUCTS (1UL << 20) /* HWCAP_ASIMDDP, which older headers lack */
@@ -26,6 +32,12 @@ static int supported(const struct kernels *k)
     int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                  __builtin_cpu_supports("avx512vnni");
+#if HAVE_AMX
+    if (k == &kernels_amx) /* bf16 dot products; tiles, int8 and bf16 ones; and leave to use them */
+        return avx512 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1) &&
+               __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 1) && (d >> 25 & 1) && (d >> 22 & 1) &&
+               !syscall(SYS_arch_prctl, REQUEST_STATE, TILE_DATA);
+#endif
     if (k == &kernels_avx512bf16)
         return avx512 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
     if (k == &kernels_avx512)
@@ -42,6 +54,9 @@ static int supported(const struct kernels *k)
 }
 
 static const struct kernels *const all_kernels[] = {
+#if HAVE_AMX
+    &kernels_amx,
+#endif
 #if defined(__x86_64__)
     &kernels_avx512bf16, &kernels_avx512, &kernels_avxvnni, &kernels_avx2,
 #elif HAVE_DOTPROD
@@ -159,11 +174,9 @@ FUNCTION(py_float_linear, 10)
     return run(&call, k * BLOCK, INT(8));
 }
 
-/* x, x_scale (0: x is bfloat16), weight, w_scale, bias, out, m, n, k, group, threads */
+/* x, x_scale (0: x is what round_bf16 made for it), weight, w_scale, bias, out, m, n, k, group, threads */
 FUNCTION(py_int4_linear, 11)
     int64_t n = INT(7), k = INT(8), blocks = (n + BLOCK - 1) / BLOCK;
-    if (!isa->int4_linear)
-        return PyErr_Format(PyExc_NotImplementedError, "no int4 kernel for %s", isa->name);
     struct call call = {
         .name = "int4_linear", .task = isa->int4_linear, .items = blocks,
         .weight = ADDRESS(2), .block_bytes = k / 2 * BLOCK, .blocks = blocks,
@@ -219,10 +232,10 @@ FUNCTION(py_embed, 8)
     return run(&call, INT(6), INT(7));
 }
 
-/* x, rounded, m, k, threads */
-FUNCTION(py_round_bf16, 5)
+/* x, rounded, m, k, threads, for int4_linear? */
+FUNCTION(py_round_bf16, 6)
     struct call call = {
-        .name = "round_bf16", .task = isa->round_bf16, .items = INT(2),
+        .name = "round_bf16", .task = INT(5) ? isa->round_int4 : isa->round_bf16, .items = INT(2),
         .round = {.x = ADDRESS(0), .rounded = ADDRESS(1), .m = INT(2), .k = INT(3)},
     };
     return run(&call, INT(3), INT(4));
@@ -435,9 +448,9 @@ FUNCTION(py_pack, 5)
     Py_BEGIN_ALLOW_THREADS
     switch (INT(0)) {
     case 4: pack_int4(ADDRESS(1), ADDRESS(2), INT(3), INT(4)); break;
-    case 8: pack_int8(ADDRESS(1), ADDRESS(2), INT(3), INT(4)); break;
-    case 16: pack_bf16(ADDRESS(1), ADDRESS(2), INT(3), INT(4)); break;
-    case 32: pack_f32(ADDRESS(1), ADDRESS(2), INT(3), INT(4)); break;
+    case 8: pack_int8(&isa->layout, ADDRESS(1), ADDRESS(2), INT(3), INT(4)); break;
+    case 16: pack_bf16(&isa->layout, ADDRESS(1), ADDRESS(2), INT(3), INT(4)); break;
+    case 32: pack_f32(&isa->layout, ADDRESS(1), ADDRESS(2), INT(3), INT(4)); break;
     }
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
@@ -536,12 +549,12 @@ static PyObject *py_use_openmp(PyObject *Py_UNUSED(self), PyObject *path)
     return PyBool_FromLong(found);
 }
 
-/* Names of the instruction sets this processor has, fastest first. */
-static PyObject *py_supported(PyObject *Py_UNUSED(self), PyObject *Py_UNUSED(unused))
+/* Names of the instruction sets, fastest first: those that this processor has, or all that were compiled. */
+static PyObject *names_of_sets(int all)
 {
     PyObject *names = PyList_New(0);
     for (size_t i = 0; names && i < COUNT; i++)
-        if (supported(all_kernels[i])) {
+        if (all || supported(all_kernels[i])) {
             PyObject *name = PyUnicode_FromString(all_kernels[i]->name);
             if (!name || PyList_Append(names, name) < 0)
                 Py_CLEAR(names);
@@ -550,10 +563,14 @@ static PyObject *py_supported(PyObject *Py_UNUSED(self), PyObject *Py_UNUSED(unu
     return names;
 }
 
-/* Whether the chosen instruction set has int4 kernels. */
-static PyObject *py_has_int4(PyObject *Py_UNUSED(self), PyObject *Py_UNUSED(unused))
+static PyObject *py_supported(PyObject *Py_UNUSED(self), PyObject *Py_UNUSED(unused))
 {
-    return PyBool_FromLong(isa->int4_linear != NULL);
+    return names_of_sets(0);
+}
+
+static PyObject *py_compiled(PyObject *Py_UNUSED(self), PyObject *Py_UNUSED(unused))
+{
+    return names_of_sets(1);
 }
 
 static PyObject *py_select(PyObject *Py_UNUSED(self), PyObject *name)
@@ -601,8 +618,8 @@ static PyMethodDef methods[] = {
     {"record", py_record, METH_NOARGS, NULL},
     {"recorded", py_recorded, METH_NOARGS, NULL},
     {"use_openmp", py_use_openmp, METH_O, NULL},
-    {"has_int4", py_has_int4, METH_NOARGS, NULL},
     {"supported", py_supported, METH_NOARGS, NULL},
+    {"compiled", py_compiled, METH_NOARGS, NULL},
     {"select", py_select, METH_O, NULL},
     {NULL, NULL, 0, NULL},
 };
