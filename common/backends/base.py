@@ -323,6 +323,13 @@ class Backend(ABC):
         """[tokens, vocab] -> int64 [tokens, k]: the most probable tokens, best first."""
         return logits.topk(k, dim=-1).indices
 
+    def gumbel_argmax(
+        self, logits: Tensor, states: Sequence[int], temperatures: Sequence[float]
+    ) -> Sequence[int] | None:
+        """The token of each row of [rows, vocab] with the largest logits / temperature + noise, where `sampling` has
+        the noise of a state; None where the host takes them one by one."""
+        return None
+
     # Once per pass.
 
     def rope_rows(
