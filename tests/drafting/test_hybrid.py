@@ -14,7 +14,6 @@ from quasar.drafting.memory import DraftMemory
 from quasar.drafting.priors import prior_weights
 from quasar.errors import QuasarError
 from quasar.speculation.draft import Draft
-from quasar.speculation.top import top_tokens
 
 tokens = st.lists(st.integers(0, 5), min_size=1, max_size=40)
 
@@ -136,11 +135,3 @@ def test_a_drafter_of_models_is_refused_where_there_is_none():
 
 def test_an_empty_text_has_no_draft():
     assert HybridDrafter().propose(7) == Draft()
-
-
-@pytest.mark.parametrize("shape", [(1, 2048), (3, 2048), (2, 5000), (4, 100)])
-def test_top_tokens_are_those_of_a_sort(shape):
-    import torch
-
-    logits = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(top_tokens(logits, 8), logits.argsort(dim=-1, descending=True)[:, :8])
