@@ -89,6 +89,7 @@ def add_parser(subparsers: Any) -> None:
         help="how long running requests may go on after Ctrl-C or SIGTERM (default: %(default)g)",
     )
     flags.add_draft_flag(parser)
+    flags.add_draft_store_flag(parser)
     flags.add_precision_flag(parser)
     flags.add_lossless_flag(parser)
     flags.add_model_flags(parser)
@@ -130,9 +131,10 @@ def run(args: argparse.Namespace) -> None:
             name=args.served_name,
             defaults=sampling_defaults(args),
         )
-        engine = Engine(model, args.max_sequences, lossless=args.lossless)
-        serving.warm_up(engine, options)
-        serving.serve(model, engine, options, sockets, args.shutdown_seconds, sys.stderr)
+        with flags.draft_memory(args, model) as memory:
+            engine = Engine(model, args.max_sequences, lossless=args.lossless, draft_memory=memory)
+            serving.warm_up(engine, options)
+            serving.serve(model, engine, options, sockets, args.shutdown_seconds, sys.stderr)
 
 
 def require_server() -> Any:

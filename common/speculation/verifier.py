@@ -95,9 +95,7 @@ def _segment(window: Window) -> Segment:
     return Segment(window.slot, [*window.uncached_tokens, *draft.tokens], parents, len(draft.tokens) + 1)
 
 
-def _judge(
-    window: Window, logits: Tensor, argmax: list[int] | None, top_k: Callable[[Tensor, int], Tensor]
-) -> Verdict:
+def _judge(window: Window, logits: Tensor, argmax: list[int] | None, top_k: Callable[[Tensor, int], Tensor]) -> Verdict:
     """logits [drafted + 1, vocab]: after the last committed token, then after each candidate."""
     chooser, draft, uncached = window.chooser, window.draft, len(window.uncached_tokens)
     if chooser is None:
