@@ -51,6 +51,7 @@ def load(
     lossless: bool = False,
     trust_remote_code: bool = False,
     progress: bool = False,
+    kv: str = "auto",
     prompts: Sequence[str] | None = None,
     heldout: Sequence[str] | None = None,
     lm_head: str = "full",
@@ -66,10 +67,11 @@ def load(
     was quantised is kept in `cache` (None: the user's own), so that the next start only maps it. "full" refuses a
     quantised checkpoint. lossless keeps the full-precision weights beside the quantised ones, for generating with
     lossless=True.
+    kv: what keys and values are kept in on CPU, float32, bfloat16 or int8.
     """
     if precision not in ("auto", *PRECISIONS):
         raise QuasarError(f"--precision {precision} is unknown; use one of {', '.join(PRECISIONS)}")
-    found = open_model(fspath(model), LoadOptions(device, dtype, trust_remote_code, progress))
+    found = open_model(fspath(model), LoadOptions(device, dtype, trust_remote_code, progress, kv))
     if precision in ("auto", "full") or found.is_quantized:
         loaded = found.model(found.decoder(progress))
         if precision not in ("auto", loaded.precision):

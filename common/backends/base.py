@@ -317,6 +317,10 @@ class Backend(ABC):
         """[tokens, vocab] -> int64 [tokens], the first of equals."""
         return logits.argmax(dim=-1)
 
+    def top_k(self, logits: Tensor, k: int) -> Tensor:
+        """[tokens, vocab] -> int64 [tokens, k]: the most probable tokens, best first."""
+        return logits.topk(k, dim=-1).indices
+
     # Once per pass.
 
     def rope_rows(

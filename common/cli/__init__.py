@@ -29,7 +29,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    from quasar.cli import batch, bench, cache, chat, compare, eval, generate, inspect, quantize, serve
+    from quasar.cli import batch, bench, cache, chat, compare, corpus, eval, generate, inspect, quantize, serve
 
     parser = OneLineParser(
         prog="quasar",
@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (generate, chat, serve, batch, compare, quantize, inspect, cache, eval, bench):
+    for command in (generate, chat, serve, batch, compare, quantize, inspect, cache, corpus, eval, bench):
         command.add_parser(subparsers)
     return parser
 

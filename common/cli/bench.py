@@ -1,4 +1,4 @@
-"""`quasar bench step | decode`: speed, as ratios within one run."""
+"""`quasar bench step | decode | memory`: speed, as ratios within one run, and memory."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ import torch
 from tqdm import tqdm
 
 from quasar.backends import get_backend
+from quasar.backends.base import Backend
+from quasar.backends.cpu import kernels
 from quasar.cli import flags
 from quasar.errors import QuasarError
-from quasar.evaluation import decode, peers, serving, speed
+from quasar.evaluation import decode, footprint, peers, profile, serving, speed
 from quasar.generation import GenerationSettings
 from quasar.loading import PRECISIONS, texts_or_default
-from quasar.models.model import ASSETS, Model, find_checkpoint
+from quasar.models.model import ASSETS, DUMMY_PREFIX, Model, find_checkpoint
 from quasar.quantization.calibration import read_texts
 
 
@@ -26,7 +28,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "bench", help="measure speed", description="Measure speed, as ratios within one run."
     )
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="step|decode|serving")
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="step|decode|serving|memory")
     step = kinds.add_parser(
         "step",
         help="one forward pass of M new tokens",
@@ -49,6 +51,9 @@ def add_parser(subparsers: Any) -> None:
         help=f"of {', '.join(PRECISIONS)} (default: full,w8a8)",
     )
     step.add_argument("--peer", action="append", default=[], choices=peers.PEERS, help="time another engine too")
+    step.add_argument(
+        "--profile", action="store_true", help="say what each kernel takes of a pass, instead of comparing (CPU)"
+    )
     step.set_defaults(run=run_step)
     ends = kinds.add_parser(
         "decode",
@@ -89,11 +94,30 @@ def add_parser(subparsers: Any) -> None:
         each.add_argument("--repeats", type=int, default=repeats, metavar="N", help="rounds (default: %(default)s)")
         each.add_argument("--json", metavar="FILE", help="write the figures there too")
         flags.add_model_flags(each)
+    memory = kinds.add_parser(
+        "memory",
+        help="peak memory of the process",
+        description="Peak memory after loading, quantising and generating, each precision in a process of its own.",
+    )
+    memory.add_argument(
+        "--precisions",
+        type=lambda text: _precisions(text, "auto"),
+        default=["full", "w8a8"],
+        metavar="P,P",
+        help=f"of auto (as the checkpoint is), {', '.join(PRECISIONS)} (default: full,w8a8)",
+    )
+    memory.add_argument("--max-new-tokens", type=int, default=16, metavar="N", help="(default: %(default)s)")
+    memory.add_argument("--json", metavar="FILE", help="write the figures there too")
+    flags.add_model_flags(memory)
+    memory.set_defaults(run=run_memory)
     step.add_argument("--plot", metavar="FILE.png", help="draw bars against the memory floor (needs matplotlib)")
 
 
 def run_step(args: argparse.Namespace) -> None:
     _positive(args, "repeats", "context")
+    if args.profile:
+        run_profile(args)
+        return
     target = None if args.plot is None else _plotter(args.plot)
     device = get_backend(args.device).device
     for peer in args.peer:
@@ -108,11 +132,49 @@ def run_step(args: argparse.Namespace) -> None:
         steps |= peers.peer_steps(peer, config, folder, args.context, max(args.rows), backend.device)
     with tqdm(total=args.repeats + 2, desc="timing", unit="round", disable=not sys.stderr.isatty(), leave=False) as bar:
         costs = speed.time_steps(steps, args.rows, args.repeats, config.vocab_size, backend, bar.update)
-    print(step_table(costs, args.dummy or args.model, args.context, backend.name))
+    print(step_table(costs, args.dummy or args.model, args.context, _name(backend)))
+    if (others := peers.not_installed()) and not args.peer and backend.device.type == "cpu":
+        print(
+            f"(other engines in the same run: {'; '.join(f'--peer {peer}: {line}' for peer, line in others.items())})"
+        )
     figures = [asdict(c) | {"floor_ms": c.floor_ms, "gigabytes_per_second": c.gigabytes_per_second} for c in costs]
     _write_json(args, {"backend": backend.name, "device": str(backend.device), "steps": figures})
     if target is not None:
         target(costs)
+
+
+def run_profile(args: argparse.Namespace) -> None:
+    figures = []
+    for precision in args.precisions:
+        model = flags.load_model(args, precision)
+        print(f"{args.dummy or args.model}, {precision}, {args.context} tokens of context, backend ", end="")
+        print(f"{_name(model.decoder.backend)}, {torch.get_num_threads()} threads; median ms and share of a pass")
+        for rows in args.rows:
+            times = profile.profile_pass(model.decoder, args.context, rows, args.repeats)
+            figures += [{"precision": precision, "rows": rows} | asdict(t) for t in times]
+            print("\n".join(f"M={rows:<4}{t.kernel:<20}{t.milliseconds:>9.2f}{t.share:>8.1%}" for t in times))
+    _write_json(args, {"backend": _name(model.decoder.backend), "profile": figures})
+
+
+def run_memory(args: argparse.Namespace) -> None:
+    _positive(args, "max_new_tokens")
+    name = f"{DUMMY_PREFIX}{args.dummy}" if args.dummy else args.model
+    tokens = args.max_new_tokens
+    print(f"{name}, {footprint.PROMPT_TOKENS} tokens of prompt and {tokens} new ones; peak MiB of the process")
+    print(f"{'precision':<12}{'imports':>9}{'load':>9}{'quantise':>10}{'generate':>10}{'weights, embedding':>20}")
+    figures = []
+    for precision in args.precisions:
+        f = footprint.measure(name, precision, args.lm_head, args.device, tokens)
+        figures.append(asdict(f))
+        quantise = "" if f.quantise is None else f"{f.quantise:.0f}"
+        print(f"{precision:<12}{f.imports:>9.0f}{f.load:>9.0f}{quantise:>10}{f.generate:>10.0f}{f.weights:>20.0f}")
+    _write_json(args, {"memory": figures})
+
+
+def _name(backend: Backend) -> str:
+    """The backend, and on CPU the instruction set, without which no figure says anything."""
+    fast = backend.name.startswith("cpu") and kernels.instruction_set()
+    return f"{backend.name} ({fast})" if fast else backend.name
 
 
 def step_table(costs: list[speed.StepCost], name: str, context: int, backend: str) -> str:
@@ -151,6 +213,7 @@ def run_decode(args: argparse.Namespace) -> None:
         total=args.repeats + 1, desc="decoding", unit="round", disable=not sys.stderr.isatty(), leave=False
     ) as bar:
         speeds = decode.compare_runs(runs, args.repeats, args.acceptance is not None, bar.update)
+    print(f"backend {_name(models['full'].decoder.backend)}, {torch.get_num_threads()} threads")
     print(decode_table(speeds))
     _write_json(args, {"backend": models["full"].decoder.backend.name, "decode": [s.as_dict() for s in speeds]})
 
@@ -274,10 +337,10 @@ def _numbers(text: str) -> list[int]:
     return rows
 
 
-def _precisions(text: str) -> list[str]:
-    names = text.split(",")
-    if unknown := [name for name in names if name not in PRECISIONS]:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(PRECISIONS)}")
+def _precisions(text: str, *more: str) -> list[str]:
+    names, known = text.split(","), (*more, *PRECISIONS)
+    if unknown := [name for name in names if name not in known]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(known)}")
     return names
 
 

@@ -1,4 +1,4 @@
-"""`quasar eval fidelity | tasks`: what precisions and drafters do to the text, and to Spec-Bench's questions."""
+"""`quasar eval fidelity | tasks | replay`: what precisions and drafters do to the text, and to Spec-Bench's questions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from quasar.cli import flags
+from quasar.cli import flags, replay
 from quasar.drafting import check_draft
 from quasar.errors import QuasarError
 from quasar.evaluation import fidelity, tasks
@@ -27,7 +27,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "eval", help="measure fidelity and tasks", description="Measure what precisions and drafters do."
     )
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="fidelity|tasks")
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="fidelity|tasks|replay")
     table = kinds.add_parser(
         "fidelity",
         help="every verifier against full precision",
@@ -80,6 +80,7 @@ def add_parser(subparsers: Any) -> None:
     )
     bench.add_argument("--answers", metavar="DIR", help="write answers there, one JSONL file per scheme")
     bench.set_defaults(run=run_tasks)
+    replay.add_parser(kinds)
     for each in (table, bench):
         each.add_argument("--json", metavar="FILE", help="write the figures there too")
         flags.add_model_flags(each)

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from quasar.backends import DEVICES
+from quasar.backends import DEVICES, KV_DEFAULT
 from quasar.drafting import DRAFTS
 from quasar.errors import QuasarError
 from quasar.generation import GenerationSettings
@@ -47,6 +47,13 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         metavar="T",
         help="of activations: bfloat16, float16, float32 (default: float32 on CPU, bfloat16 elsewhere; "
         "bfloat16 on CPU is for long prompts)",
+    )
+    group.add_argument(
+        "--kv",
+        default="auto",
+        metavar="T",
+        help="what keys and values are kept in on CPU: float32, bfloat16, or int8 with a scale for each head and token "
+        f"(default: {KV_DEFAULT})",
     )
     group.add_argument(
         "--trust-remote-code",
@@ -159,7 +166,7 @@ def add_precision_flag(parser: argparse.ArgumentParser) -> None:
 def add_draft_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--draft",
-        default="ngram",
+        default="hybrid",
         metavar="D",
         help=f"how tokens are drafted: {', '.join(DRAFTS)} (default: %(default)s)",
     )
@@ -186,6 +193,7 @@ def load_model(args: argparse.Namespace, precision: str, lossless: bool = False)
         lossless=lossless,
         trust_remote_code=args.trust_remote_code,
         progress=progress,
+        kv=args.kv,
         prompts=calibration,
         heldout=heldout,
         lm_head=args.lm_head,

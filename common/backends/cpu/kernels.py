@@ -25,8 +25,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quasar.backends.buffers import Buffers
-
 try:
     from . import _kernels
 except ImportError:  # not built: no C compiler at install time
@@ -77,26 +75,58 @@ def use_instruction_set(name: str) -> Iterator[None]:
         _isa = previous
 
 
+class SharedMemory:
+    """Memory for the results of recorded passes of which one runs at a time. It grows, and moves when it does."""
+
+    def __init__(self) -> None:
+        self.memory = torch.empty(0, dtype=torch.uint8)
+
+    def reserve(self, nbytes: int) -> None:
+        if nbytes > self.memory.nbytes:
+            self.memory = torch.empty(nbytes, dtype=torch.uint8)
+
+
 class Recording:
     """The kernel calls of one pass, in order, made again by one call: no Python and one team of threads.
 
-    A replay reads and writes the memory of the recorded pass, which the recording keeps. What may differ: the contents
-    of the ids' tensor, and what the pass's `Segments` were filled with since.
+    A replay reads and writes the memory of the recorded pass, which the recording keeps until it is told to `share`
+    another. What may differ: the contents of the ids' tensor, and what the pass's `Segments` were filled with since.
     """
 
     def __init__(self) -> None:
-        self.buffers = Buffers()
+        self.results: list[Tensor] = []  # of the recorded calls
         self.kept: list[object] = []  # weights, and what went in
         self._calls = None
         self._threads = _threads()
+        self._shared: SharedMemory | None = None
+        self._placed = 0  # the address of the shared memory that the calls point to
+
+    def share(self, shared: SharedMemory, result: Tensor) -> int:
+        """Moves the results of all calls into shared memory, where each takes the place of those that were used for the
+        last time. Returns the offset at which `result`, what the pass returns, lies."""
+        last = next(i for i, made in enumerate(self.results) if made.data_ptr() == result.data_ptr())
+        self.results.append(self.results.pop(last))
+        addresses = torch.tensor([[made.data_ptr(), made.nbytes] for made in self.results])
+        nbytes, offset = _kernels.share(self._calls, len(self.results), addresses.data_ptr())
+        shared.reserve(nbytes)
+        self._shared = shared
+        self.results = []
+        return offset
+
+    def _settle(self) -> None:
+        if self._shared is not None and self._placed != self._shared.memory.data_ptr():
+            self._placed = self._shared.memory.data_ptr()
+            _kernels.place(self._calls, self._placed)
 
     def replay(self) -> None:
         """Makes the calls again. Raises IndexError, and changes nothing, for ids that `embed` has no rows for, rotary
         positions beyond the tables, and segments of another model or number of rows."""
+        self._settle()
         _kernels.replay(self._calls, self._threads, 0)
 
     def timed_replay(self) -> list[tuple[str, float]]:
         """The same; returns each call's name with the seconds until all threads had done it."""
+        self._settle()
         names = _kernels.calls(self._calls)
         nanoseconds = torch.zeros(len(names), dtype=torch.int64)
         _kernels.replay(self._calls, self._threads, nanoseconds.data_ptr())
@@ -116,7 +146,7 @@ _recorder = _Recorder()
 def recording() -> Iterator[Recording]:
     """Records the kernel calls that this thread makes inside while it makes them.
 
-    Their outputs lie in memory that the recording reuses as soon as they are dropped. Raises NotImplementedError from
+    Raises NotImplementedError from
     the call that cannot be repeated: `int8_linear` whose inputs are no multiple of 4.
     """
     made = Recording()
@@ -143,7 +173,7 @@ def kv_bytes(layers: int, kv_heads: int, head_dim: int, kv: str = "float32") -> 
 class SlotMemory:
     """Keys and values of one sequence as the kernels have them: for each 64 positions, all layers and heads together.
 
-    Memory is uninitialised, and the system gives it out page by page: a slot costs what its text takes, not its capacity.
+    Memory is uninitialised, and the system gives it out page by page: a slot costs what its text takes.
     kv: float32; bfloat16, rounded half to even; or int8 with a scale for each head and position.
     """
 
@@ -187,6 +217,15 @@ class SlotMemory:
         """Moves `rows`, ascending, counted from position `length`, to positions length, length + 1, ..."""
         _kernels.slot_keep(self.pointer, length, list(rows))
 
+    def repeat(self, positions: int, to: int) -> None:
+        """Copies the chunks of the first `positions` behind them, up to position `to`."""
+        have, wanted = -(-positions // _KV_CHUNK), -(-to // _KV_CHUNK)
+        for memory in self._memory:
+            chunks = memory.view(self._shape[0], -1)
+            for first in range(have, wanted, have):
+                last = min(first + have, wanted)
+                chunks[first:last] = chunks[: last - first]
+
     def copy_from(self, other: SlotMemory, positions: int) -> None:
         """Takes over the first `positions` of another sequence of the same model."""
         _kernels.slot_copy(other.pointer, self.pointer, positions)
@@ -217,6 +256,7 @@ Quantized = tuple[Tensor, Tensor]  # int8 [m, k], float32 scale per row [m]
 _BLOCK = 32  # outputs per block of a packed weight
 _float32, _int8 = torch.float32, torch.int8
 _threads = torch.get_num_threads
+_MOST_TOP_K = 64
 
 
 def _pointer(tensor: Tensor, dtype: torch.dtype, elements: int) -> int:
@@ -242,12 +282,16 @@ def _constant(tensor: Tensor | None, dtype: torch.dtype, elements: int) -> int:
 def _weight(packed: _Packed | PackedInt4) -> int:
     if _recorder.recording is not None:
         _recorder.recording.kept.append(packed)
+    if packed.instruction_set != _isa:
+        raise ValueError(f"a weight packed for {packed.instruction_set} does not fit the kernels of {_isa}")
     return packed.pointer
 
 
 def _new(shape: tuple[int, ...], dtype: torch.dtype = _float32) -> Tensor:
-    made = _recorder.recording
-    return torch.empty(shape, dtype=dtype) if made is None else made.buffers.take(shape, dtype)
+    made = torch.empty(shape, dtype=dtype)
+    if _recorder.recording is not None:
+        _recorder.recording.results.append(made)
+    return made
 
 
 def _output(out: Tensor | None, *shape: int) -> tuple[Tensor, int]:
@@ -259,18 +303,19 @@ def _output(out: Tensor | None, *shape: int) -> tuple[Tensor, int]:
 
 
 class _Packed:
-    """A weight in the kernels' layout: `n` outputs, `k` inputs, `tensor` keeps the bytes alive."""
+    """A weight in the layout of the instruction set in use: `n` outputs, `k` inputs, `tensor` keeps the bytes alive."""
 
-    __slots__ = ("k", "n", "pointer", "tensor")
+    __slots__ = ("instruction_set", "k", "n", "pointer", "tensor")
     bits: int
 
     def __init__(self, weight: Tensor, dtype: torch.dtype, k_step: int):
         if weight.dim() != 2:
             raise ValueError(f"expected a weight of shape [n, k], got {tuple(weight.shape)}")
         self.n, self.k = weight.shape
+        self.instruction_set = _isa
         source = _pointer(weight, dtype, self.n * self.k)
         blocks, steps = -(-self.n // _BLOCK), -(-self.k // k_step)
-        # [blocks, steps, 32, k_step] in the layouts of csrc/pack.c; the address must not change from here on
+        # in the layouts of csrc/pack.c, which pad to blocks of 32 outputs; the address must not change from here on
         self.tensor = torch.empty(blocks * steps * _BLOCK * k_step, dtype=torch.uint8 if dtype is _int8 else dtype)
         self.pointer = self.tensor.data_ptr()
         _kernels.pack(self.bits, source, self.pointer, self.n, self.k)
@@ -317,10 +362,11 @@ class PackedInt4:
     """int4 weight, int8 [n, k] between -8 and 7, with a bfloat16 scale per group of inputs [n, k / group], and an
     offset likewise or None."""
 
-    __slots__ = ("group", "k", "n", "offset", "pointer", "scale", "tensor")
+    __slots__ = ("group", "instruction_set", "k", "n", "offset", "pointer", "scale", "tensor")
 
     def __init__(self, weight: Tensor, scale: Tensor, offset: Tensor | None = None):
         (self.n, self.k), groups = weight.shape, scale.shape[1]
+        self.instruction_set = _isa
         self.group = self.k // groups
         if self.k % groups or self.group % 8:
             raise ValueError(f"{groups} groups of {self.k} inputs: a group must be a multiple of 8")
@@ -339,11 +385,6 @@ class PackedInt4:
             _kernels.pack_scales(source, self.offset.data_ptr(), self.n, groups)
 
 
-def int4_available() -> bool:
-    """Whether the instruction set in use has int4 kernels."""
-    return _kernels is not None and _kernels.has_int4()
-
-
 def int4_linear(x: Tensor | Quantized, weight: PackedInt4, bias: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias`, the sum of each group times its scale, summed in float32: -> float32 [m, n].
 
@@ -354,7 +395,7 @@ def int4_linear(x: Tensor | Quantized, weight: PackedInt4, bias: Tensor | None =
     m, n, k = values.shape[0], weight.n, weight.k
     if isinstance(x, Tensor):
         rounded = _new((m, k))
-        _kernels.round_bf16(_pointer(x, _float32, m * k), rounded.data_ptr(), m, k, _threads())
+        _kernels.round_bf16(_pointer(x, _float32, m * k), rounded.data_ptr(), m, k, _threads(), True)
         pointer, scale_pointer = rounded.data_ptr(), 0
     else:
         pointer, scale_pointer = _pointer(values, _int8, m * k), _pointer(x[1], _float32, m)
@@ -427,7 +468,7 @@ def bf16_linear(x: Tensor, weight: PackedBf16, bias: Tensor | None = None, out: 
     m, n, k = x.shape[0], weight.n, weight.k
     out, out_pointer = _output(out, m, n)
     rounded = _new((m, k))
-    _kernels.round_bf16(_pointer(x, _float32, m * k), rounded.data_ptr(), m, k, _threads())
+    _kernels.round_bf16(_pointer(x, _float32, m * k), rounded.data_ptr(), m, k, _threads(), False)
     _kernels.float_linear(
         True, rounded.data_ptr(), _weight(weight), _constant(bias, _float32, n), out_pointer, m, n, k, _threads(), True
     )
@@ -546,13 +587,8 @@ def rope_qk_append(
     m, width = qkv.shape
     kv_heads = (width // dim - heads) // 2
     positions, stride = cos.shape
-    if (
-        dim % 16
-        or dim > KV_MOST_DIM
-        or kv_heads < 1
-        or width != (heads + 2 * kv_heads) * dim
-        or (stride != dim and 2 * stride != dim)
-    ):
+    fits = kv_heads >= 1 and width == (heads + 2 * kv_heads) * dim and stride in (dim, dim // 2)
+    if dim % 16 or dim > KV_MOST_DIM or not fits:
         raise ValueError(f"{heads=} {dim=}, tables {tuple(cos.shape)}: dim must be a multiple of 16")
     q = _new((m, heads, dim))
     _kernels.rope_qk_append(
@@ -596,6 +632,19 @@ def argmax(x: Tensor) -> Tensor:
         raise ValueError(f"argmax over {n} values")
     out = _new((m,), torch.int64)
     _kernels.argmax(_pointer(x, _float32, m * n), out.data_ptr(), m, n, _threads())
+    return out
+
+
+def top_k(x: Tensor, k: int) -> Tensor:
+    """Indices of each row's k largest values, the largest first and the lower index first on ties.
+
+    float32 [m, n] -> int64 [m, k]; k from 1 to 64.
+    """
+    m, n = x.shape
+    if not 0 < k <= min(n, _MOST_TOP_K):
+        raise ValueError(f"the {k} largest of {n} values")
+    out = torch.empty(m, k, dtype=torch.int64)
+    _kernels.top_k(_pointer(x, _float32, m * n), out.data_ptr(), m, n, k, _threads())
     return out
 
 

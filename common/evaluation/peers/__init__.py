@@ -23,10 +23,19 @@ _PACKAGES = {
 PEERS = tuple(_PACKAGES)
 
 
+def not_installed() -> dict[str, str]:
+    """Peers that could be compared once installed, and the command that installs each."""
+    missing = {
+        peer: [package for module, package in packages.items() if find_spec(module) is None]
+        for peer, packages in _PACKAGES.items()
+    }
+    return {peer: f"pip install {' '.join(packages)}" for peer, packages in missing.items() if packages}
+
+
 def require(peer: str, device: torch.device) -> None:
     """Raises QuasarError unless the peer is installed and runs on this device."""
-    if missing := [package for module, package in _PACKAGES[peer].items() if find_spec(module) is None]:
-        raise QuasarError(f"--peer {peer} is not installed; pip install {' '.join(missing)}")
+    if command := not_installed().get(peer):
+        raise QuasarError(f"--peer {peer} is not installed; {command}")
     if peer != "transformers" and device.type != "cpu":
         raise QuasarError(f"--peer {peer} is compared on CPU only; add --device cpu")
 

@@ -37,7 +37,7 @@ static void int8_linear(int64_t m, int64_t n, int64_t k4)
         weight[i] = extreme ? (i % 3 ? -128 : 127) : byte();
         scale[i] = uniform();
     }
-    pack_int8(weight, packed, n, k);
+    pack_int8(&kernels_dotprod.layout, weight, packed, n, k);
     struct int8_linear_args a = {
         .x = x, .x_scale = scale, .weight = packed, .w_scale = scale + m, .bias = scale + m + n, .accumulators = sums,
         .m = m, .n = n, .k4 = k4,
@@ -55,6 +55,7 @@ static void int8_linear(int64_t m, int64_t n, int64_t k4)
     a.accumulators = NULL;
     a.out = outs[0];
     run(kernels_dotprod.int8_linear, &a);
+    pack_int8(&kernels_plain.layout, weight, packed, n, k);
     a.out = outs[1];
     run(kernels_plain.int8_linear, &a);
     check(!memcmp(outs[0], outs[1], (size_t)(m * n) * sizeof(float)), "int8_linear", m, n, k);
@@ -75,7 +76,8 @@ static void float_linear(int64_t m, int64_t n, int64_t k, int bf16)
         if (bf16)
             memcpy(weight + i, &bits, 4);
     }
-    bf16 ? pack_bf16(half, (uint16_t *)packed, n, k) : pack_f32(weight, packed, n, k);
+    const struct layout *layout = &kernels_dotprod.layout;
+    bf16 ? pack_bf16(layout, half, (uint16_t *)packed, n, k) : pack_f32(layout, weight, packed, n, k);
     task_fn task = bf16 ? kernels_dotprod.bf16_linear : kernels_dotprod.f32_linear;
     struct float_linear_args a = {.x = x, .weight = packed, .out = out, .m = m, .n = n, .k = k};
     run(task, &a);
@@ -96,6 +98,54 @@ static void float_linear(int64_t m, int64_t n, int64_t k, int bf16)
     }
     check(close, bf16 ? "bf16_linear" : "f32_linear", m, n, k);
     check(same, "a row alone", m, n, k);
+}
+
+/* W4A16 and W4A4 against float64, 128 inputs a group; and each row alone, to the bit. */
+static void int4_linear(int64_t m, int64_t n, int64_t groups, int w4a4)
+{
+    static float x[MOST], prepared[MOST], x_scale[MOST], out[MOST], alone[MOST];
+    static int8_t weight[MOST], q[MOST];
+    static uint8_t packed[MOST];
+    static uint16_t scale[MOST], packed_scale[MOST];
+    static char scratch[1 << 20] __attribute__((aligned(64)));
+    const int64_t group = 128, k = groups * group;
+    for (int i = 0; i < MOST; i++) {
+        x[i] = (float)(rand() % 15 - 7); /* what bfloat16 holds */
+        q[i] = (int8_t)x[i];
+        x_scale[i] = uniform();
+        weight[i] = (int8_t)(rand() % 16 - 8);
+        scale[i] = (uint16_t)(0x3f80 + rand() % 64);
+    }
+    pack_int4(weight, packed, n, k);
+    pack_scales(scale, packed_scale, n, groups);
+    run(kernels_dotprod.round_int4, &(struct round_args){.x = x, .rounded = prepared, .m = m, .k = k});
+    struct int4_linear_args a = {
+        .x = w4a4 ? (void *)q : (void *)prepared, .x_scale = w4a4 ? x_scale : NULL, .weight = packed,
+        .w_scale = packed_scale, .out = out, .scratch = scratch, .scratch_bytes = sizeof scratch, .m = m, .n = n, .k = k,
+        .group = group,
+    };
+    run(kernels_dotprod.int4_linear, &a);
+    int close = 1, same = 1;
+    for (int64_t row = 0; row < m; row++) {
+        for (int64_t j = 0; j < n; j++) {
+            double sum = 0;
+            for (int64_t i = 0; i < k; i++) {
+                uint32_t bits = (uint32_t)scale[j * groups + i / group] << 16;
+                float factor;
+                memcpy(&factor, &bits, 4);
+                sum += (double)x[row * k + i] * weight[j * k + i] * factor;
+            }
+            close &= fabs(out[row * n + j] - sum * (w4a4 ? x_scale[row] : 1)) <= 1e-2;
+        }
+        a.x = w4a4 ? (void *)(q + row * k) : (void *)(prepared + row * k);
+        a.x_scale = w4a4 ? x_scale + row : NULL;
+        a.out = alone;
+        a.m = 1;
+        run(kernels_dotprod.int4_linear, &a);
+        same &= !memcmp(alone, out + row * n, (size_t)n * sizeof(float));
+    }
+    check(close, w4a4 ? "W4A4" : "W4A16", m, n, k);
+    check(same, "an int4 row alone", m, n, k);
 }
 
 static int all_close(const float *a, const float *b, int64_t n, float tolerance)
@@ -130,28 +180,39 @@ static void row_kernels(int64_t m, int64_t k)
     check(!memcmp(scale[0], scale[1], (size_t)m * sizeof(float)), "scale", m, 0, k);
 }
 
-static void attention(int64_t m, int64_t start)
+static void attention(int64_t m, int64_t length)
 {
-    const int64_t heads = 4, kv_heads = 2, dim = 32, capacity = 200;
+    const int64_t heads = 4, kv_heads = 2, dim = 32;
     static float q[MOST], k[MOST], v[MOST], outs[2][MOST];
     for (int i = 0; i < MOST; i++) {
         q[i] = uniform();
         k[i] = uniform();
         v[i] = uniform();
     }
+    struct row row[32];
+    for (int64_t i = 0; i < m; i++)
+        row[i] = (struct row){.parent = (int32_t)i - 1};
+    struct segment segment = {
+        .slot = {.k = (char *)k, .v = (char *)v, .capacity = 256, .layers = 1, .kv_heads = kv_heads, .dim = dim},
+        .length = length, .rows = m,
+    };
+    struct segments segments = {.room = 32, .count = 1, .segment = &segment, .row = row};
+    check(!segments_finish(&segments), "segments", m, heads, length);
     const struct kernels *const tables[2] = {&kernels_dotprod, &kernels_plain};
     for (int i = 0; i < 2; i++) {
-        int64_t bytes = attention_scratch_bytes(2 * m, dim);
-        char *scratch = aligned_alloc(64, (size_t)(bytes + 63) / 64 * 64);
+        int64_t scratch_bytes = attention_scratch_bytes(2 * m, dim, m), bytes = 0;
+        char *scratch = aligned_alloc(64, (size_t)(scratch_bytes + 63) / 64 * 64);
+        void *partials = NULL;
         struct attention_args a = {
-            .q = q, .k_cache = k, .v_cache = v, .out = outs[i], .scale = 0.2f, .scratch = scratch, .m = m,
-            .heads = heads, .kv_heads = kv_heads, .dim = dim, .start = start, .capacity = capacity, .tokens_per_item = m,
-            .scratch_bytes = bytes,
+            .q = q, .segments = &segments, .out = outs[i], .scale = 0.2f, .scratch = scratch, .m = m, .heads = heads,
+            .kv_heads = kv_heads, .dim = dim, .tokens_per_item = m, .scratch_bytes = scratch_bytes,
         };
+        attention_prepare(&a, 1, &partials, &bytes);
         run(tables[i]->attention, &a);
+        free(partials);
         free(scratch);
     }
-    check(all_close(outs[0], outs[1], m * heads * dim, 2e-6f), "attention", m, heads, start);
+    check(all_close(outs[0], outs[1], m * heads * dim, 2e-6f), "attention", m, heads, length);
 }
 
 int main(void)
@@ -162,6 +223,8 @@ int main(void)
         float_linear(m, 37, 30 + m, 1);
         float_linear(m, 64, 600, 1);
         float_linear(m, 40, 30 + m, 0);
+        int4_linear(m, 37, 3, 0);
+        int4_linear(m, 37, 3, 1);
         row_kernels(m, 90 + m);
         attention(m, 60 + 3 * m);
     }

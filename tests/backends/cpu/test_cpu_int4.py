@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,8 +17,17 @@ from quasar.backends.reference import ReferenceBackend
 from quasar.quantization.rotation import hadamard
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="the C kernels were not built")
-needs_int4 = pytest.mark.skipif(not kernels.int4_available(), reason="this processor has no AVX512-BF16")
 SHAPES = st.tuples(st.integers(1, 70), st.integers(1, 4), st.integers(1, 70), st.sampled_from([8, 32, 64, 128]))
+
+
+@pytest.fixture(params=kernels.instruction_sets(), autouse=True, scope="module")
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every test runs with every instruction set of this processor, on one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with kernels.use_instruction_set(request.param):
+        yield request.param
+    torch.set_num_threads(before)
 
 
 def random_weight(outputs: int, groups: int, group: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -27,7 +38,6 @@ def random_weight(outputs: int, groups: int, group: int, seed: int) -> tuple[Ten
     return values, scale, values.double() * scale.double().repeat_interleave(group, 1)
 
 
-@needs_int4
 @settings(max_examples=40, deadline=None)
 @given(SHAPES, st.booleans(), st.booleans(), st.integers(0, 2**31))
 def test_both_products_are_those_of_the_integers(shape, with_bias, with_offset, seed):
@@ -50,15 +60,27 @@ def test_both_products_are_those_of_the_integers(shape, with_bias, with_offset, 
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-3)
 
 
-@needs_int4
 @pytest.mark.parametrize(("weight", "x"), [(-8, 7), (-8, -7), (7, 7), (7, -7), (0, 7)])
-def test_sums_of_a_group_are_exact_at_the_extremes(weight, x):
-    packed = kernels.PackedInt4(torch.full((5, 1024), weight, dtype=torch.int8), torch.ones(5, 8).bfloat16())
-    y = kernels.int4_linear((torch.full((3, 1024), x, dtype=torch.int8), torch.ones(3)), packed)
-    assert y.tolist() == [[1024.0 * weight * x] * 5] * 3
+@pytest.mark.parametrize("groups", [1, 8])
+def test_sums_of_a_group_are_exact_at_the_extremes(weight, x, groups):
+    """A group of 1024 too, which is more than 16 bits hold."""
+    packed = kernels.PackedInt4(torch.full((5, 1024), weight, dtype=torch.int8), torch.ones(5, groups).bfloat16())
+    for tokens in (1, 3, 6, 8):
+        y = kernels.int4_linear((torch.full((tokens, 1024), x, dtype=torch.int8), torch.ones(tokens)), packed)
+        assert y.tolist() == [[1024.0 * weight * x] * 5] * tokens
+        y = kernels.int4_linear(torch.full((tokens, 1024), float(x)), packed)
+        assert y.tolist() == [[1024.0 * weight * x] * 5] * tokens
 
 
-@needs_int4
+def test_a_nan_stays_in_its_row():
+    values, scale, _ = random_weight(40, 2, 64, 5)
+    packed, x = kernels.PackedInt4(values, scale), torch.randn(7, 128)
+    x[3, 5] = torch.nan
+    y = kernels.int4_linear(x, packed)
+    assert y[3].isnan().all()
+    assert y[[0, 1, 2, 4, 5, 6]].isfinite().all()
+
+
 @pytest.mark.parametrize("quantized", [False, True])
 def test_a_row_does_not_depend_on_its_company(quantized):
     values, scale, _ = random_weight(130, 3, 128, 1)
@@ -92,13 +114,11 @@ def test_groups_that_no_kernel_takes_are_refused():
         kernels.PackedInt4(torch.zeros(4, 36, dtype=torch.int8), torch.ones(4, 3).bfloat16())
 
 
-@pytest.mark.parametrize("isa", kernels.instruction_sets())
 @pytest.mark.parametrize("block", [1, 2, 8, 16, 32, 128, 512])
-def test_hadamard_is_the_product_with_the_matrix(isa, block):
+def test_hadamard_is_the_product_with_the_matrix(block):
     x = torch.randn(5, 1536, generator=torch.Generator().manual_seed(block))
     expected = (x.view(5, -1, block).double() @ hadamard(block).double()).flatten(1)
-    with kernels.use_instruction_set(isa):
-        torch.testing.assert_close(kernels.hadamard(x, block).double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(kernels.hadamard(x, block).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_hadamard_of_other_blocks_is_refused():

@@ -74,11 +74,33 @@ def test_int8_sums_are_exact_at_the_extremes(extremes: tuple[int, int], k: int) 
     assert torch.equal(kernels.int8_accumulate(x, packed_int8(weight)), exact(x, weight))
 
 
-def test_int8_sums_that_wrap_on_the_way_come_back() -> None:
-    """255 * 127 * 70000 passes 2^31 before the shift is undone."""
-    x = torch.full((1, 70000), 127, dtype=torch.int8)
-    weight = torch.full((2, 70000), 127, dtype=torch.int8)
+@pytest.mark.parametrize("m", [1, 9])
+def test_int8_sums_that_wrap_on_the_way_come_back(m: int) -> None:
+    """255 * 127 * 70016 passes 2^31 before the shift is undone."""
+    x = torch.full((m, 70016), 127, dtype=torch.int8)
+    weight = torch.full((2, 70016), 127, dtype=torch.int8)
     assert torch.equal(kernels.int8_accumulate(x, packed_int8(weight)), exact(x, weight))
+
+
+@pytest.mark.parametrize("value", [-128, 127])
+@pytest.mark.parametrize("m", [1, 6, 7, 9, 16, 17, 33, 64, 65, 97])
+def test_int8_sums_of_every_tile(m: int, value: int) -> None:
+    """Rows of one tile, of several, of more than a panel; inputs of one chunk, of several, and that no tile takes."""
+    for n, k in ((70, 64), (33, 576), (64, 1600), (16, 4160), (40, 516)):
+        x, weight = random_int8(m, k), random_int8(n, k)
+        x[-1], weight[-1] = value, -128
+        assert torch.equal(kernels.int8_accumulate(x, packed_int8(weight)), exact(x, weight))
+        linear = kernels.int8_linear(x, torch.rand(m), kernels.PackedInt8(weight, torch.rand(n)), torch.randn(n))
+        assert linear.isfinite().all()
+
+
+def test_a_weight_of_another_instruction_set_is_refused(instruction_set: str) -> None:
+    weight = packed_int8(random_int8(32, 64))
+    other = next((name for name in kernels.instruction_sets() if name != instruction_set), None)
+    if other is None:
+        pytest.skip("this processor has one instruction set")
+    with kernels.use_instruction_set(other), pytest.raises(ValueError, match=f"packed for {instruction_set}"):
+        kernels.int8_accumulate(random_int8(1, 64), weight)
 
 
 @few
@@ -125,6 +147,28 @@ def test_long_float_sums_stay_close(kind: str) -> None:
     out, x, weight = float_product(kind, torch.randn(150, 1001), torch.randn(40, 1001))
     expected = x @ weight.T
     assert (out - expected).norm() < 1e-6 * expected.norm()
+
+
+@pytest.mark.parametrize("kind", FLOAT_PRODUCTS)
+@pytest.mark.parametrize("m", [1, 3, 5, 6, 16, 40])
+def test_float_rows_alone_and_together(kind: str, m: int) -> None:
+    """Inputs in whole tiles of the tile unit and not; the largest numbers, subnormal ones, infinities in one row."""
+    for k in (64, 1600, 2080, 1000):
+        x, weight, bias = torch.randn(m, k), torch.randn(70, k), torch.randn(70)
+        x[0, :3] = torch.tensor([3e38, -3e38, 1e-40])
+        weight[:, :2] = weight[:, :1]  # which cancels the largest ones
+        if m > 1:
+            x[1, 5] = math.inf
+        out, exact_x, exact_weight = float_product(kind, x, weight, bias)
+        expected = F.linear(exact_x, exact_weight, bias.double())
+        bound = F.linear(exact_x.abs(), exact_weight.abs()) + bias.double().abs()
+        rows = [row for row in range(m) if row != 1]
+        assert ((out - expected)[rows].abs() <= 256 * 2**-24 * bound[rows]).all()
+        for row in range(m):
+            alone, _, _ = float_product(kind, x[row : row + 1].contiguous(), weight, bias)
+            assert torch.equal(alone[0].nan_to_num(7.0), out[row].nan_to_num(7.0))
+        if m > 1:
+            assert not out[1].isfinite().any()
 
 
 @pytest.mark.parametrize("kind", FLOAT_PRODUCTS)
@@ -428,3 +472,15 @@ def test_one_openmp_runtime() -> None:
         libraries = {line.split()[-1] for line in maps if ".so" in line}
     runtimes = [name for name in libraries if name.rsplit("/", 1)[-1].startswith(("libgomp", "libomp", "libiomp"))]
     assert len(runtimes) == 1, runtimes
+
+
+@pytest.mark.parametrize("isa", kernels.instruction_sets())
+@pytest.mark.parametrize("n", [8, 17, 1000, 5003])
+def test_top_k_is_the_order_of_a_stable_sort(isa, n):
+    """Random values, values with many equals, and rising ones, which replace the best at every step."""
+    rows = torch.stack([torch.randn(n), torch.randn(n).round(), torch.arange(n).float(), -torch.arange(n).float()])
+    with kernels.use_instruction_set(isa):
+        found = kernels.top_k(rows, 8)
+    assert torch.equal(found, rows.sort(dim=-1, descending=True, stable=True).indices[:, :8])
+    with pytest.raises(ValueError, match="the 9 largest of 8"):
+        kernels.top_k(torch.zeros(1, 8), 9)

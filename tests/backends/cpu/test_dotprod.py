@@ -10,7 +10,7 @@ import pytest
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64"
 HERE, KERNELS = Path(__file__).parent, Path(__file__).parents[3] / "common/backends/cpu/csrc"
-SOURCES = [HERE / "dotprod.c", *(KERNELS / name for name in ("isa_dotprod.c", "isa_plain.c", "pack.c"))]
+SOURCES = [HERE / "dotprod.c", *(KERNELS / name for name in ("isa_dotprod.c", "isa_plain.c", "pack.c", "segments.c"))]
 
 
 @pytest.mark.skipif(
@@ -24,4 +24,4 @@ def test_dot_products_of_aarch64_on_an_emulated_processor(tmp_path: Path) -> Non
     flags = ["-O3", "-std=gnu11", "-ffp-contract=off", "-fno-math-errno", *warnings, "-static", f"-I{KERNELS}"]
     subprocess.run([COMPILER, *flags, *SOURCES, "-lm", "-o", program], check=True)
     done = subprocess.run([EMULATOR, program], capture_output=True, text=True)
-    assert done.stdout == "272 right, 0 wrong\n"
+    assert done.stdout == "357 right, 0 wrong\n"

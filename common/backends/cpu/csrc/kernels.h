@@ -8,11 +8,12 @@
 
 #define BLOCK 32       /* outputs per block of a packed weight */
 #define MAX_THREADS 256
+#define MOST_TOP_K 64
 
 struct int8_linear_args {
     const int8_t *x;         /* [m, k4 * 4], zero beyond k */
     const float *x_scale;    /* [m] */
-    const uint8_t *weight;   /* [ceil(n / 32), k4, 32, 4]: int8 value + 128, 128 where padded */
+    const uint8_t *weight;   /* packed by `layout`, zeros where padded */
     const float *w_scale;    /* [n] */
     const float *bias;       /* [n] or NULL */
     float *out;              /* [m, n], or NULL when accumulators are asked for */
@@ -22,14 +23,14 @@ struct int8_linear_args {
 
 struct float_linear_args {
     const void *x;           /* float [m, k], or what round_bf16 made of it */
-    const void *weight;      /* float: [ceil(n / 32), k, 32]; bf16: [ceil(n / 32), ceil(k / 2), 32, 2] */
+    const void *weight;      /* float or bf16, packed by `layout` */
     const float *bias;       /* [n] or NULL */
     float *out;              /* [m, n] */
     int64_t m, n, k;
 };
 
 struct int4_linear_args {
-    const void *x;           /* bfloat16 [m, k], or int8 between -7 and 7 where there is x_scale */
+    const void *x;           /* what round_int4 made of it, or int8 [m, k] between -7 and 7 where there is x_scale */
     const float *x_scale;    /* [m] or NULL */
     const uint8_t *weight;   /* [ceil(n / 32), k / 8, 32, 4], see pack.c */
     const uint16_t *w_scale; /* bfloat16 [ceil(n / 32), k / group, 32] */
@@ -168,6 +169,12 @@ struct read_args {
     int32_t result;          /* all 32-bit words, xor */
 };
 
+struct top_k_args {
+    const float *x;          /* [m, n] */
+    int64_t *out;            /* [m, k]: indices, largest value first, the lower index first on ties */
+    int64_t m, n, k;         /* k at most MOST_TOP_K and n */
+};
+
 struct argmax_args {
     const float *x;          /* [m, n] */
     int64_t *out;            /* [m] */
@@ -176,16 +183,28 @@ struct argmax_args {
 
 typedef void (*task_fn)(void *args, int thread, int threads);
 
+/* How a weight lies in memory, [ceil(n / width), k / inputs, width, inputs], which is up to the kernels that read it. */
+struct layout {
+    int64_t int8_width, int8_inputs, float_width;
+    uint8_t int8_shift;      /* added to each value */
+};
+
 struct kernels {
     const char *name;
+    struct layout layout;
     task_fn int8_linear, f32_linear, bf16_linear, rounded_linear, round_bf16, embed_bf16, embed_f32, quantize, norm;
-    task_fn swiglu, rope, attention, argmax, read, hadamard, add_offsets;
-    task_fn int4_linear; /* NULL where the instruction set has none */
+    task_fn swiglu, rope, attention, argmax, top_k, read, hadamard, add_offsets;
+    task_fn int4_linear, round_int4;
     void (*exp)(const float *x, float *y, int64_t n); /* for the accuracy test */
 };
 
-extern const struct kernels kernels_avx512bf16, kernels_avx512, kernels_avxvnni, kernels_avx2, kernels_dotprod;
+extern const struct kernels kernels_amx, kernels_avx512bf16, kernels_avx512, kernels_avxvnni, kernels_avx2, kernels_dotprod;
 extern const struct kernels kernels_plain;
+
+/* Whether the compiler can make kernels_amx, and Linux is there to be asked for the tiles. */
+#if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define HAVE_AMX 1
+#endif
 
 /* Whether the compiler can make kernels_dotprod: older clang has the intrinsics only where every processor has them. */
 #if defined(__aarch64__) && defined(__linux__) && (!defined(__clang__) || __clang_major__ >= 16)
@@ -222,6 +241,7 @@ struct call {
         struct rope_args rope;
         struct attention_args attention;
         struct argmax_args argmax;
+        struct top_k_args top_k;
     };
 };
 struct recording;
@@ -230,6 +250,11 @@ int recording_add(struct recording *, const struct call *); /* takes the scratch
 int64_t recording_calls(const struct recording *, const struct call **); /* how many, and where */
 /* NULL, or what is wrong with the ids or the segments: then nothing is done. nanoseconds of each call: [calls], or NULL */
 const char *recording_replay(struct recording *, int threads, int64_t *nanoseconds);
+/* Gives the results of calls places in memory that recordings may share, one after another's last use. addresses: address
+ * and bytes of each of n results, what the pass returns last, to whose place *offset is set. Returns the bytes that are
+ * needed, -1 when out of memory. From then on recording_place says where the memory is. */
+int64_t recording_share(struct recording *, int64_t n, const int64_t *addresses, int64_t *offset);
+void recording_place(struct recording *, char *memory);
 void recording_free(struct recording *);
 
 /* segments.c. Checks return NULL, or what is wrong. */
@@ -244,11 +269,11 @@ void slot_move(const struct slot *, int64_t from, int64_t to);                  
 void slot_copy(const struct slot *from, const struct slot *to, int64_t positions); /* the first ones */
 
 /* pack.c: weights from row-major [n, k] to the layouts above */
-void pack_int8(const int8_t *weight, uint8_t *packed, int64_t n, int64_t k);
+void pack_int8(const struct layout *, const int8_t *weight, uint8_t *packed, int64_t n, int64_t k);
 void pack_int4(const int8_t *weight, uint8_t *packed, int64_t n, int64_t k);
 void pack_scales(const uint16_t *scale, uint16_t *packed, int64_t n, int64_t groups);
-void pack_bf16(const uint16_t *weight, uint16_t *packed, int64_t n, int64_t k);
-void pack_f32(const float *weight, float *packed, int64_t n, int64_t k);
+void pack_bf16(const struct layout *, const uint16_t *weight, uint16_t *packed, int64_t n, int64_t k);
+void pack_f32(const struct layout *, const float *weight, float *packed, int64_t n, int64_t k);
 
 static inline int64_t int4_scratch_bytes(int64_t k, int64_t group)
 {

@@ -1,140 +1,152 @@
 /* out = (x @ weight.T) * x_scale * w_scale + bias with int8 operands and exact int32 sums.
  *
- * A decode pass is bound by reading the weights: each thread walks its blocks of 32 outputs from first byte to last,
- * and up to 8 rows share what was read. Longer inputs go in panels that stay in the L2 cache. */
+ * A decode pass is bound by reading the weights: each thread walks its outputs from first byte to last, and a tile of
+ * rows shares what was read. More rows than a tile take a chunk of inputs at a time, whose weights stay in the L1 cache
+ * from tile to tile. Sums of integers are exact, so their order is free.
+ *
+ * Each instruction set reads a layout of its own (`struct layout`, which packing asks for):
+ *   dot products of four (VNNI)   x stays int8, weights are 128 too large, and the row's sum undoes that;
+ *   pairs of int16 (AVX2)         both operands are widened, x once per call, the weights as they are read. Two
+ *                                 instructions a pair, as many as `maddubs` on |x| and sign(w, x) would need with its
+ *                                 `sign`, on fewer multiplier slots, and -128 is a value as any other;
+ *   dot products of aarch64       both operands are signed. */
 #pragma once
 #include "simd.h"
 
-#define INT8_ROWS 8    /* rows that share one pass over a block */
-#define INT8_PANEL 64  /* rows whose activations stay in the L2 cache meanwhile */
-#if ISA_DOTPROD
-#define INT8_SHIFT 0u  /* what int8_tile left added to the weights */
-#else
+#if ISA_AVX512
+#define INT8_ROWS 8      /* rows of a tile: what the registers hold */
+#define INT8_WIDTH 32    /* outputs of a tile */
+#define INT8_INPUTS 4    /* inputs of an output that lie together */
+#define INT8_SHIFT 128u  /* what the packed weights are too large by */
+#elif ISA_AVXVNNI
+#define INT8_ROWS 6
+#define INT8_WIDTH 16
+#define INT8_INPUTS 4
 #define INT8_SHIFT 128u
+#elif ISA_AVX2
+#define INT8_ROWS 6
+#define INT8_WIDTH 16
+#define INT8_INPUTS 2
+#define INT8_SHIFT 0u
+#define INT8_WIDENS 1    /* x is widened to int16 first */
+#elif ISA_DOTPROD
+#define INT8_ROWS 6
+#define INT8_WIDTH 16
+#define INT8_INPUTS 4
+#define INT8_SHIFT 0u
+#else
+#define INT8_ROWS 4
+#define INT8_WIDTH 8
+#define INT8_INPUTS 4
+#define INT8_SHIFT 0u
+#endif
+#define INT8_PANEL 64    /* rows between two reads of the weights */
+#define INT8_CHUNK 512   /* inputs whose weights all tiles of a panel read before the next */
+
+#if INT8_WIDENS
+typedef int16_t int8_input;
+#define INT8_BUFFER 32768 /* widened inputs on the stack: 64 KiB */
+#else
+typedef int8_t int8_input;
 #endif
 
-INLINE int32_t four(const int8_t *x)
+INLINE int32_t four(const void *x)
 {
     int32_t word;
     memcpy(&word, x, 4);
     return word;
 }
 
-/* sums[rows][32] of (weight + INT8_SHIFT) * x over one block. */
-INLINE void int8_tile(const uint8_t *w, const int8_t *x, int64_t stride, int64_t k4, const int rows,
-                      const int once, int32_t (*sums)[BLOCK])
+/* sums[rows][INT8_WIDTH] += (weight + INT8_SHIFT) * x over k inputs, a multiple of 4. x: rows `stride` apart. */
+INLINE void int8_tile(const uint8_t *w, const int8_input *x, int64_t stride, int64_t k, const int rows,
+                      const int once, int32_t (*sums)[INT8_WIDTH])
 {
     (void)once;
 #if ISA_AVX512
     __m512i acc[INT8_ROWS][2];
-    UNROLL for (int r = 0; r < rows; r++) acc[r][0] = acc[r][1] = _mm512_setzero_si512();
-    for (int64_t k = 0; k < k4; k++, w += BLOCK * 4) {
+    UNROLL for (int r = 0; r < rows; r++) UNROLL for (int v = 0; v < 2; v++)
+        acc[r][v] = _mm512_loadu_si512(sums[r] + 16 * v);
+    for (int64_t i = 0; i < k; i += 4, w += 128) {
         prefetch_weight(w, once);
         prefetch_weight(w + 64, once);
         __m512i w0 = _mm512_loadu_si512(w), w1 = _mm512_loadu_si512(w + 64);
         UNROLL for (int r = 0; r < rows; r++) {
-            __m512i xr = _mm512_set1_epi32(four(x + r * stride + 4 * k));
+            __m512i xr = _mm512_set1_epi32(four(x + r * stride + i));
             acc[r][0] = _mm512_dpbusd_epi32(acc[r][0], w0, xr);
             acc[r][1] = _mm512_dpbusd_epi32(acc[r][1], w1, xr);
         }
     }
-    UNROLL for (int r = 0; r < rows; r++) {
-        _mm512_storeu_si512(sums[r], acc[r][0]);
-        _mm512_storeu_si512(sums[r] + 16, acc[r][1]);
-    }
-#elif ISA_AVXVNNI
-    for (int half = 0; half < BLOCK; half += 16)
-        for (int r0 = 0; r0 < rows; r0 += 4) {
-            __m256i acc[4][2];
-            UNROLL for (int r = 0; r < 4; r++) acc[r][0] = acc[r][1] = _mm256_setzero_si256();
-            for (int64_t k = 0; k < k4; k++) {
-                const uint8_t *p = w + k * BLOCK * 4 + half * 4;
-                __m256i w0 = _mm256_loadu_si256((const void *)p), w1 = _mm256_loadu_si256((const void *)(p + 32));
-                UNROLL for (int r = 0; r < 4; r++) {
-                    int row = r0 + r < rows ? r0 + r : r0;
-                    __m256i xr = _mm256_set1_epi32(four(x + row * stride + 4 * k));
-                    acc[r][0] = _mm256_dpbusd_avx_epi32(acc[r][0], w0, xr);
-                    acc[r][1] = _mm256_dpbusd_avx_epi32(acc[r][1], w1, xr);
-                }
-            }
-            UNROLL for (int r = 0; r < 4; r++) if (r0 + r < rows) {
-                _mm256_storeu_si256((void *)(sums[r0 + r] + half), acc[r][0]);
-                _mm256_storeu_si256((void *)(sums[r0 + r] + half + 8), acc[r][1]);
-            }
-        }
+    UNROLL for (int r = 0; r < rows; r++) UNROLL for (int v = 0; v < 2; v++)
+        _mm512_storeu_si512(sums[r] + 16 * v, acc[r][v]);
 #elif ISA_AVX2
-    /* Through int16, where a product of u8 and s8 and a sum of two fit; pairs are added at the end. */
-    for (int quarter = 0; quarter < BLOCK; quarter += 8)
-        for (int r0 = 0; r0 < rows; r0 += 4) {
-            __m256i acc[4][2];
-            UNROLL for (int r = 0; r < 4; r++) acc[r][0] = acc[r][1] = _mm256_setzero_si256();
-            for (int64_t k = 0; k < k4; k++) {
-                const uint8_t *p = w + k * BLOCK * 4 + quarter * 4;
-                __m256i w0 = _mm256_cvtepu8_epi16(_mm_loadu_si128((const void *)p));
-                __m256i w1 = _mm256_cvtepu8_epi16(_mm_loadu_si128((const void *)(p + 16)));
-                UNROLL for (int r = 0; r < 4; r++) {
-                    int row = r0 + r < rows ? r0 + r : r0;
-                    __m256i xr = _mm256_cvtepi8_epi16(_mm_set1_epi32(four(x + row * stride + 4 * k)));
-                    acc[r][0] = _mm256_add_epi32(acc[r][0], _mm256_madd_epi16(w0, xr));
-                    acc[r][1] = _mm256_add_epi32(acc[r][1], _mm256_madd_epi16(w1, xr));
-                }
-            }
-            UNROLL for (int r = 0; r < 4; r++) if (r0 + r < rows) {
-                /* hadd works within 128-bit halves: put the four pairs back in order. */
-                __m256i pairs = _mm256_hadd_epi32(acc[r][0], acc[r][1]);
-                _mm256_storeu_si256((void *)(sums[r0 + r] + quarter), _mm256_permute4x64_epi64(pairs, 0xd8));
+    __m256i acc[INT8_ROWS][2];
+    UNROLL for (int r = 0; r < rows; r++) UNROLL for (int v = 0; v < 2; v++)
+        acc[r][v] = _mm256_loadu_si256((const void *)(sums[r] + 8 * v));
+    for (int64_t i = 0; i < k; i += 4, w += 64) {
+        prefetch_weight(w, once);
+#if ISA_AVXVNNI
+        __m256i w0 = _mm256_loadu_si256((const void *)w), w1 = _mm256_loadu_si256((const void *)(w + 32));
+        UNROLL for (int r = 0; r < rows; r++) {
+            __m256i xr = _mm256_set1_epi32(four(x + r * stride + i));
+            acc[r][0] = _mm256_dpbusd_avx_epi32(acc[r][0], w0, xr);
+            acc[r][1] = _mm256_dpbusd_avx_epi32(acc[r][1], w1, xr);
+        }
+#else
+        UNROLL for (int pair = 0; pair < 2; pair++) {
+            const uint8_t *p = w + 32 * pair;
+            __m256i w0 = _mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)p));
+            __m256i w1 = _mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)(p + 16)));
+            UNROLL for (int r = 0; r < rows; r++) {
+                __m256i xr = _mm256_set1_epi32(four(x + r * stride + i + 2 * pair));
+                acc[r][0] = _mm256_add_epi32(acc[r][0], _mm256_madd_epi16(w0, xr));
+                acc[r][1] = _mm256_add_epi32(acc[r][1], _mm256_madd_epi16(w1, xr));
+                KEEP(acc[r][0]);
+                KEEP(acc[r][1]);
             }
         }
-#elif ISA_DOTPROD
-    /* Both operands are signed: the shift of the weights is taken off as they are read. One or two rows take the block
-     * at once, more take 16 outputs by 4 rows. */
-    enum { MOST = 16 }; /* accumulators */
-    const int wide = rows <= 2 ? 8 : 4, high = MOST / wide;
-    UNROLL for (int v0 = 0; v0 < 8; v0 += wide) UNROLL for (int r0 = 0; r0 < rows; r0 += high) {
-        const int taken = rows - r0 < high ? rows - r0 : high;
-        int32x4_t acc[MOST];
-        UNROLL for (int i = 0; i < wide * taken; i++) acc[i] = vdupq_n_s32(0);
-        for (int64_t k = 0; k < k4; k++) {
-            int8x16_t weights[8];
-            const uint8_t *p = w + k * BLOCK * 4 + v0 * 16;
-            UNROLL for (int v = 0; v < wide; v++)
-                weights[v] = vreinterpretq_s8_u8(veorq_u8(vld1q_u8(p + v * 16), vdupq_n_u8(128)));
-            UNROLL for (int r = 0; r < taken; r++) {
-                int8x16_t xr = vreinterpretq_s8_s32(vdupq_n_s32(four(x + (r0 + r) * stride + 4 * k)));
-                UNROLL for (int v = 0; v < wide; v++) acc[r * wide + v] = vdotq_s32(acc[r * wide + v], weights[v], xr);
-            }
-        }
-        UNROLL for (int r = 0; r < taken; r++) UNROLL for (int v = 0; v < wide; v++)
-            vst1q_s32(sums[r0 + r] + (v0 + v) * 4, acc[r * wide + v]);
+#endif
     }
+    UNROLL for (int r = 0; r < rows; r++) UNROLL for (int v = 0; v < 2; v++)
+        _mm256_storeu_si256((void *)(sums[r] + 8 * v), acc[r][v]);
+#elif ISA_DOTPROD
+    int32x4_t acc[INT8_ROWS][4];
+    UNROLL for (int r = 0; r < rows; r++) UNROLL for (int v = 0; v < 4; v++) acc[r][v] = vld1q_s32(sums[r] + 4 * v);
+    for (int64_t i = 0; i < k; i += 4, w += 64) {
+        int8x16_t weights[4];
+        UNROLL for (int v = 0; v < 4; v++) weights[v] = vld1q_s8((const int8_t *)w + 16 * v);
+        UNROLL for (int r = 0; r < rows; r++) {
+            int8x16_t xr = vreinterpretq_s8_s32(vdupq_n_s32(four(x + r * stride + i)));
+            UNROLL for (int v = 0; v < 4; v++) acc[r][v] = vdotq_s32(acc[r][v], weights[v], xr);
+        }
+    }
+    UNROLL for (int r = 0; r < rows; r++) UNROLL for (int v = 0; v < 4; v++) vst1q_s32(sums[r] + 4 * v, acc[r][v]);
 #else
     for (int r = 0; r < rows; r++) {
-        int32_t acc[BLOCK] = {0};
-        for (int64_t k = 0; k < k4; k++) {
-            const uint8_t *p = w + k * BLOCK * 4;
-            const int8_t *xr = x + r * stride + 4 * k;
-            for (int j = 0; j < BLOCK; j++)
-                acc[j] += p[4 * j] * xr[0] + p[4 * j + 1] * xr[1] + p[4 * j + 2] * xr[2] + p[4 * j + 3] * xr[3];
+        const int8_t *p = (const int8_t *)w;
+        for (int64_t i = 0; i < k; i += 4, p += 4 * INT8_WIDTH) {
+            const int8_t *xr = x + r * stride + i;
+            for (int j = 0; j < INT8_WIDTH; j++)
+                sums[r][j] += p[4 * j] * xr[0] + p[4 * j + 1] * xr[1] + p[4 * j + 2] * xr[2] + p[4 * j + 3] * xr[3];
         }
-        memcpy(sums[r], acc, sizeof acc);
     }
 #endif
 }
 
 /* Rows must be a constant for the accumulators to live in registers. */
-INLINE void int8_rows(const uint8_t *w, const int8_t *x, int64_t stride, int64_t k4, int64_t rows,
-                      const int once, int32_t (*sums)[BLOCK])
+NOINLINE void int8_rows(const uint8_t *w, const int8_input *x, int64_t stride, int64_t k, int64_t rows,
+                        int once, int32_t (*sums)[INT8_WIDTH])
 {
+#define ROWS(n) case n: once ? int8_tile(w, x, stride, k, n, 1, sums) : int8_tile(w, x, stride, k, n, 0, sums); break
     switch (rows) {
-    case 1: int8_tile(w, x, stride, k4, 1, once, sums); break;
-    case 2: int8_tile(w, x, stride, k4, 2, once, sums); break;
-    case 3: int8_tile(w, x, stride, k4, 3, once, sums); break;
-    case 4: int8_tile(w, x, stride, k4, 4, once, sums); break;
-    case 5: int8_tile(w, x, stride, k4, 5, once, sums); break;
-    case 6: int8_tile(w, x, stride, k4, 6, once, sums); break;
-    case 7: int8_tile(w, x, stride, k4, 7, once, sums); break;
-    default: int8_tile(w, x, stride, k4, 8, once, sums); break;
+    ROWS(1); ROWS(2); ROWS(3); ROWS(4);
+#if INT8_ROWS >= 6
+    ROWS(5); ROWS(6);
+#endif
+#if INT8_ROWS >= 8
+    ROWS(7); ROWS(8);
+#endif
     }
+#undef ROWS
 }
 
 /* What the shift of the weights adds to every sum of this row is INT8_SHIFT times this. */
@@ -147,52 +159,118 @@ INLINE int32_t sum_int8(const int8_t *x, int64_t n)
     for (; i + 64 <= n; i += 64)
         acc = _mm512_dpbusd_epi32(acc, ones, _mm512_loadu_si512(x + i));
     sum = _mm512_reduce_add_epi32(acc);
+#elif ISA_AVXVNNI
+    vi acc = {0};
+    for (; i + 32 <= n; i += 32)
+        acc = (vi)_mm256_dpbusd_avx_epi32((__m256i)acc, _mm256_set1_epi8(1), _mm256_loadu_si256((const void *)(x + i)));
+    for (int lane = 0; lane < VL; lane++)
+        sum += acc[lane];
 #endif
     for (; i < n; i++)
         sum += x[i];
     return sum;
 }
 
+/* The sums of one row's outputs from `column` on, made into what the caller asked for. */
+INLINE void finish_int8(const struct int8_linear_args *a, int64_t row, int64_t column, int64_t columns,
+                        const int32_t *sums)
+{
+    int64_t at = row * a->n + column;
+    if (a->accumulators) {
+        memcpy(a->accumulators + at, sums, (size_t)columns * sizeof(int32_t));
+        return;
+    }
+    vf x_scale = splat(a->x_scale[row]);
+    for (int64_t j = 0; j < columns; j += VL) {
+        vf y = __builtin_convertvector(*(const vi_any *)(sums + j), vf) * x_scale;
+        y = y * load_up_to(a->w_scale + column + j, columns - j);
+        if (a->bias)
+            y = y + load_up_to(a->bias + column + j, columns - j);
+        store_up_to(a->out + at + j, y, columns - j);
+    }
+}
+
+/* The rows [first, last) of x, int8 [m, 4 * k4], with INT8_WIDTH outputs. The sums begin at zero, or at those of the
+ * inputs before `k`; inputs [k, k_end) are added. */
+INLINE void int8_outputs(const struct int8_linear_args *a, int64_t group, int64_t first, int64_t last, int64_t k,
+                         int64_t k_end, const int8_input *x, int64_t stride, int64_t chunk_stride, const int32_t *x_sum)
+{
+    const int64_t inputs = a->k4 * 4, column = group * INT8_WIDTH, rows = last - first;
+    const int64_t columns = a->n - column < INT8_WIDTH ? a->n - column : INT8_WIDTH;
+    const int64_t tiles = (rows + INT8_ROWS - 1) / INT8_ROWS, chunk = tiles == 1 && !chunk_stride ? inputs : INT8_CHUNK;
+    int32_t sums[INT8_PANEL][INT8_WIDTH] __attribute__((aligned(64)));
+    /* What is unfinished waits where the result will be: an int32 takes a float's place. */
+    int32_t *waiting = (a->accumulators ? a->accumulators : (int32_t *)a->out) + first * a->n + column;
+    for (int64_t r = 0; r < rows; r++) {
+        uint32_t shift = INT8_SHIFT && !k ? INT8_SHIFT * (uint32_t)x_sum[r] : 0; /* the sums may pass 2^31 and come back */
+        if (!k)
+            for (int j = 0; j < INT8_WIDTH; j++)
+                sums[r][j] = (int32_t)-shift;
+        else
+            memcpy(sums[r], waiting + r * a->n, (size_t)columns * sizeof(int32_t));
+    }
+    const uint8_t *w = a->weight + (group * inputs + k) * INT8_WIDTH;
+    for (; k < k_end; k += chunk, w += chunk * INT8_WIDTH, x += chunk_stride ? chunk_stride : chunk) {
+        int64_t taken = k_end - k < chunk ? k_end - k : chunk;
+        for (int64_t tile = 0, row = 0; tile < tiles; tile++) {
+            int64_t next = rows * (tile + 1) / tiles;
+            int8_rows(w, x + row * stride, stride, taken, next - row, tile == 0, sums + row);
+            row = next;
+        }
+    }
+    for (int64_t r = 0; r < rows; r++)
+        if (k_end == inputs)
+            finish_int8(a, first + r, column, columns, sums[r]);
+        else
+            memcpy(waiting + r * a->n, sums[r], (size_t)columns * sizeof(int32_t));
+}
+
+#if INT8_WIDENS
+/* x widened, [chunks][rows][INT8_CHUNK]: rows a constant apart, so that a tile needs no address for each of them. */
+static void widen_int8(const int8_t *x, int64_t stride, int64_t rows, int64_t k, int16_t *wide)
+{
+    for (int64_t from = 0; from < k; from += INT8_CHUNK)
+        for (int64_t r = 0; r < rows; r++, wide += INT8_CHUNK) {
+            int64_t taken = k - from < INT8_CHUNK ? k - from : INT8_CHUNK, i = 0;
+            const int8_t *source = x + r * stride + from;
+            for (; i + 16 <= taken; i += 16)
+                _mm256_storeu_si256((void *)(wide + i),
+                                    _mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)(source + i))));
+            for (; i < taken; i++)
+                wide[i] = source[i];
+        }
+}
+#endif
+
+INLINE void int8_panel(const struct int8_linear_args *a, int64_t first, int64_t last, int64_t from, int64_t to)
+{
+    const int64_t inputs = a->k4 * 4;
+#if INT8_WIDENS
+    int16_t wide[INT8_BUFFER] __attribute__((aligned(64)));
+    const int64_t rows = last - first, most = INT8_BUFFER / INT8_CHUNK / rows * INT8_CHUNK;
+    for (int64_t k = 0; k < inputs; k += most) {
+        int64_t k_end = k + most < inputs ? k + most : inputs;
+        widen_int8(a->x + first * inputs + k, inputs, rows, k_end - k, wide);
+        for (int64_t group = from; group < to; group++)
+            int8_outputs(a, group, first, last, k, k_end, wide, INT8_CHUNK, rows * INT8_CHUNK, NULL);
+    }
+#else
+    int32_t x_sum[INT8_PANEL];
+    for (int64_t row = first; INT8_SHIFT && row < last; row++)
+        x_sum[row - first] = sum_int8(a->x + row * inputs, inputs);
+    for (int64_t group = from; group < to; group++)
+        int8_outputs(a, group, first, last, 0, inputs, a->x + first * inputs, inputs, 0, x_sum);
+#endif
+}
+
 static void int8_linear(void *data, int thread, int threads)
 {
     const struct int8_linear_args *a = data;
-    int64_t from, to, stride = a->k4 * 4;
+    int64_t from, to;
     share((a->n + BLOCK - 1) / BLOCK, thread, threads, &from, &to);
-    for (int64_t panel = 0; panel < a->m; panel += INT8_PANEL) {
-        int64_t panel_end = panel + INT8_PANEL < a->m ? panel + INT8_PANEL : a->m;
-        int32_t x_sum[INT8_PANEL];
-        for (int64_t row = panel; row < panel_end; row++)
-            x_sum[row - panel] = sum_int8(a->x + row * stride, stride);
-        for (int64_t block = from; block < to; block++) {
-            const uint8_t *w = a->weight + block * a->k4 * BLOCK * 4;
-            int64_t column = block * BLOCK, columns = a->n - column < BLOCK ? a->n - column : BLOCK;
-            for (int64_t row = panel; row < panel_end; row += INT8_ROWS) {
-                int32_t sums[INT8_ROWS][BLOCK] __attribute__((aligned(64)));
-                int64_t rows = panel_end - row < INT8_ROWS ? panel_end - row : INT8_ROWS;
-                if (a->m <= INT8_ROWS)
-                    int8_rows(w, a->x + row * stride, stride, a->k4, rows, 1, sums);
-                else
-                    int8_rows(w, a->x + row * stride, stride, a->k4, rows, 0, sums);
-                for (int64_t r = 0; r < rows; r++) {
-                    int64_t at = (row + r) * a->n + column;
-                    /* Unsigned, because the shifted sum may pass 2^31 and come back. */
-                    uint32_t shift = INT8_SHIFT * (uint32_t)x_sum[row + r - panel];
-                    for (int j = 0; j < BLOCK; j++)
-                        sums[r][j] = (int32_t)((uint32_t)sums[r][j] - shift);
-                    if (a->accumulators) {
-                        memcpy(a->accumulators + at, sums[r], (size_t)columns * sizeof(int32_t));
-                        continue;
-                    }
-                    vf x_scale = splat(a->x_scale[row + r]);
-                    for (int64_t j = 0; j < columns; j += VL) {
-                        vf y = __builtin_convertvector(*(const vi_any *)(sums[r] + j), vf) * x_scale;
-                        y = y * load_up_to(a->w_scale + column + j, columns - j);
-                        if (a->bias)
-                            y = y + load_up_to(a->bias + column + j, columns - j);
-                        store_up_to(a->out + at + j, y, columns - j);
-                    }
-                }
-            }
-        }
-    }
+    const int64_t groups = (a->n + INT8_WIDTH - 1) / INT8_WIDTH;
+    from *= BLOCK / INT8_WIDTH;
+    to *= BLOCK / INT8_WIDTH;
+    for (int64_t panel = 0; panel < a->m; panel += INT8_PANEL)
+        int8_panel(a, panel, panel + INT8_PANEL < a->m ? panel + INT8_PANEL : a->m, from, to < groups ? to : groups);
 }

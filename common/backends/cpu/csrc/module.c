@@ -10,6 +10,12 @@
 #include <string.h>
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if HAVE_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+#define REQUEST_STATE 0x1023 /* ARCH_REQ_XCOMP_PERM: what a process must ask Linux for, once, before it uses tiles */
+#define TILE_DATA 18
+#endif
 #elif HAVE_DOTPROD
 #include <sys/auxv.h>
 #define DOT_PRODUCTS (1UL << 20) /* HWCAP_ASIMDDP, which older headers lack */
@@ -26,6 +32,12 @@ static int supported(const struct kernels *k)
     int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                  __builtin_cpu_supports("avx512vnni");
+#if HAVE_AMX
+    if (k == &kernels_amx) /* bf16 dot products; tiles, int8 and bf16 ones; and leave to use them */
+        return avx512 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1) &&
+               __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 1) && (d >> 25 & 1) && (d >> 22 & 1) &&
+               !syscall(SYS_arch_prctl, REQUEST_STATE, TILE_DATA);
+#endif
     if (k == &kernels_avx512bf16)
         return avx512 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
     if (k == &kernels_avx512)
@@ -42,6 +54,9 @@ static int supported(const struct kernels *k)
 }
 
 static const struct kernels *const all_kernels[] = {
+#if HAVE_AMX
+    &kernels_amx,
+#endif
 #if defined(__x86_64__)
     &kernels_avx512bf16, &kernels_avx512, &kernels_avxvnni, &kernels_avx2,
 #elif HAVE_DOTPROD
@@ -159,11 +174,9 @@ FUNCTION(py_float_linear, 10)
     return run(&call, k * BLOCK, INT(8));
 }
 
-/* x, x_scale (0: x is bfloat16), weight, w_scale, bias, out, m, n, k, group, threads */
+/* x, x_scale (0: x is what round_bf16 made for it), weight, w_scale, bias, out, m, n, k, group, threads */
 FUNCTION(py_int4_linear, 11)
     int64_t n = INT(7), k = INT(8), blocks = (n + BLOCK - 1) / BLOCK;
-    if (!isa->int4_linear)
-        return PyErr_Format(PyExc_NotImplementedError, "no int4 kernel for %s", isa->name);
     struct call call = {
         .name = "int4_linear", .task = isa->int4_linear, .items = blocks,
         .weight = ADDRESS(2), .block_bytes = k / 2 * BLOCK, .blocks = blocks,
@@ -219,10 +232,10 @@ FUNCTION(py_embed, 8)
     return run(&call, INT(6), INT(7));
 }
 
-/* x, rounded, m, k, threads */
-FUNCTION(py_round_bf16, 5)
+/* x, rounded, m, k, threads, for int4_linear? */
+FUNCTION(py_round_bf16, 6)
     struct call call = {
-        .name = "round_bf16", .task = isa->round_bf16, .items = INT(2),
+        .name = "round_bf16", .task = INT(5) ? isa->round_int4 : isa->round_bf16, .items = INT(2),
         .round = {.x = ADDRESS(0), .rounded = ADDRESS(1), .m = INT(2), .k = INT(3)},
     };
     return run(&call, INT(3), INT(4));
@@ -421,6 +434,14 @@ FUNCTION(py_argmax, 5)
     return run(&call, INT(3), INT(4));
 }
 
+FUNCTION(py_top_k, 6)
+    struct call call = {
+        .name = "top_k", .task = isa->top_k, .items = INT(2),
+        .top_k = {.x = ADDRESS(0), .out = ADDRESS(1), .m = INT(2), .n = INT(3), .k = INT(4)},
+    };
+    return run(&call, INT(4), INT(5));
+}
+
 /* address, lines of 64 bytes, threads; returns all 32-bit words, xor */
 FUNCTION(py_read, 3)
     struct read_args a = {.data = ADDRESS(0), .lines = INT(1)};
@@ -435,9 +456,9 @@ FUNCTION(py_pack, 5)
     Py_BEGIN_ALLOW_THREADS
     switch (INT(0)) {
     case 4: pack_int4(ADDRESS(1), ADDRESS(2), INT(3), INT(4)); break;
-    case 8: pack_int8(ADDRESS(1), ADDRESS(2), INT(3), INT(4)); break;
-    case 16: pack_bf16(ADDRESS(1), ADDRESS(2), INT(3), INT(4)); break;
-    case 32: pack_f32(ADDRESS(1), ADDRESS(2), INT(3), INT(4)); break;
+    case 8: pack_int8(&isa->layout, ADDRESS(1), ADDRESS(2), INT(3), INT(4)); break;
+    case 16: pack_bf16(&isa->layout, ADDRESS(1), ADDRESS(2), INT(3), INT(4)); break;
+    case 32: pack_f32(&isa->layout, ADDRESS(1), ADDRESS(2), INT(3), INT(4)); break;
     }
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
@@ -509,6 +530,28 @@ static PyObject *py_calls(PyObject *Py_UNUSED(self), PyObject *capsule)
     return names;
 }
 
+/* recording, n, addresses of [n] results and their bytes: the bytes that they need together, and where the last lies */
+static PyObject *py_share(PyObject *Py_UNUSED(self), PyObject *const *objects, Py_ssize_t n_objects)
+{
+    union word w[2];
+    struct recording *recording = n_objects ? PyCapsule_GetPointer(objects[0], CAPSULE) : NULL;
+    if (!recording || !parse(objects + 1, n_objects - 1, 2, w))
+        return NULL;
+    int64_t offset = 0, bytes = recording_share(recording, INT(0), ADDRESS(1), &offset);
+    return bytes < 0 ? PyErr_NoMemory() : Py_BuildValue("LL", (long long)bytes, (long long)offset);
+}
+
+/* recording, address */
+static PyObject *py_place(PyObject *Py_UNUSED(self), PyObject *const *objects, Py_ssize_t n_objects)
+{
+    union word w[1];
+    struct recording *recording = n_objects ? PyCapsule_GetPointer(objects[0], CAPSULE) : NULL;
+    if (!recording || !parse(objects + 1, n_objects - 1, 1, w))
+        return NULL;
+    recording_place(recording, ADDRESS(0));
+    Py_RETURN_NONE;
+}
+
 /* recording, threads, nanoseconds */
 static PyObject *py_replay(PyObject *Py_UNUSED(self), PyObject *const *objects, Py_ssize_t n_objects)
 {
@@ -536,12 +579,12 @@ static PyObject *py_use_openmp(PyObject *Py_UNUSED(self), PyObject *path)
     return PyBool_FromLong(found);
 }
 
-/* Names of the instruction sets this processor has, fastest first. */
-static PyObject *py_supported(PyObject *Py_UNUSED(self), PyObject *Py_UNUSED(unused))
+/* Names of the instruction sets, fastest first: those that this processor has, or all that were compiled. */
+static PyObject *names_of_sets(int all)
 {
     PyObject *names = PyList_New(0);
     for (size_t i = 0; names && i < COUNT; i++)
-        if (supported(all_kernels[i])) {
+        if (all || supported(all_kernels[i])) {
             PyObject *name = PyUnicode_FromString(all_kernels[i]->name);
             if (!name || PyList_Append(names, name) < 0)
                 Py_CLEAR(names);
@@ -550,10 +593,14 @@ static PyObject *py_supported(PyObject *Py_UNUSED(self), PyObject *Py_UNUSED(unu
     return names;
 }
 
-/* Whether the chosen instruction set has int4 kernels. */
-static PyObject *py_has_int4(PyObject *Py_UNUSED(self), PyObject *Py_UNUSED(unused))
+static PyObject *py_supported(PyObject *Py_UNUSED(self), PyObject *Py_UNUSED(unused))
 {
-    return PyBool_FromLong(isa->int4_linear != NULL);
+    return names_of_sets(0);
+}
+
+static PyObject *py_compiled(PyObject *Py_UNUSED(self), PyObject *Py_UNUSED(unused))
+{
+    return names_of_sets(1);
 }
 
 static PyObject *py_select(PyObject *Py_UNUSED(self), PyObject *name)
@@ -592,17 +639,20 @@ static PyMethodDef methods[] = {
     FAST("slot_keep", py_slot_keep),
     FAST("slot_copy", py_slot_copy),
     FAST("argmax", py_argmax),
+    FAST("top_k", py_top_k),
     FAST("read", py_read),
     FAST("pack", py_pack),
     FAST("exp", py_exp),
     FAST("fork_join", py_fork_join),
     FAST("replay", py_replay),
+    FAST("share", py_share),
+    FAST("place", py_place),
     {"calls", py_calls, METH_O, NULL},
     {"record", py_record, METH_NOARGS, NULL},
     {"recorded", py_recorded, METH_NOARGS, NULL},
     {"use_openmp", py_use_openmp, METH_O, NULL},
-    {"has_int4", py_has_int4, METH_NOARGS, NULL},
     {"supported", py_supported, METH_NOARGS, NULL},
+    {"compiled", py_compiled, METH_NOARGS, NULL},
     {"select", py_select, METH_O, NULL},
     {NULL, NULL, 0, NULL},
 };

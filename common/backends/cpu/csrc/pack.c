@@ -20,21 +20,19 @@ static void use_huge_pages(void *p, size_t bytes)
 #endif
 }
 
-/* int8 -> [blocks, ceil(k / 4), 32, 4] of value + 128: one 32-bit lane holds four inputs of one output, the
- * operand of a u8 x s8 dot product. The shift is on the weights (not the activations) because the sum that undoes
- * it, 128 * sum(x), is then one number per row. */
-void pack_int8(const int8_t *weight, uint8_t *packed, int64_t n, int64_t k)
+/* int8 [n, k] -> [n / width, k / inputs, width, inputs] of value + shift, n and k rounded up to 32 and 4 with zeros. */
+void pack_int8(const struct layout *layout, const int8_t *weight, uint8_t *packed, int64_t n, int64_t k)
 {
-    int64_t k4 = (k + 3) / 4, blocks = (n + BLOCK - 1) / BLOCK;
-    use_huge_pages(packed, (size_t)(blocks * k4 * BLOCK * 4));
-    for (int64_t block = 0; block < blocks; block++)
-        for (int64_t i = 0; i < k4; i++)
-            for (int64_t j = block * BLOCK; j < (block + 1) * BLOCK; j++, packed += 4) {
-                uint32_t four = 0;
-                if (j < n)
-                    memcpy(&four, weight + j * k + 4 * i, (size_t)(4 * i + 4 <= k ? 4 : k - 4 * i));
-                four ^= 0x80808080u;
-                memcpy(packed, &four, 4);
+    const int64_t blocks = (n + BLOCK - 1) / BLOCK, padded = (k + 3) / 4 * 4, inputs = layout->int8_inputs;
+    use_huge_pages(packed, (size_t)(blocks * padded * BLOCK));
+    for (int64_t first = 0; first < blocks * BLOCK; first += layout->int8_width)
+        for (int64_t i = 0; i < padded; i += inputs)
+            for (int64_t j = first; j < first + layout->int8_width; j++, packed += inputs) {
+                uint8_t together[4] = {0};
+                if (j < n && i < k)
+                    memcpy(together, weight + j * k + i, (size_t)(i + inputs <= k ? inputs : k - i));
+                for (int64_t b = 0; b < inputs; b++)
+                    packed[b] = (uint8_t)(together[b] + layout->int8_shift);
             }
 }
 
@@ -67,27 +65,27 @@ void pack_scales(const uint16_t *scale, uint16_t *packed, int64_t n, int64_t gro
                 *packed++ = j < n ? scale[j * groups + g] : 0;
 }
 
-/* bf16 -> [blocks, ceil(k / 2), 32, 2]: one 32-bit lane holds two inputs of one output, the operand of a bf16 dot
- * product; a shift and a mask turn it into float32, one input at a time. */
-void pack_bf16(const uint16_t *weight, uint16_t *packed, int64_t n, int64_t k)
+/* bf16 [n, k] -> [n / width, ceil(k / 2), width, 2]: one 32-bit lane holds two inputs of one output, the operand of a
+ * bf16 dot product; a shift and a mask turn it into float32, one input at a time. */
+void pack_bf16(const struct layout *layout, const uint16_t *weight, uint16_t *packed, int64_t n, int64_t k)
 {
-    int64_t pairs = (k + 1) / 2, blocks = (n + BLOCK - 1) / BLOCK;
-    use_huge_pages(packed, (size_t)(blocks * pairs * BLOCK * 2) * sizeof *packed);
-    for (int64_t block = 0; block < blocks; block++)
+    const int64_t pairs = (k + 1) / 2, padded = (n + BLOCK - 1) / BLOCK * BLOCK, width = layout->float_width;
+    use_huge_pages(packed, (size_t)(padded * pairs * 2) * sizeof *packed);
+    for (int64_t first = 0; first < padded; first += width)
         for (int64_t i = 0; i < pairs; i++)
-            for (int64_t j = block * BLOCK; j < (block + 1) * BLOCK; j++) {
+            for (int64_t j = first; j < first + width; j++) {
                 *packed++ = j < n ? weight[j * k + 2 * i] : 0;
                 *packed++ = j < n && 2 * i + 1 < k ? weight[j * k + 2 * i + 1] : 0;
             }
 }
 
-/* float32 -> [blocks, k, 32] */
-void pack_f32(const float *weight, float *packed, int64_t n, int64_t k)
+/* float32 [n, k] -> [n / width, k, width] */
+void pack_f32(const struct layout *layout, const float *weight, float *packed, int64_t n, int64_t k)
 {
-    int64_t blocks = (n + BLOCK - 1) / BLOCK;
-    use_huge_pages(packed, (size_t)(blocks * k * BLOCK) * sizeof *packed);
-    for (int64_t block = 0; block < blocks; block++)
+    const int64_t padded = (n + BLOCK - 1) / BLOCK * BLOCK, width = layout->float_width;
+    use_huge_pages(packed, (size_t)(padded * k) * sizeof *packed);
+    for (int64_t first = 0; first < padded; first += width)
         for (int64_t i = 0; i < k; i++)
-            for (int64_t j = block * BLOCK; j < (block + 1) * BLOCK; j++)
+            for (int64_t j = first; j < first + width; j++)
                 *packed++ = j < n ? weight[j * k + i] : 0.0f;
 }

@@ -37,9 +37,9 @@ INLINE float quantize_row(const float *x, int8_t *q, int64_t n, float limit)
     scale = scale < FLT_MIN ? FLT_MIN : scale;
     vf scales = splat(scale), reciprocal = splat(1.0f / scale);
     for (i = 0; i + VL <= n; i += VL)
-        *(vb_any *)(q + i) = __builtin_convertvector(round_to_int(divide(load(x + i), scales, reciprocal)), vb);
+        *(vb_any *)(q + i) = narrow(round_to_int(divide(load(x + i), scales, reciprocal)));
     if (i < n) {
-        vb tail = __builtin_convertvector(round_to_int(divide(load_part(x + i, n - i), scales, reciprocal)), vb);
+        vb tail = narrow(round_to_int(divide(load_part(x + i, n - i), scales, reciprocal)));
         memcpy(q + i, &tail, (size_t)(n - i));
     }
     return scale;
@@ -51,7 +51,7 @@ INLINE void quantize_row_by(const float *x, int8_t *q, int64_t n, float scale)
     vf scales = splat(scale), reciprocal = splat(1.0f / scale);
     for (int64_t i = 0; i < n; i += VL) {
         vf quotient = divide(load_up_to(x + i, n - i), scales, reciprocal);
-        vb values = __builtin_convertvector(round_to_int(min_(splat(127), max_(splat(-128), quotient))), vb);
+        vb values = narrow(round_to_int(min_(splat(127), max_(splat(-128), quotient))));
         memcpy(q + i, &values, n - i < VL ? (size_t)(n - i) : sizeof values);
     }
 }
@@ -106,6 +106,26 @@ static void round_bf16(void *data, int thread, int threads)
             store_up_to(y + i, (vf)round_bits(load_up_to(x + i, a->k - i)), a->k - i);
 #endif
     }
+}
+
+/* W4A16's operand of this instruction set's int4_linear: bfloat16 [m, k]; or float32 [m, k], rounded, and divided by
+ * 16 where the weight's nibble is the upper one of its byte (pack_int4), k a multiple of 8. */
+static void round_int4(void *data, int thread, int threads)
+{
+#if ISA_AVX512BF16
+    round_bf16(data, thread, threads);
+#else
+    static const float places[8] = {1, 1, 1.0f / 16, 1.0f / 16, 1, 1, 1.0f / 16, 1.0f / 16};
+    const struct round_args *a = data;
+    int64_t from, to;
+    share(a->m, thread, threads, &from, &to);
+    for (int64_t i = from * a->k; i < to * a->k; i += 8)
+        for (int j = 0; j < 8; j += VL < 8 ? VL : 8) {
+            int64_t n = 8 - j;
+            vf rounded = (vf)round_bits(load_up_to(a->x + i + j, n)) * load_up_to(places + j, n);
+            store_up_to((float *)a->rounded + i + j, rounded, n);
+        }
+#endif
 }
 
 static void quantize(void *data, int thread, int threads)
@@ -321,6 +341,46 @@ static void argmax(void *data, int thread, int threads)
                 break;
             }
         a->out[row] = found;
+    }
+}
+
+/* The k largest of each row. Eight vectors are passed over at once unless one of their values exceeds the k-th best. */
+static void top_k(void *data, int thread, int threads)
+{
+    const struct top_k_args *a = data;
+    int64_t from, to;
+    share(a->m, thread, threads, &from, &to);
+    for (int64_t row = from; row < to; row++) {
+        const float *x = a->x + row * a->n;
+        float best[MOST_TOP_K];
+        int64_t at[MOST_TOP_K], held = 0;
+        for (int64_t i = 0; i < a->n; i += 8 * VL) {
+            int64_t end = a->n - i < 8 * VL ? a->n - i : 8 * VL;
+            if (held == a->k && end == 8 * VL) {
+                vf threshold = splat(best[a->k - 1]);
+                vi more = {0};
+                UNROLL for (int v = 0; v < 8; v++)
+                    more |= load(x + i + v * VL) > threshold;
+                int any = 0;
+                for (int lane = 0; lane < VL; lane++)
+                    any |= more[lane];
+                if (!any)
+                    continue;
+            }
+            for (int64_t j = i; j < i + end; j++) {
+                if (held == a->k && !(x[j] > best[held - 1]))
+                    continue;
+                int64_t place = held < a->k ? held++ : held - 1;
+                for (; place > 0 && x[j] > best[place - 1]; place--) {
+                    best[place] = best[place - 1];
+                    at[place] = at[place - 1];
+                }
+                best[place] = x[j];
+                at[place] = j;
+            }
+        }
+        for (int64_t i = 0; i < a->k; i++)
+            a->out[row * a->k + i] = at[i];
     }
 }
 

@@ -22,10 +22,22 @@
 #define NV (BLOCK / VL) /* vectors per block of outputs */
 
 #define INLINE static inline __attribute__((always_inline))
+#define NOINLINE static __attribute__((noinline))
 #define UNROLL _Pragma("GCC unroll 16")
+/* Pins an accumulator to a register here: without it gcc orders a tile's sums so that they spill. */
+#if ISA_AVX512
+#define KEEP(accumulator) __asm__("" : "+v"(accumulator))
+#elif ISA_AVX2
+#define KEEP(accumulator) __asm__("" : "+x"(accumulator))
+#elif defined(__aarch64__)
+#define KEEP(accumulator) __asm__("" : "+w"(accumulator))
+#else
+#define KEEP(accumulator) (void)(accumulator)
+#endif
 
 typedef float vf __attribute__((vector_size(VL * 4)));
 typedef int32_t vi __attribute__((vector_size(VL * 4)));
+typedef uint32_t vu __attribute__((vector_size(VL * 4)));
 typedef int16_t vh __attribute__((vector_size(VL * 2)));
 typedef int8_t vb __attribute__((vector_size(VL)));
 typedef float vf_any __attribute__((vector_size(VL * 4), aligned(4), may_alias));
@@ -107,6 +119,20 @@ INLINE float max_lanes(vf v)
 INLINE vi round_to_int(vf x)
 {
     return (vi)(x + ROUND_MAGIC) - (vi)splat(ROUND_MAGIC);
+}
+
+/* Integers between -128 and 127 as bytes (others end anywhere). */
+INLINE vb narrow(vi x)
+{
+#if ISA_AVX2 && !ISA_AVX512 /* which gcc would take apart lane by lane */
+    __m128i words = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+    __m128i bytes = _mm_packs_epi16(words, words);
+    vb low;
+    memcpy(&low, &bytes, sizeof low);
+    return low;
+#else
+    return __builtin_convertvector(x, vb);
+#endif
 }
 
 /* e^x = 2^n e^r with |r| <= ln(2) / 2, e^r by its Taylor series to r^7 (remainder 5e-9).

@@ -1,6 +1,6 @@
 """One linear layer on CPU, the libraries' kernels and ours, for a verification window and for a prompt.
 
-    python scripts/bench_kernels.py --json kernels.json
+    python scripts/experiments/bench_kernels.py --json kernels.json
 
 Several copies of the weight are used in turn, so that none is found in a cache; kernels take turns within a
 repeat; the read bandwidth is measured in the same run and gives the floor (bytes of the weight / bandwidth).

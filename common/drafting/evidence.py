@@ -1,0 +1,78 @@
+"""How probable a candidate is: the evidence of all sources added up as log-odds, and learnt while running.
+
+P(right, given that its ancestors are) = sigmoid(sum of the weights of its features). A feature says how a source came by
+the candidate, or that the source knows the place and does not name it: a candidate that several sources name gets the
+weight of each. That is logistic mixing of context models (Mahoney 2005), with one weight for each case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+ORDER = 6  # the longest match that is told from longer ones
+RANKS, COUNTS, FREQUENCIES, RUNNERS_UP = 6, 5, 10, 8
+SOURCES = ("text", "corpus", "recycled", "logits")
+
+
+def _buckets(bounds: tuple[int, ...], size: int) -> list[int]:
+    return [sum(n >= bound for bound in bounds) for n in range(size)]
+
+
+COUNT_BUCKET = _buckets((2, 3, 5, 9), 16)  # of a continuation's occurrences
+FREQUENCY_BUCKET = _buckets((1, 2, 3, 5, 8, 12, 20, 35, 60), 64)  # of a token's occurrences in the text
+
+# Where each group of features begins in the list of weights.
+MATCH = 0  # [longest match in the text][match that names the token]; 0: only its frequency does
+HOW = MATCH + (ORDER + 1) ** 2  # [match, 4 and longer as 4][rank by latest occurrence][count]
+FREQUENCY = HOW + 5 * RANKS * COUNTS  # [match, 2 and longer as 2][occurrences of the token]
+CORPUS_MATCH = FREQUENCY + 3 * FREQUENCIES  # as MATCH; [longest][0]: not named
+CORPUS_HOW = CORPUS_MATCH + (ORDER + 1) ** 2
+PAIR = CORPUS_HOW + 5 * RANKS * COUNTS  # runners-up behind the last two tokens: not named, rank 0, 1, ...
+SINGLE = PAIR + 1 + RUNNERS_UP  # behind the last token, where the last two are new
+UNKNOWN = SINGLE + 1 + RUNNERS_UP  # nothing was recycled behind either
+LAST = UNKNOWN + 1  # of the pass's last row, in place of which the last committed token came
+SIZE = LAST + 1 + RUNNERS_UP
+
+
+class Key(NamedTuple):
+    """What survival is learnt for."""
+
+    source: str  # of SOURCES, the one whose evidence is strongest
+    match: int  # tokens of the match in the text
+    depth: int
+    features: tuple[int, ...]
+
+
+class Evidence:
+    """The weights, for one set of sources. One object may serve all sequences of an engine."""
+
+    RATE = 0.02  # of learning
+    _REFRESH = 64  # passes after which the bounds are computed anew
+
+    def __init__(self, weights: Iterable[float]) -> None:
+        self.weights = list(weights)
+        self.bound: list[float] = []  # [match] at least what a candidate of the text, so long or shorter, gets at most
+        self._passes = 0
+        self._find_bounds()
+
+    def learn(self, outcomes: Iterable[tuple[Sequence[int], float, bool]]) -> None:
+        """Takes features, the probability they gave, and whether it came true, of each candidate that was tested."""
+        weights, rate = self.weights, self.RATE
+        for features, probability, right in outcomes:
+            step = rate * (right - probability)
+            for feature in features:
+                weights[feature] += step
+        self._passes += 1
+        if self._passes % self._REFRESH == 0:
+            self._find_bounds()
+
+    def _find_bounds(self) -> None:
+        weights, most, self.bound = self.weights, float("-inf"), []
+        for order in range(ORDER + 1):
+            match = max(weights[MATCH + longest * (ORDER + 1) + order] for longest in range(order, ORDER + 1))
+            how = HOW + min(order, 4) * RANKS * COUNTS
+            frequency = FREQUENCY + min(order, 2) * FREQUENCIES
+            best = match + max(weights[how : how + RANKS * COUNTS])
+            most = max(most, best + max(weights[frequency : frequency + FREQUENCIES]))
+            self.bound.append(most)

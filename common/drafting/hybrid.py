@@ -1,0 +1,279 @@
+"""The default drafter: a tree of what the text itself, earlier requests and the verifier's runners-up suggest."""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterator, Sequence
+from math import exp, log
+
+from quasar.drafting.evidence import (
+    CORPUS_HOW,
+    CORPUS_MATCH,
+    COUNT_BUCKET,
+    COUNTS,
+    FREQUENCIES,
+    FREQUENCY,
+    FREQUENCY_BUCKET,
+    HOW,
+    LAST,
+    MATCH,
+    ORDER,
+    PAIR,
+    RANKS,
+    RUNNERS_UP,
+    SINGLE,
+    UNKNOWN,
+    Key,
+)
+from quasar.drafting.memory import DraftMemory
+from quasar.drafting.successors import Context, Successors
+from quasar.speculation.draft import Draft, Drafter
+
+LIKELY = 8  # so many of the latest continuations of one match are considered
+HOPELESS = 0.004  # survival below which a candidate is not worth a row of any pass
+_LAST_COUNT, _LAST_FREQUENCY = len(COUNT_BUCKET) - 1, len(FREQUENCY_BUCKET) - 1
+
+
+class HybridDrafter(Drafter):
+    """Grows the tree best first: always below the candidate that is most likely to survive.
+
+    The text's own longest match and its observed successors, those of earlier requests (`memory.corpus`) and the
+    verifier's recycled runners-up (`top_k`) are candidates on equal terms: `Evidence` says how probable each is.
+    """
+
+    def __init__(
+        self, memory: DraftMemory | None = None, *, text: bool = True, corpus: bool = True, top_k: int = 0
+    ) -> None:
+        """memory: what the sequences share; text, corpus: whether to draft from them; top_k: how many of the
+        verifier's best successors to recycle, 0: none.
+        """
+        self._memory = DraftMemory() if memory is None else memory
+        self._text = text
+        self.top_k = min(top_k, RUNNERS_UP)
+        self._own = Successors(ORDER)
+        self._last_row: Sequence[int] = ()  # the verifier's best tokens where the last committed one came
+        earlier = self._memory.corpus if corpus else None
+        self._corpus = None if earlier is None else earlier.follower()
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        self._own.extend(tokens)
+        if self._corpus is not None:
+            self._corpus.extend(tokens)
+
+    def finish(self) -> None:
+        if self._corpus is not None and self._memory.corpus is not None:
+            self._memory.corpus.add(self._own.tokens)
+
+    def propose(self, most: int, pending: Sequence[int] = ()) -> Draft:
+        draft = Draft()
+        self._evidence = self._memory.evidence(self._corpus is not None and self._corpus.useful, self.top_k > 0)
+        if most < 1 or not self._own.tokens:
+            return draft
+        tokens, parents, survival, keys = draft.tokens, draft.parents, draft.survival, draft.keys
+        own, corpus = self._own, self._corpus if self._corpus is not None and self._corpus.useful else None
+        context, ahead = own.context() if self._text else own.outside(), []
+        earlier = None if corpus is None else corpus.context()
+        for token in pending:
+            if self._text:
+                context = own.follow(context, token, ahead)
+            if corpus is not None:
+                earlier = corpus.follow(earlier, token)
+            ahead.append(token)
+        root = (context, earlier, ahead, -1)
+        places: list[tuple] = []  # of each candidate: the contexts behind it, the tokens ahead, its depth
+        waiting: list[tuple] = []  # (survival, serial, parent, token, features, match), the best last
+        self._branch(waiting, most, 1.0, -1, root, bool(pending))
+        while waiting:
+            alive, _, parent, token, features, match = waiting.pop()
+            here = len(tokens)
+            room = most - here - 1
+            context, earlier, ahead, depth = places[parent] if parent >= 0 else root
+            tokens.append(token)
+            parents.append(parent)
+            survival.append(alive)
+            keys.append(Key("text" if match else _source(features), match, depth + 1, features))
+            if not room:
+                break
+            if len(waiting) >= room:
+                del waiting[: len(waiting) - room]
+                if alive <= waiting[0][0]:  # nothing below it could come before those that wait
+                    places.append(())
+                    continue
+            if self._text:
+                context = own.follow(context, token, ahead)
+            if corpus is not None:
+                earlier = corpus.follow(earlier, token)
+            place = (context, earlier, [*ahead, token], depth + 1)
+            places.append(place)
+            self._branch(waiting, room, alive, here, place, True)
+        return draft
+
+    def observe(
+        self, draft: Draft, verified: int, own: Sequence[int], top: Sequence[Sequence[int]] | None = None
+    ) -> None:
+        self._evidence.learn(outcomes(draft, verified, own))
+        if top is not None and self.top_k:
+            self._recycle(draft, verified, own, top)
+
+    def _recycle(self, draft: Draft, verified: int, own: Sequence[int], top: Sequence[Sequence[int]]) -> None:
+        text, recycled, tokens, parents = self._own.tokens, self._memory.recycled, draft.tokens, draft.parents
+        for row in range(-1, verified):
+            if row < 0:
+                last, before = text[-1], text[-2] if len(text) > 1 else -1
+            else:
+                parent = parents[row]
+                last, before = tokens[row], tokens[parent] if parent >= 0 else text[-1]
+            recycled.take(before, last, top[row + 1])
+        path = draft.accepted(verified, own)
+        self._last_row = top[path[-1] + 1 if path else 0]
+
+    def _advice(
+        self, earlier: Context | None, ahead: list[int], committed_end: bool
+    ) -> list[tuple[tuple[int, ...], dict[int, tuple[int, ...]]]]:
+        """Of each source but the text: features of the tokens that it does not name, and of those that it names."""
+        advice = []
+        if earlier is not None:
+            advice.append(_named_by_corpus(self._corpus.successors, earlier))
+        if self.top_k:
+            text = self._own.tokens
+            last = ahead[-1] if ahead else text[-1]
+            before = ahead[-2] if len(ahead) > 1 else text[len(ahead) - 2] if len(text) + len(ahead) > 1 else -1
+            recycled = self._memory.recycled
+            if (best := recycled.pairs.get((before, last))) is not None:
+                group = PAIR
+            elif (best := recycled.singles.get(last)) is not None:
+                group = SINGLE
+            else:
+                group, best = UNKNOWN, ()
+            advice.append(((group,), {token: (group + 1 + rank,) for rank, token in enumerate(best)}))
+            if not committed_end and self._last_row:
+                named = {token: (LAST + 1 + rank,) for rank, token in enumerate(self._last_row) if token != last}
+                advice.append(((LAST,), named))
+        return advice
+
+    def _branch(self, waiting: list[tuple], room: int, alive: float, parent: int, place: tuple, inside: bool) -> None:
+        """Puts what may follow a candidate among those that wait, of which only the best `room` matter.
+
+        inside: it follows uncommitted tokens.
+        """
+        own, weights, bound = self._own, self._evidence.weights, self._evidence.bound
+        (nodes, leaf, leaf_order), earlier, ahead, _ = place
+        counts = own.counts
+        floor = waiting[0][0] if len(waiting) >= room else HOPELESS
+        ratio = floor / alive
+        if ratio >= 1:
+            return
+        least = log(ratio / (1 - ratio))
+        serial = -256 * (parent + 2)  # of equally probable candidates the first goes first
+        base = 0.0
+        helped: dict[int, float] = {}  # what the other sources add to a token's log-odds, beyond `base`
+        advice = self._advice(earlier, ahead, inside) if earlier is not None or self.top_k else ()
+        for absent, named in advice:
+            silent = 0.0
+            for feature in absent:
+                silent += weights[feature]
+            base += silent
+            for token, features in named.items():
+                odds = -silent
+                for feature in features:
+                    odds += weights[feature]
+                helped[token] = helped.get(token, 0.0) + odds
+        most_help = base + max(0.0, max(helped.values())) if helped else base
+
+        matches = MATCH + max(len(nodes) - 1, leaf_order) * (ORDER + 1)
+        seen = set()
+        groups = [(leaf_order, ((own.at(leaf, ahead), leaf),))] if leaf >= 0 else []  # (match, what followed it)
+        for order in range(len(nodes) - 1, 0, -1):
+            groups.append((order, reversed(nodes[order][1].items())))
+        if self._text:
+            groups.append((0, zip(own.common, own.common)))
+        if helped:
+            groups.append((0, zip(helped, helped)))
+        for order, likely in groups:
+            match = matches + order
+            named_by = base + weights[match]
+            if bound[order] + most_help < least:
+                return
+            how_group = HOW + (order if order < 4 else 4) * RANKS * COUNTS
+            frequency_group = FREQUENCY + (order if order < 2 else 2) * FREQUENCIES
+            rank = -1
+            for token, node in likely:
+                rank += 1
+                if token in seen or token < 0:
+                    continue
+                if rank == LIKELY and order:
+                    break
+                seen.add(token)
+                how = how_group
+                if order:
+                    how += (rank if rank < RANKS else RANKS - 1) * COUNTS
+                    if node.__class__ is not int:
+                        count = node[0]
+                        how += COUNT_BUCKET[count if count < _LAST_COUNT else _LAST_COUNT]
+                count = counts.get(token, 0)
+                frequency = frequency_group + FREQUENCY_BUCKET[count if count < _LAST_FREQUENCY else _LAST_FREQUENCY]
+                odds = named_by + weights[how] + weights[frequency]
+                if helped and token in helped:
+                    odds += helped[token]
+                if odds > least:
+                    features = (match, how, frequency)
+                    for absent, named in advice:
+                        features += named.get(token, absent)
+                    serial -= 1
+                    insort(waiting, (alive / (1 + exp(-odds)), serial, parent, token, features, order))
+                    if len(waiting) > room:
+                        del waiting[0]
+                    if len(waiting) == room:
+                        ratio = waiting[0][0] / alive
+                        if ratio >= 1:
+                            return
+                        least = log(ratio / (1 - ratio))
+
+
+def _named_by_corpus(earlier: Successors, context: Context) -> tuple[tuple[int, ...], dict[int, tuple[int, ...]]]:
+    nodes, leaf, leaf_order = context
+    longest = max(len(nodes) - 1, leaf_order)
+    matches = CORPUS_MATCH + longest * (ORDER + 1)
+    named: dict[int, tuple[int, ...]] = {}
+    if leaf >= 0 and (token := earlier.at(leaf, ())) >= 0:
+        named[token] = (matches + leaf_order, CORPUS_HOW + min(leaf_order, 4) * RANKS * COUNTS)
+    for order in range(len(nodes) - 1, 0, -1):
+        group = CORPUS_HOW + (order if order < 4 else 4) * RANKS * COUNTS
+        for rank, (token, node) in enumerate(reversed(nodes[order][1].items())):
+            if rank == RANKS:
+                break
+            if token >= 0 and token not in named:
+                count = 1 if node.__class__ is int else node[0]
+                how = group + rank * COUNTS + COUNT_BUCKET[count if count < _LAST_COUNT else _LAST_COUNT]
+                named[token] = (matches + order, how)
+        if len(named) >= LIKELY:
+            break
+    for rank, token in enumerate(earlier.common):
+        if token not in named:
+            named[token] = (matches, CORPUS_HOW + min(rank, RANKS - 1) * COUNTS)
+    return (matches,), named
+
+
+def outcomes(draft: Draft, verified: int, own: Sequence[int]) -> Iterator[tuple[tuple[int, ...], float, bool]]:
+    """Features, probability given the parent, and outcome of the candidates whose ancestors were all right."""
+    on_path = {-1}
+    survival = draft.survival
+    for i, (token, parent) in enumerate(zip(draft.tokens, draft.parents, strict=True)):
+        if parent in on_path:
+            right = token == own[parent + 1]
+            if right and i < verified:
+                on_path.add(i)
+            alive = survival[i] if parent < 0 else survival[i] / survival[parent]
+            yield draft.keys[i].features, alive, right
+
+
+def _source(features: tuple[int, ...]) -> str:
+    """Which source names a token that no match in the text names."""
+    for feature in features[3:]:
+        if CORPUS_MATCH <= feature < PAIR and (feature - CORPUS_MATCH) % (ORDER + 1):
+            return "corpus"
+        if PAIR < feature < UNKNOWN and feature != SINGLE:
+            return "recycled"
+        if feature > LAST:
+            return "logits"
+    return "frequent"
