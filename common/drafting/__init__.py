@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from quasar.backends.base import Slot
 from quasar.drafting.cascade import CascadeDrafter
@@ -17,6 +17,7 @@ from quasar.models.model import Model
 from quasar.speculation.draft import Drafter
 from quasar.speculation.sampling import Sampling
 
+DEFAULT_DRAFT = "hybrid"
 DRAFTS = (*FREE_DRAFTS, "suffix:FILE", "self:w4a4", "self:skip=K", "model:PATH")
 
 
@@ -27,9 +28,9 @@ class DraftTarget:
     model: Model
     slot: Slot
     sampling: Sampling | None  # None is greedy
-    memory: DraftMemory = field(default_factory=DraftMemory)  # shared by the sequences of an engine
     gamma: int | None = None
     lossless: bool = False  # the slot belongs to the full-precision decoder, and the quantised one drafts
+    memory: DraftMemory | None = None  # what the sequences of an engine share; None: nothing
 
 
 DrafterFactory = Callable[[DraftTarget], Drafter | None]
@@ -59,7 +60,7 @@ def new_drafter(name: str | DrafterFactory, target: DraftTarget) -> Drafter | No
         return name(target)
     check_draft(name)
     if name in FREE_DRAFTS:
-        return new_free_drafter(name, target.memory)
+        return new_free_drafter(name, target.memory or DraftMemory())
     kind, _, value = name.partition(":")
     if kind == "suffix":
         return SuffixDrafter(open_store(value, target.model))

@@ -7,7 +7,6 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from os import PathLike
 from statistics import median
 from typing import Any
 
@@ -15,7 +14,6 @@ from quasar.backends.base import Slot
 from quasar.drafting import DraftTarget, new_drafter
 from quasar.drafting.corpus import Corpus
 from quasar.drafting.memory import DraftMemory
-from quasar.drafting.store import CorpusStore, tokenizer_fingerprint
 from quasar.engine.prefix_cache import PrefixCache, common_prefix
 from quasar.engine.sequence import Handle, Listener, Request
 from quasar.engine.settings import GenerationSettings, Result
@@ -69,12 +67,12 @@ class Engine:
         lossless: bool = False,
         own_thread: bool = True,
         row_rule: RowRule | None = None,
-        draft_store: str | PathLike[str] | None = None,
+        draft_memory: DraftMemory | None = None,
     ) -> None:
         """kv_bytes bounds the keys and values of all sequences, also of ended ones that are kept for their prefix
         (None: two fifths of the host's free memory). own_thread=False: whoever waits for a result calls `step`.
-        draft_store is a folder that keeps earlier texts to draft from. Raises QuasarError where lossless is asked of a
-        model without full-precision weights.
+        draft_memory: what drafters learn from the requests, this engine's alone (None: from now on, in memory).
+        Raises QuasarError where lossless is asked of a model without full-precision weights.
         """
         if max_sequences < 1:
             raise QuasarError(f"max_sequences is {max_sequences}; it must be 1 or more")
@@ -83,10 +81,10 @@ class Engine:
         self.lossless = lossless
         self.runtime: Runtime = model.target_runtime(lossless)
         self.kv_bytes_limit = kv_bytes if kv_bytes is not None else int(_HOST_SHARE * host_memory())
+        self.draft_memory = DraftMemory(Corpus()) if draft_memory is None else draft_memory
         self._verifier = Verifier(self.runtime)
         self._rule = row_rule or RowRule()
         self._prefixes = PrefixCache()
-        self._memory = DraftMemory(_corpus(model, max_sequences, draft_store))
         self._running: list[Request] = []
         self._waiting: deque[Request] = deque()
         self._changed = threading.Condition()
@@ -252,9 +250,9 @@ class Engine:
             self.model,
             request.slot,
             request.chooser.sampling,
-            self._memory,
             request.settings.gamma,
             self.lossless,
+            self.draft_memory,
         )
         request.drafter = new_drafter(request.settings.draft, target)
         if request.drafter is not None:
@@ -441,14 +439,6 @@ class Engine:
             self._prefixes.put(request.slot, request.tokens)
             request.slot = None
         request.finish(error)
-
-
-def _corpus(model: Model, sequences: int, store: str | PathLike[str] | None) -> Corpus | None:
-    """Earlier requests to draft from: on disk, or as long as the engine lives; none for a single sequence."""
-    if store is None:
-        return Corpus() if sequences > 1 else None
-    vocab_size = model.config.vocab_size
-    return CorpusStore(store, tokenizer_fingerprint(model.tokenizer, vocab_size), vocab_size)
 
 
 def _longest(settings: GenerationSettings) -> int:
