@@ -43,6 +43,7 @@ from quasar_gpu.kernels import int4 as int4_kernels
 from quasar_gpu.kernels import linear as linear_kernels
 from quasar_gpu.kernels import rows as row_kernels
 from quasar_gpu.kernels.launch import MOST_ROWS, WINDOW, launching
+from quasar_gpu.kernels.sampling import gumbel_best
 from quasar_gpu.prompt import padded_int_mm
 from quasar_gpu.slots import PagedSlot, PagePool
 
@@ -51,9 +52,14 @@ from quasar_gpu.slots import PagedSlot, PagePool
 class Product:
     """A linear layer's result [rows, outputs], to be computed: `run(out, epilogue)` launches it."""
 
+    backend: CudaBackend
     rows: int
     outputs: int
     run: Callable[[Tensor, linear_kernels.Epilogue], None]
+
+    def __add__(self, other: Tensor) -> Tensor:
+        """For whoever runs a layer by itself and adds the residual stream."""
+        return self.backend.result(self) + other
 
 
 @dataclass(frozen=True)
@@ -123,7 +129,7 @@ class CudaBackend(Backend):
             for rows, results in zip(x.split(MOST_ROWS), out.split(MOST_ROWS), strict=True):
                 linear_kernels.float_linear(rows, weight, bias, results, epilogue=epilogue)
 
-        return Product(x.shape[0], weight.shape[0], run)
+        return Product(self, x.shape[0], weight.shape[0], run)
 
     def int8_linear(self, x: Quantized, weight: Any, bias: Tensor | None) -> Any:
         (values, weight_scale), (rows, scale) = weight, (x.values, x.scale)
@@ -137,7 +143,7 @@ class CudaBackend(Backend):
             y = padded_int_mm(rows, values).float().mul_(scale[:, None]).mul_(weight_scale)
             out.copy_(y if bias is None else y.add_(bias))
 
-        return Product(rows.shape[0], values.shape[0], run)
+        return Product(self, rows.shape[0], values.shape[0], run)
 
     def int4_linear(self, x: Tensor | Quantized, weight: Any, bias: Tensor | None) -> Any:
         values, scale = (x.values, x.scale) if isinstance(x, Quantized) else (x, None)
@@ -145,7 +151,7 @@ class CudaBackend(Backend):
         def run(out: Tensor, epilogue: linear_kernels.Epilogue) -> None:
             int4_kernels.int4_linear(values, scale, weight, bias, out, epilogue)
 
-        return Product(values.shape[0], weight.values.shape[0], run)
+        return Product(self, values.shape[0], weight.values.shape[0], run)
 
     def result(self, y: Tensor | Product, dtype: torch.dtype | None = None) -> Tensor:
         """A linear layer's result as a tensor [rows, outputs] of `dtype` (None: the backend's)."""
@@ -219,7 +225,12 @@ class CudaBackend(Backend):
             gate_up.run(y, linear_kernels.SwiGLU(self._peaks))
             return y if quant is None else self._quantize_with_peaks(y, quant)
         gate_up = self.result(gate_up)
-        y = self._new((gate_up.shape[0], gate_up.shape[1] // 2), self.dtype)
+        shape = (gate_up.shape[0], gate_up.shape[1] // 2)
+        if quant is not None and quant.static_scale is None:
+            quantized = self._quantized(shape)
+            row_kernels.swiglu_quantize(gate_up, quantized.values, quantized.scale)
+            return quantized
+        y = self._new(shape, self.dtype)
         row_kernels.swiglu(gate_up, y)
         return y if quant is None else self.quantize(y, quant)
 
@@ -316,6 +327,12 @@ class CudaBackend(Backend):
         if keys is self._host_keys and self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
         return linear_kernels.best_tokens(keys[: len(logits)] if rows is None else keys[rows])
+
+    def gumbel_argmax(self, logits: Tensor, states: Sequence[int], temperatures: Sequence[float]) -> Sequence[int]:
+        signed = [state - (state >> 63 << 64) for state in states]  # as int64 has them
+        on_device = torch.tensor(signed, dtype=torch.int64, device=self.device)
+        rates = torch.tensor(temperatures, dtype=torch.float64, device=self.device)
+        return gumbel_best(logits, on_device, rates).tolist()
 
     # Captured passes.
 

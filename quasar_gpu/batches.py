@@ -165,10 +165,8 @@ class _Maker:
             appended = (max(begin - length, 0), max(stop - length, 0))
             if self._append_first or appended[0] >= appended[1]:
                 appended = (-first, -first)
-            self._items.append(
-                [first + rows.start, len(rows), begin, stop]
-                + [first + appended[0], first + appended[1], segment, base + i * len(rows)]
-            )
+            here = [first + rows.start, len(rows), begin, stop]
+            self._items.append([*here, first + appended[0], first + appended[1], segment, base + i * len(rows)])
         self._note(rows, positions, base)
 
     def _add_branches(self, rows: range, first: int, length: int, positions: list[int], segment: int) -> None:

@@ -1,8 +1,9 @@
 """Passes as captured CUDA graphs: one launch for the whole pass instead of hundreds.
 
-A graph repeats the same kernels on the same addresses. What changes from pass to pass, ids, positions, pages, what each
-program of attention does, is written to the device before each replay, in one copy that the host does not wait for;
-kernels read it there. A batch runs in the graph of the next larger bucket (`batches.Shape`), its missing rows filled up.
+A graph repeats the same kernels on the same addresses. What changes from pass to pass, ids, positions, pages, what
+each program of attention does, is written to the device before each replay, in one copy that the host does not wait
+for; kernels read it there. A batch runs in the graph of the next larger bucket (`batches.Shape`), its missing rows
+filled up.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class CudaPass:
 
 
 def capture(run: Callable[[], Any], device: torch.device, pool: Any) -> Graph:
-    """A graph of what `run` launches, which has run before: nothing is compiled or allocated here. `run` is not kept."""
+    """A graph of what `run` launches. It has run before, so nothing is compiled or allocated here; it is not kept."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.device(device):
         torch.cuda.synchronize(device)

@@ -64,6 +64,13 @@ class TokenChooser:
         """Whether the argmax of the logits as they are is the token: then the device can take it for all rows."""
         return self.sampling is None and self._rules is None and self.grammar is None
 
+    @property
+    def takes_noise(self) -> bool:
+        """Whether the argmax of logits / temperature + noise is the token: then too, where the device has the noise."""
+        s = self.sampling
+        kept = s is not None and (s.top_k, s.top_p, s.min_p) == (0, 1, 0)
+        return kept and self._rules is None and self.grammar is None
+
     def take(self, token: int) -> int:
         """Takes the token that was chosen for this index."""
         self.index += 1

@@ -113,20 +113,24 @@ def _nucleus(values: NDArray[np.float32], sampling: Sampling) -> NDArray[np.int6
 
 def _hash(seed: int, index: int, tokens: NDArray[np.int64]) -> NDArray[np.uint64]:
     """64 well mixed bits of each (seed, index, token): the finaliser of splitmix64 (Steele et al. 2014), chained."""
-    state = 0
-    while True:  # a seed of any size
-        state = _mix(state ^ (seed & _MASK))
-        seed >>= 64
-        if seed in (0, -1):
-            break
-    state = _mix((state + index * _GOLDEN) & _MASK)
-    x = tokens.astype(np.uint64) * np.uint64(_GOLDEN) + np.uint64(state)
+    x = tokens.astype(np.uint64) * np.uint64(_GOLDEN) + np.uint64(noise_state(seed, index))
     x ^= x >> np.uint64(30)
     x *= np.uint64(0xBF58476D1CE4E5B9)
     x ^= x >> np.uint64(27)
     x *= np.uint64(0x94D049BB133111EB)
     x ^= x >> np.uint64(31)
     return x
+
+
+def noise_state(seed: int, index: int) -> int:
+    """64 bits of a seed and an output index, from which a device hashes each token's noise."""
+    state = 0
+    while True:  # a seed of any size
+        state = _mix(state ^ (seed & _MASK))
+        seed >>= 64
+        if seed in (0, -1):
+            break
+    return _mix((state + index * _GOLDEN) & _MASK)
 
 
 def _mix(x: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -12,6 +12,7 @@ from quasar.models.runtime import Runtime
 from quasar.speculation.acceptance import accept
 from quasar.speculation.choice import TokenChooser
 from quasar.speculation.draft import Draft
+from quasar.speculation.sampling import noise_state
 
 UNKNOWN = -1  # the own token of a row that nobody asked for
 
@@ -54,13 +55,34 @@ class Verifier:
         argmax = None
         if any(window.chooser is not None and window.chooser.takes_argmax for window in windows):
             argmax = self._runtime.backend.argmax(logits).tolist()
+        sampled = self._sampled(windows, logits)
         verdicts, first = [], 0
         for window, segment in zip(windows, batch.segments, strict=True):
             last = first + segment.logits_to_keep
-            rows = None if argmax is None else argmax[first:last]
-            verdicts.append(_judge(window, logits[first:last], rows))
+            found = argmax if window.chooser is not None and window.chooser.takes_argmax else sampled
+            rows = None if found is None else list(found[first:last])
+            verdicts.append(_judge(window, logits[first:last], rows, self._runtime.backend.top_k))
             first = last
         return verdicts
+
+    def _sampled(self, windows: Sequence[Window], logits: Tensor) -> Sequence[int] | None:
+        """Sampled tokens of all rows of [kept rows, vocab], where the device samples; others' rows mean nothing."""
+        if not any(window.chooser is not None and window.chooser.takes_noise for window in windows):
+            return None
+        states: list[int] = []
+        temperatures: list[float] = []
+        for window in windows:
+            chooser = window.chooser
+            if chooser is None:
+                continue
+            sampling = chooser.sampling if chooser.takes_noise else None
+            depths = [0]  # output tokens before each row's, from the chooser's next on
+            for parent in window.draft.parents:
+                depths.append(depths[parent + 1] + 1)
+            for depth in depths:
+                states.append(0 if sampling is None else noise_state(sampling.seed, chooser.index + depth))
+                temperatures.append(1.0 if sampling is None else sampling.temperature)
+        return self._runtime.backend.gumbel_argmax(logits, states, temperatures)
 
 
 def _segment(window: Window) -> Segment:
@@ -73,14 +95,16 @@ def _segment(window: Window) -> Segment:
     return Segment(window.slot, [*window.uncached_tokens, *draft.tokens], parents, len(draft.tokens) + 1)
 
 
-def _judge(window: Window, logits: Tensor, argmax: list[int] | None) -> Verdict:
+def _judge(
+    window: Window, logits: Tensor, argmax: list[int] | None, top_k: Callable[[Tensor, int], Tensor]
+) -> Verdict:
     """logits [drafted + 1, vocab]: after the last committed token, then after each candidate."""
     chooser, draft, uncached = window.chooser, window.draft, len(window.uncached_tokens)
     if chooser is None:
         window.slot.commit(uncached)
         return Verdict()
     own = [UNKNOWN] * (len(draft.tokens) + 1)
-    if chooser.takes_argmax and argmax is not None:
+    if (chooser.takes_argmax or chooser.takes_noise) and argmax is not None:
         own = argmax
         tokens, path = accept(lambda row: chooser.take(own[row + 1]), draft.tokens, draft.parents)
     else:
@@ -93,7 +117,7 @@ def _judge(window: Window, logits: Tensor, argmax: list[int] | None) -> Verdict:
     window.slot.commit([*range(uncached), *(uncached + row for row in path)])
     verdict = Verdict(tokens, path, own)
     if window.top_k:
-        verdict.top = logits.topk(window.top_k, dim=-1).indices.tolist()
+        verdict.top = top_k(logits, window.top_k).tolist()
     if window.logprobs is not None:
         verdict.logprobs = [
             logprobs_of(logits[row + 1], token, window.logprobs) for row, token in zip([-1, *path], tokens, strict=True)

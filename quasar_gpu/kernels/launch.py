@@ -8,9 +8,9 @@ overwritten that an earlier kernel still reads. Before the wait only addresses a
 prefetched, into L2, where data cannot become stale. A kernel lets its successor start only when all its own programs
 run already, so waiting programs never keep the ones they wait for off the card.
 
-When it lets it start matters. Small kernels do at once: the product behind them becomes resident on the processors that
-they leave idle, and fetches its first weights into L2 meanwhile. Products do after their last product of tiles: were the
-next product's weights fetched while this one still streams its own, they would be evicted and read twice.
+When it lets it start matters. Small kernels do at once: the product behind them becomes resident on the processors
+that they leave idle, and fetches its first weights into L2 meanwhile. Products do after their last tile: were the next
+product's weights fetched while this one still streams its own, they would be evicted and read twice.
 """
 
 from __future__ import annotations

@@ -51,8 +51,8 @@ _WIDE = {
     2: LinearConfig(outputs=64, bytes_inside=128, warps=4, stages=5),
     4: LinearConfig(outputs=128, bytes_inside=128, warps=8, stages=4),
 }
-# Some thousand outputs: the small instruction (m16n8), 16 outputs to a program, and two warps, for it holds two of them.
-# Every processor then has two or three programs of Qwen3-8B's o and down (256) and qkv (384).
+# Some thousand outputs: the small instruction (m16n8), 16 outputs to a program, and two warps, since that makes two of
+# it. Every processor then has two or three programs of Qwen3-8B's o and down (256) and qkv (384).
 _NARROW = {
     1: LinearConfig(outputs=16, bytes_inside=256, warps=2, stages=8),
     2: LinearConfig(outputs=32, bytes_inside=256, warps=4, stages=5),

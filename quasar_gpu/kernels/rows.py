@@ -87,7 +87,7 @@ def quantize(x: Tensor, values: Tensor, scale: Tensor, limit: int = INT8) -> Non
 
 
 def quantize_by_peak(x: Tensor, peaks: Tensor, values: Tensor, scale: Tensor) -> None:
-    """`quantize` to int8 where peaks int32 [rows] has max|row| as `launch.as_peak` writes it: several programs a row."""
+    """`quantize` to int8 by several programs a row; peaks int32 [rows] has max|row| already (`launch.as_peak`)."""
     rows, size = x.shape
     grid = (rows, triton.cdiv(size, _SHARE))
     launch(_quantize_by_peak, grid, x, peaks, values, scale, size, warps=4, SHARE=_SHARE, BLOCK=2048)

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
-from quasar import Model, generate, load
+import quasar
+from quasar import Model, generate
+from quasar.backends.base import Batch, Segment
 from quasar.models.model import ASSETS
 from quasar.quantization.calibration import read_texts
 from quasar_gpu.backend import CudaBackend
+from quasar_gpu.kernels.launch import Launching, launching_as
 
 MODELS = ("tiny-qwen3", "tiny-openpangu")
 _PROMPT = "class Stack:\n    def push(self, item):\n"
 _WINDOW = 6
+
+Load = Callable[[str, str, str], Model]  # model, precision, dtype
 
 
 def said(model: Model, tokens: int, **settings: object) -> list[int]:
@@ -22,17 +27,17 @@ def said(model: Model, tokens: int, **settings: object) -> list[int]:
     return generate(model, _PROMPT, max_new_tokens=tokens, ignore_eos=True, **settings).result().token_ids
 
 
-def same_ids_as_reference(name: str, device: str, tokens: int) -> bool:
-    """Full precision in float32, with drafts, through captured windows."""
-    ids = [said(load(name, device=d, precision="full", dtype="float32"), tokens) for d in ("reference", device)]
-    return ids[0] == ids[1]
+def same_ids_as_reference(name: str, load: Load, tokens: int) -> bool:
+    """Full precision in float32, with drafts, through captured passes."""
+    reference = quasar.load(name, device="reference", precision="full", dtype="float32")
+    return said(load(name, "full", "float32"), tokens) == said(reference, tokens)
 
 
 def ways_of_running(model: Model, tokens: int) -> Iterator[tuple[str, bool]]:
-    """Whether each way of running gives the ids of the plain one, captured windows of one token. Changes the model's
+    """Whether each way of running gives the ids of the plain one, captured passes of one row. Changes the model's
     backend."""
     plain = said(model, tokens, draft="none")
-    yield "drafts, adaptive window", said(model, tokens) == plain
+    yield "drafts, as many as pay", said(model, tokens) == plain
     yield "drafts, gamma 5", said(model, tokens, gamma=5) == plain
     yield "second time", said(model, tokens) == plain
     backend = model.decoder.backend
@@ -40,27 +45,32 @@ def ways_of_running(model: Model, tokens: int) -> Iterator[tuple[str, bool]]:
     sampled = [said(model, tokens, temperature=0.8, seed=1, draft=draft) for draft in ("none", "ngram")]
     yield "sampled with a seed, drafts", sampled[0] == sampled[1]
     yield "sampled with a seed, twice", sampled[1] == said(model, tokens, temperature=0.8, seed=1)
+    with quasar.Engine(model, max_sequences=4) as engine:
+        prompts = [_PROMPT, "def main():\n", _PROMPT]
+        together = engine.generate(prompts, max_new_tokens=tokens, ignore_eos=True)
+    yield "beside others", together[0].token_ids == together[2].token_ids == plain
     backend.graphs = False
     yield "no graphs", said(model, tokens, gamma=5) == plain
-    backend.dependent_launch = False
-    yield "no graphs, no dependent launch", said(model, tokens, gamma=5) == plain
+    with launching_as(backend.device, Launching(dependent=False)):
+        yield "no graphs, no dependent launch", said(model, tokens, gamma=5) == plain
+    backend.graphs = True
 
 
-def top1_agreement(name: str, device: str, dtype: str, tokens: int) -> float:
-    """Share of held-out positions where W8A8 on the device has the reference backend's likeliest token. The text goes
-    through windows, as verification does."""
+def top1_agreement(name: str, load: Load, tokens: int) -> float:
+    """Share of held-out positions where W8A8 on the device, in its usual type, has the reference backend's likeliest
+    token. The text goes through windows, as verification does."""
     best = []
-    for where, kind in (("reference", "float32"), (device, dtype)):
-        model = load(name, device=where, precision="w8a8", dtype=kind)
+    models = (quasar.load(name, device="reference", precision="w8a8", dtype="float32"), load(name, "w8a8", "auto"))
+    for model in models:
         ids = model.encode(read_texts(ASSETS / "heldout.jsonl")[0])[:tokens]
-        decoder = model.decoder
-        cache = decoder.new_cache(len(ids))
-        run = decoder.backend.window_pass(decoder, cache)
+        runtime = model.runtime
+        slot = runtime.new_slot(len(ids))
         found: list[int] = []
         for first in range(0, len(ids), _WINDOW):
             window = ids[first : first + _WINDOW]
-            found += run(window, len(window)).argmax(dim=-1).tolist()
-            cache.commit(len(window))
+            logits = runtime.run(Batch([Segment(slot, window, logits_to_keep=len(window))]))
+            found += runtime.backend.argmax(logits).tolist()
+            slot.commit(len(window))
         best.append(torch.tensor(found))
     return (best[0] == best[1]).float().mean().item()
 
@@ -72,7 +82,7 @@ def bytes_left(name: str, device: str, tokens: int) -> tuple[int, int]:
     before = torch.cuda.memory_allocated()
     gc.disable()
     try:
-        model = load(name, device=device, precision="w8a8")
+        model = quasar.load(name, device=device, precision="w8a8")
         said(model, tokens)
         during = torch.cuda.memory_allocated() - before
         del model

@@ -5,14 +5,17 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import torch
 from torch import Tensor
 
+from quasar.backends.base import AttentionSpec, Batch, Segment
 from quasar.models.config import ModelConfig
-from quasar_gpu.cache import reach_bucket
+from quasar_gpu.backend import CudaBackend
 from quasar_gpu.kernels import attention, linear, rows
+from quasar_gpu.kernels.launch import MOST_ROWS
+from quasar_gpu.slots import PagedSlot
 
 _COLD_BYTES = 400_000_000  # read between two uses of one weight: several times the largest L2 cache
 _LAUNCHES = 96  # in a graph, so that launching the graph itself weighs nothing
@@ -122,55 +125,66 @@ class KernelBench:
         c = self._config
         x, total, gain = self._random(m, c.hidden_size), self._empty(m, c.hidden_size), self._random(c.hidden_size)
         scale, values = self._empty(m, dtype=torch.float32), self._empty(m, c.hidden_size, dtype=torch.int8)
-        gate_up, act = self._random(m, 2 * c.intermediate_size), self._empty(m, c.intermediate_size, dtype=torch.int8)
+        act, act8 = self._random(m, c.intermediate_size), self._empty(m, c.intermediate_size, dtype=torch.int8)
+        peaks, keys = (torch.zeros(MOST_ROWS, dtype=kind, device=self._device) for kind in (torch.int32, torch.int64))
         table = self._random(4096, c.hidden_size)
         ids = torch.arange(m, device=self._device)
         size = c.hidden_size * self._dtype.itemsize * m
         runs: dict[str, tuple[int, Callable[[int], None]]] = {
-            "embed": (2 * size, lambda i: rows.embed(table, ids, total)),
+            "embed": (2 * size, lambda i: rows.embed(table, ids, total, keys)),
             "add_rms_norm_quantize": (
                 3 * size,
-                lambda i: rows.add_rms_norm_quantize(x, x, gain, c.rms_norm_eps, total, values, scale),
+                lambda i: rows.add_rms_norm_quantize(x, x, gain, c.rms_norm_eps, total, values, scale, peaks),
             ),
             "quantize": (size, lambda i: rows.quantize(x, values, scale)),
-            "swiglu_quantize": (gate_up.nbytes, lambda i: rows.swiglu_quantize(gate_up, act, scale)),
+            "quantize_by_peak": (act.nbytes, lambda i: rows.quantize_by_peak(act, peaks, act8, scale)),
         }
         for name, (nbytes, run) in runs.items():
             yield self._time(name, m, nbytes, run)
 
     def attention_kernels(self, m: int, context: int) -> Iterator[KernelTime]:
-        """append_rotated, and window_attention behind `context` positions, which reads that much of the cache."""
+        """attend_items, which appends and attends behind `context` positions, and combine; bytes are those of keys and
+        values."""
         c = self._config
-        capacity, half = context + m, c.head_dim // 2
-        qkv, q = self._random(m, c.qkv_size), self._random(m, c.num_heads, c.head_dim)
-        cos, gain = self._random(capacity, half, dtype=torch.float32), self._random(c.head_dim)
-        start = torch.tensor([context], device=self._device)
-        reach = reach_bucket(capacity)
-        partials = self._empty(
-            *attention.attention_partials_shape(m, c.num_heads, c.head_dim, reach), dtype=torch.float32
-        )
-        nbytes = 2 * c.num_kv_heads * capacity * c.head_dim * self._dtype.itemsize
-        copies = _copies(nbytes)
-        keys = [self._random(c.num_kv_heads, capacity, c.head_dim) for _ in range(copies)]
-        values = [self._random(c.num_kv_heads, capacity, c.head_dim) for _ in range(copies)]
-        out, scale = self._empty(m, c.num_heads * c.head_dim), c.head_dim**-0.5
-
-        def append(i: int) -> None:
-            k, v = keys[i % copies], values[i % copies]
-            attention.append_rotated(qkv, start, cos, cos, gain, gain, c.rms_norm_eps, k, v, q)
+        backend = CudaBackend(self._device, self._dtype)
+        gain = self._random(c.head_dim)
+        spec = AttentionSpec(c.num_heads, c.num_kv_heads, c.head_dim, gain, gain, c.rms_norm_eps)
+        nbytes = 2 * c.num_kv_heads * (context + m) * c.head_dim * self._dtype.itemsize
+        slot = backend.new_slot(_copies(nbytes), c.num_kv_heads, context + m, c.head_dim)
+        assert isinstance(slot, PagedSlot)
+        slot.length = context
+        batch = Batch([Segment(slot, [0] * m)])
+        cos, qkv = self._random(context + m, c.head_dim // 2, dtype=torch.float32), self._random(m, c.qkv_size)
+        out = self._empty(m, c.num_heads * c.head_dim)
+        ((made, _),) = backend.rope_rows(cos, cos, [spec], batch)
+        tables, workspace, pool = made.inputs.tables, made.inputs.workspace, slot.pool
 
         def attend(i: int) -> None:
-            k, v = keys[i % copies], values[i % copies]
-            attention.window_attention(q, k, v, start, scale, out, partials, reach)
+            layer = i % len(pool.layer_k)
+            k, v = pool.layer_k[layer], pool.layer_v[layer]
+            attention.attend_items(qkv, spec, cos, cos, k, v, tables, tables.items, workspace)
 
-        yield self._time("append_rotated", m, qkv.nbytes, append)
-        yield self._time(f"window_attention behind {context}", m, nbytes, attend)
+        def combine(i: int) -> None:
+            attention.combine(spec, tables, range(m), workspace, out)
 
-    def sweep(self, name: str, m: int) -> Iterator[tuple[str, KernelTime]]:
-        """Every cut of the int8 and the 16-bit matmul, by what it is."""
+        yield self._time(f"attend_items behind {context}", m, nbytes, attend)
+        yield self._time(f"combine behind {context}", m, nbytes, combine)
+
+    def everything(self, counts: list[int], contexts: list[int]) -> Iterator[tuple[str, Iterator[KernelTime]]]:
+        """All of them for each number of rows, by name, to be iterated one by one."""
+        for name in self.matrices:
+            yield f"int8_linear {name}", self.int8_linear(name, counts)
+            yield f"float_linear {name}", self.float_linear(name, counts)
+        for m in counts:
+            yield f"rows, M = {m}", self.row_kernels(m)
+            for context in contexts:
+                yield f"attention, M = {m} behind {context}", self.attention_kernels(m, context)
+
+    def sweep(self, name: str, m: int) -> Iterator[tuple[str, Iterator[KernelTime]]]:
+        """Every cut of the int8 and the 16-bit matmul, by what it is, to be iterated one by one."""
         for config in linear.linear_configs():
-            for time in (*self.int8_linear(name, [m], config), *self.float_linear(name, [m], config)):
-                yield f"{config.outputs}x{config.bytes_inside} B, {config.warps} warps, {config.stages} stages", time
+            cut = f"{config.outputs}x{config.bytes_inside} B, {config.warps} warps, {config.stages} stages"
+            yield cut, chain(self.int8_linear(name, [m], config), self.float_linear(name, [m], config))
 
 
 def _copies(nbytes: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from quasar.drafting.corpus import Corpus
 from quasar.drafting.evidence import SIZE, Evidence
 from quasar.drafting.free import FREE_DRAFTS, new_free_drafter
@@ -104,11 +105,11 @@ def test_survival_follows_what_comes_true():
     drafter = HybridDrafter(memory)
     drafter.extend([1, 2, 3, 4, 1, 2, 3])
     before = drafter.propose(4).survival[0]
-    for _ in range(60):  # never right
+    for _ in range(150):  # never right
         drafter.observe(drafter.propose(4), 0, [99])
     low = drafter.propose(4).survival[0]
     assert low < before / 2
-    for _ in range(120):
+    for _ in range(200):
         draft = drafter.propose(4)
         drafter.observe(draft, 0, [draft.tokens[0]])
     assert drafter.propose(4).survival[0] > 2 * low

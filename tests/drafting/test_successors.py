@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from quasar.drafting.successors import SEPARATOR, Context, Successors
 
 ORDER = 4

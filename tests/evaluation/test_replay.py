@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+
 from quasar.cli import main
 from quasar.drafting.free import FREE_DRAFTS
 from quasar.errors import QuasarError

@@ -367,3 +367,10 @@ def test_where_capture_fails_passes_go_on_with_one_warning(recording, monkeypatc
         "cuda: a pass could not be captured (CUDA error: operation not permitted when stream is capturing); "
         "passes run plainly"
     ]
+
+
+def test_a_seed_samples_the_same_text_with_drafts_and_on_the_reference(kernel_device):
+    settings = {"max_new_tokens": 6, "ignore_eos": True, "temperature": 0.9, "seed": 3}
+    expected = generate(master("qwen3", "full"), PROMPT, draft="none", **settings).result().token_ids
+    model = on("qwen3", "full", CudaBackend(kernel_device, torch.float32))
+    assert generate(model, PROMPT, gamma=2, **settings).result().token_ids == expected

@@ -1,6 +1,7 @@
 """What a user is told about a card that is missing, misspelt, too old, too full, or out of memory."""
 
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -79,6 +80,57 @@ def memory(cards, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(10e9), int(80e9)))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: int(5e9))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: int(3e9))
+
+
+@pytest.mark.parametrize(("version", "has"), [("3.2.0", False), ("3.3.1", False), ("3.4.0", True), ("3.10.0", True)])
+def test_dependent_launch_only_where_triton_knows_it(cards, monkeypatch, version, has):
+    """torch 2.5 to 2.7 bring Triton 3.1 to 3.3, which refuse the option."""
+    triton = pytest.importorskip("triton")
+    from quasar_gpu.kernels import launch
+
+    monkeypatch.setattr(launch, "_launching", {})
+    monkeypatch.setattr(launch, "_current", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: [(9, 0), (8, 0)][_index(device)])
+    monkeypatch.setattr(triton, "__version__", version)
+    assert [launch.launching(torch.device("cuda", i)).dependent for i in (0, 1)] == [has, False]
+    options = []
+
+    class Kernel:
+        fn = type("fn", (), {"__name__": "_some_linear"})
+
+        def __getitem__(self, grid):
+            return lambda *args, **given: options.append(given)
+
+    class OnCard(torch.Tensor):
+        device = torch.device("cuda", 0)
+
+    launch.launch(Kernel(), (1,), torch.zeros(1).as_subclass(OnCard), warps=4)
+    assert options[0].get("launch_pdl", False) == has
+    assert options[0]["DEPENDENT"] == (2 if has else 0)
+
+
+def test_every_launch_runs_on_its_tensors_card(cards, monkeypatch):
+    from quasar_gpu.kernels import launch
+
+    entered = []
+
+    class Guard:
+        def __init__(self, device):
+            self.device = device
+
+        def __enter__(self):
+            entered.append(self.device)
+
+        def __exit__(self, *_):
+            entered.append(None)
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", Guard)
+    with launch._current(torch.device("cuda", 1)):
+        pass
+    with launch._current(torch.device("cuda", 0)):
+        pass
+    assert entered == [torch.device("cuda", 1), None]  # and back; nothing for the current one
 
 
 def test_what_does_not_fit_is_refused_with_both_figures(memory):

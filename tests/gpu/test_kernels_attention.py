@@ -1,6 +1,7 @@
 """Rope, append and split attention of batches over pages, against the reference backend."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pytest
 import torch
@@ -188,7 +189,7 @@ def test_every_row_attends_to_each_split_once(monkeypatch):
     for row in range(24):
         parts = [part for part in sorted(seen[row]) if part[0] <= positions[row]]
         assert parts[0][0] == 0
-        assert all(before[1] == after[0] for before, after in zip(parts, parts[1:], strict=False))
+        assert all(before[1] == after[0] for before, after in pairwise(parts))
         assert parts[-1][1] > positions[row]
         assert [part[2] for part in parts] == [partial_at[row] + i * partial_step[row] for i in range(splits[row])]
     partials = [part[2] for parts in seen.values() for part in parts]

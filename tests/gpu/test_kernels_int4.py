@@ -32,7 +32,7 @@ def product(x, scale, weight, bias=None, dtype=torch.float32):
 
 @settings(max_examples=20, deadline=None)
 @given(
-    st.integers(1, 20),  # 17 and more run as a prompt does
+    st.integers(1, 20),  # 17 and more run in the tall tile
     st.integers(1, 4),
     st.integers(1, 70),
     st.sampled_from(GROUPS),
@@ -79,15 +79,18 @@ def test_every_nibble_meets_its_input(kernel_device):
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.int8])
 def test_a_row_does_not_depend_on_its_window(kernel_device, dtype):
     weight, _ = random_weight(40, 3, 64, 1, kernel_device)
-    x = torch.randn(16, 192, generator=torch.Generator().manual_seed(2))
+    x = torch.randn(70, 192, generator=torch.Generator().manual_seed(2))
     x = ((x * 3).round().clamp(-7, 7) if dtype == torch.int8 else x).to(dtype).to(kernel_device)
-    scale = torch.rand(16, device=kernel_device) if dtype == torch.int8 else None
+    scale = torch.rand(70, device=kernel_device) if dtype == torch.int8 else None
 
     def run(take):
         return product(x[take], None if scale is None else scale[take], weight)
 
     window = run(slice(0, 16))
     assert torch.equal(run(slice(2, 8)), window[2:8])
+    tall = run(slice(0, 70))
+    assert torch.equal(tall[:16], window)
+    assert torch.equal(run(slice(60, 70)), tall[60:])
     for i in (0, 7, 15):
         assert torch.equal(run(slice(i, i + 1))[0], window[i])
 

@@ -1,4 +1,4 @@
-"""Matmuls of a window: int8 bit for bit the reference's, floats by tolerance, rows the same in every window."""
+"""Matmuls of few rows: int8 bit for bit the reference's, floats by tolerance, rows the same in every batch."""
 
 import pytest
 import torch
@@ -10,7 +10,8 @@ from quasar.backends.base import Quantized
 from quasar.backends.reference import ReferenceBackend
 
 pytest.importorskip("triton")
-from quasar_gpu.kernels import linear
+from quasar_gpu.kernels import linear, rows
+from quasar_gpu.kernels.launch import WINDOW
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -25,7 +26,7 @@ def operands(tokens, inner, outputs, seed, device):
 
 @settings(max_examples=12, deadline=None)
 @given(
-    st.integers(1, 16),
+    st.integers(1, 64),
     st.integers(1, 600),
     st.integers(1, 90),
     st.sampled_from(DTYPES),
@@ -81,9 +82,12 @@ def test_float(kernel_device, dtype, tokens, inner, outputs):
     torch.testing.assert_close(out.cpu().double(), want + bias.cpu().double(), rtol=eps, atol=max(eps, 1e-6 * inner))
 
 
+@pytest.mark.parametrize("outputs", [40, 16384])  # both families of cuts
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.int8])
-def test_a_row_does_not_depend_on_its_window(kernel_device, dtype):
-    values, scale, weight, weight_scale, bias = operands(16, 300, 40, 1, kernel_device)
+def test_a_row_does_not_depend_on_its_batch(kernel_device, monkeypatch, dtype, outputs):
+    """One, two and four tiles of rows."""
+    monkeypatch.setattr(linear, "_MANY", 41 if outputs == 40 else 40)
+    values, scale, weight, weight_scale, bias = operands(64, 300, 40, 1, kernel_device)
 
     def run(take):
         out = torch.empty(len(values[take]), 40, device=kernel_device)
@@ -93,20 +97,65 @@ def test_a_row_does_not_depend_on_its_window(kernel_device, dtype):
             linear.float_linear((values[take] / 100).to(dtype), (weight / 100).to(dtype), None, out)
         return out
 
-    window = run(slice(0, 16))
-    assert torch.equal(run(slice(2, 8)), window[2:8])
-    for i in (0, 7, 15):
-        assert torch.equal(run(slice(i, i + 1))[0], window[i])
+    batch = run(slice(0, 64))
+    for part in (slice(2, 8), slice(0, 20), slice(30, 64), slice(0, 1), slice(47, 48), slice(63, 64)):
+        assert torch.equal(run(part), batch[part])
 
 
-def test_a_longer_window_is_refused(kernel_device):
-    x = torch.zeros(17, 32, device=kernel_device)
-    with pytest.raises(QuasarError, match="--gamma 16: CUDA kernels take windows of 1 to 16 tokens"):
-        linear.float_linear(x, torch.zeros(8, 32, device=kernel_device), None, torch.empty(17, 8, device=kernel_device))
+def test_more_rows_are_refused(kernel_device):
+    x = torch.zeros(65, 32, device=kernel_device)
+    with pytest.raises(QuasarError, match=r"a pass of 65 rows: CUDA kernels .* take 1 to 64"):
+        linear.float_linear(x, torch.zeros(8, 32, device=kernel_device), None, torch.empty(65, 8, device=kernel_device))
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float16])
 def test_configs_suit_the_types(dtype):
-    for config in (*linear.linear_configs(), *(linear.linear_config(out, dtype) for out in (256, 4096, 151936))):
+    cuts = [linear.linear_config(out, dtype, tiles) for out in (256, 4096, 151936) for tiles in (1, 2, 4)]
+    for config in (*linear.linear_configs(), *cuts):
         assert config.bytes_inside // dtype.itemsize >= 32  # the least that the instruction takes of int8
-        assert 256 % config.outputs == 0  # prefetch_weights cuts 256 lines by outputs
+        assert 128 % config.outputs == 0  # prefetch_weights cuts 128 requests by outputs
+        assert config.outputs * WINDOW // (16 * 8) >= config.warps or config.outputs >= 64  # a tile for every warp
+
+
+def test_a_weights_cuts_differ_in_nothing_that_orders_sums():
+    for outputs in (4096, 151936):
+        cuts = [linear.linear_config(outputs, torch.bfloat16, tiles) for tiles in (1, 2, 4)]
+        assert len({config.bytes_inside for config in cuts}) == 1
+        assert len({config.outputs >= 64 for config in cuts}) == 1  # wgmma or mma
+
+
+# What is fused into their end.
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "inter"), [(3, 21), (18, 40)])
+def test_swiglu_at_the_end_is_swiglu_after_it(kernel_device, dtype, tokens, inter):
+    values, scale, weight, weight_scale, bias = operands(tokens, 70, 2 * inter, 0, kernel_device)
+    peaks = torch.zeros(tokens, dtype=torch.int32, device=kernel_device)
+    gate_up = torch.empty(tokens, 2 * inter, dtype=dtype, device=kernel_device)
+    want, out = (torch.empty(tokens, inter, dtype=dtype, device=kernel_device) for _ in range(2))
+    linear.int8_linear(values, scale, weight, weight_scale, bias, gate_up)
+    rows.swiglu(gate_up, want)
+    linear.int8_linear(values, scale, weight, weight_scale, bias, out, epilogue=linear.SwiGLU(peaks))
+    assert torch.equal(out, want)
+    assert torch.equal(peaks.view(torch.float32), want.abs().amax(dim=1).float())
+    quantized = [torch.empty_like(out, dtype=torch.int8) for _ in range(2)]
+    scales = [torch.empty(tokens, device=kernel_device) for _ in range(2)]
+    rows.quantize(want, quantized[0], scales[0])
+    rows.quantize_by_peak(out, peaks, quantized[1], scales[1])
+    assert torch.equal(*quantized)
+    assert torch.equal(*scales)
+
+
+def test_the_best_token_is_the_first_of_equals(kernel_device):
+    weight = torch.zeros(70, 32, device=kernel_device)
+    weight[:, 0] = torch.arange(70) % 23
+    weight[5, 0] = weight[69, 0] = 40
+    x = torch.zeros(5, 32, device=kernel_device)
+    x[:, 0] = torch.tensor([1.0, -1.0, 0.0, -0.0, 2.0])
+    keys = torch.full((64,), linear.LEAST_KEY, device=kernel_device)
+    out = torch.empty(5, 70, device=kernel_device)
+    linear.float_linear(x, weight, None, out, epilogue=linear.Best(keys))
+    assert linear.best_tokens(keys[:5]).tolist() == [5, 0, 0, 0, 5]
+    assert torch.equal(linear.best_tokens(keys[:5]), out.argmax(dim=-1))
+    assert (keys[5:] == linear.LEAST_KEY).all()
