@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from quasar import GenerationSettings, QuasarError, generate
-from quasar.loading import PRECISIONS
 from quasar.drafting.survival import SurvivalTable
+from quasar.loading import PRECISIONS
 from quasar.speculation.choice import TokenChooser
 from quasar.speculation.draft import Draft, Drafter
 from quasar.speculation.verifier import Verifier
