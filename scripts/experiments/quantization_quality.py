@@ -123,12 +123,10 @@ def main() -> None:
     found = open_model(args.model, LoadOptions())
     calibration = [t.ids for t in sampled(found, args.calibration, args.count, args.tokens, args.samples)]
     texts = sampled(found, args.questions, args.count, args.tokens, args.samples)
-    print(
-        f"{args.model}: {sum(map(len, calibration))} tokens to calibrate on, {sum(len(t.ids) for t in texts)} to measure"
-    )
-    print(
-        "| way | KL, conversations | top-1 | KL, questions | top-1 | MB a pass | CPU seconds |\n|---|---|---|---|---|---|---|"
-    )
+    measured = sum(len(text.ids) for text in texts)
+    print(f"{args.model}: {sum(map(len, calibration))} tokens to calibrate on, {measured} to measure on")
+    heads = ["way", "KL, conversations", "top-1", "KL, questions", "top-1", "MB a pass", "CPU seconds"]
+    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     for name, method, int8 in ways(found, calibration):
         if args.only in name:
             clock = time.process_time()
