@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from quasar.drafting.memory import DraftMemory
 from quasar.engine.engine import Engine
 from quasar.engine.settings import GenerationSettings, GenerationStats, Result, TokenEvent
 from quasar.memory import out_of_memory_in_one_line
@@ -60,14 +61,16 @@ def generate(
     settings: GenerationSettings | None = None,
     *,
     chat: bool = False,
+    draft_memory: DraftMemory | None = None,
     **overrides: Any,
 ) -> Generation:
     """Starts generating from text or token ids.
 
     `for piece in generate(model, prompt): ...` streams; `generate(model, prompt).result()` waits. Settings are given
     whole or by name: `generate(model, prompt, max_new_tokens=64, temperature=0.7)`.
+    draft_memory: what drafters learnt from earlier calls, one at a time.
     """
     if settings is not None and overrides:
         raise TypeError("give settings or single settings by name, not both")
     ids = model.encode(prompt, chat) if isinstance(prompt, str) else list(prompt)
-    return Generation(model, ids, settings or GenerationSettings(**overrides))
+    return Generation(model, ids, settings or GenerationSettings(**overrides), draft_memory=draft_memory)

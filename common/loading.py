@@ -18,16 +18,16 @@ from quasar.models.decoder import Decoder
 from quasar.models.fidelity import Fidelity
 from quasar.models.linear_int4 import in_w4a4
 from quasar.models.loader import CheckpointWeights
-from quasar.models.model import ASSETS, DEFAULT_MODEL, LoadOptions, Model, open_model
+from quasar.models.model import DEFAULT_MODEL, LoadOptions, Model, open_model
 from quasar.models.own_text import own_text
 from quasar.models.sharing import share
 from quasar.models.weights_cache import WeightsCache, source_digest
-from quasar.quantization.budget import choose_kept
+from quasar.quantization.budget import choose_kept, describe
 from quasar.quantization.calibration import read_texts
-from quasar.quantization.fidelity import held_out
-from quasar.quantization.methods import FITTED, W8A8, Int4, Method
+from quasar.quantization.methods import FITTED, W8A8, Method, best_int4
 from quasar.quantization.recipe import DEFAULT_RECIPE, Recipe, pass_bytes
 from quasar.quantization.stream import quantized_decoder
+from quasar.quantization.texts import calibration_and_heldout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase  # takes seconds to import
@@ -36,7 +36,6 @@ PRECISIONS = ("full", "w8a8", "w4a16", "w4a4")
 LM_HEADS = ("full", "w8a8")
 # Below this share of equal top-1 tokens a quantised model is garbage rather than a little different.
 MIN_AGREEMENT = {"w8a8": 0.80, "w4a16": 0.50, "w4a4": 0.50}
-CALIBRATION_TOKENS = 512  # of each prompt
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +50,7 @@ def load(
     lossless: bool = False,
     trust_remote_code: bool = False,
     progress: bool = False,
+    kv: str = "auto",
     prompts: Sequence[str] | None = None,
     heldout: Sequence[str] | None = None,
     lm_head: str = "full",
@@ -66,10 +66,11 @@ def load(
     was quantised is kept in `cache` (None: the user's own), so that the next start only maps it. "full" refuses a
     quantised checkpoint. lossless keeps the full-precision weights beside the quantised ones, for generating with
     lossless=True.
+    kv: what keys and values are kept in on CPU, float32, bfloat16 or int8.
     """
     if precision not in ("auto", *PRECISIONS):
         raise QuasarError(f"--precision {precision} is unknown; use one of {', '.join(PRECISIONS)}")
-    found = open_model(fspath(model), LoadOptions(device, dtype, trust_remote_code, progress))
+    found = open_model(fspath(model), LoadOptions(device, dtype, trust_remote_code, progress, kv))
     if precision in ("auto", "full") or found.is_quantized:
         loaded = found.model(found.decoder(progress))
         if precision not in ("auto", loaded.precision):
@@ -181,14 +182,14 @@ def _quantized(
         writer = cache.writer(key)
     if not texts:
         texts = own_text(assemble(config, weights, backend))
-    method: Method = Int4(config)
-    if precision == "w8a8":
+    if precision != "w8a8":
+        method: Method = best_int4(config, weights, backend)
+    else:
         method = W8A8(config, recipe.alpha, rounding=recipe.rounding)
         budget = int(recipe.budget * pass_bytes(config))
         if budget:
             kept = choose_kept(config, weights, backend, method, texts, budget, progress)
-            for each in kept:
-                log.info("layer %d %s stays in 16 bits: %.1e nats of KL alone", each.layer, each.name, each.kl)
+            log.info("%s", describe(kept, pass_bytes(config)))
             keep = [(each.layer, each.name) for each in kept]
             method = W8A8(config, recipe.alpha, rounding=recipe.rounding, keep=keep)
     try:
@@ -241,20 +242,6 @@ def _cache_settings(
         "measured": measured,
         "code": source_digest([here / "quantization", here / "checkpoints", here / "models" / "loader.py"]),
     }
-
-
-def calibration_and_heldout(
-    config: ModelConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str] | None,
-    heldout: Sequence[str] | None,
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Token ids of the texts to calibrate on and to measure on, None meaning the built-in ones."""
-    limit = min(CALIBRATION_TOKENS, config.max_position_embeddings)
-    texts = map(tokenizer.encode, prompts or read_texts(ASSETS / "calibration.jsonl"))
-    measured = [tokenizer.encode(text) for text in heldout or read_texts(ASSETS / "heldout.jsonl")]
-    calibration = [ids[:limit] for ids in texts if ids]
-    return calibration, held_out(measured, config.vocab_size, config.max_position_embeddings)
 
 
 def quantized_bytes(c: ModelConfig, precision: str, lm_head: str = "full") -> int:

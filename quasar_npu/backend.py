@@ -83,9 +83,9 @@ class NpuBackend(Backend):
         # Of every decoder in use: a self-drafter's passes come between its verifier's, whose graphs read these tables.
         self._tables = WeakTensorKeyDictionary()  # the decoder's cos -> RopeTables
         self._orders: dict[tuple[int, ...], Tensor] = {}
-        self._reciprocals = WeakTensorKeyDictionary()  # of static activation scales
-        self._places: WeakKeyDictionary[Batch, Places] = WeakKeyDictionary()  # of the pass that is running
-        self._hidden: Tensor | None = None  # its mask, where it is captured
+        self._static_scales = WeakTensorKeyDictionary()  # a static activation scale -> its reciprocal, and that one's
+        # Of the pass that is running, and of captured ones: where rows go, and their mask.
+        self._passes: WeakKeyDictionary[Batch, tuple[Places, Tensor | None]] = WeakKeyDictionary()
         self._tree_masks: dict[int, Tensor] = {}  # of the pass that is running
         self._triangle: Tensor | None = None
 
@@ -153,11 +153,13 @@ class NpuBackend(Backend):
         return self._quantize_static(x, quant.static_scale)
 
     def _quantize_static(self, x: Tensor, scale: Tensor) -> Quantized:
-        # Multiplied by the reciprocal: dividing is an operator that older CANN cannot capture.
-        factor = self._reciprocals.get(scale)
-        if factor is None:
-            factor = self._reciprocals[scale] = (1 / scale.float()).to(x.dtype)
-        return Quantized(self.ops.npu_quantize(x, factor, None, torch.qint8, -1, False), scale)
+        # Multiplied by the reciprocal: dividing is an operator that older CANN cannot capture. The operator wants it in
+        # the activations' type, so the scale that goes on is that of the rounded reciprocal.
+        pair = self._static_scales.get(scale)
+        if pair is None:
+            factor = (1 / scale.float()).to(x.dtype)
+            pair = self._static_scales[scale] = factor, 1 / factor.float()
+        return Quantized(self.ops.npu_quantize(x, pair[0], None, torch.qint8, -1, False), pair[1])
 
     def add_rms_norm(
         self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, quant: ActivationQuant | None
@@ -201,16 +203,18 @@ class NpuBackend(Backend):
 
     def _begin(self, batch: Batch) -> Places:
         """Where the batch's rows go. A captured pass computes its mask here, at its beginning."""
-        captured = batch.captured if isinstance(batch, PaddedBatch) else None
-        self._hidden = None if captured is None else captured.hidden()
         self._tree_masks.clear()
-        places = eager_places(batch, self.device) if captured is None else captured.places
-        self._places[batch] = places
-        return places
+        if isinstance(batch, PaddedBatch):
+            self._passes[batch] = batch.captured.places, batch.captured.hidden()
+        else:
+            self._passes[batch] = eager_places(batch, self.device), None
+        return self._passes[batch][0]
 
-    def _places_of(self, batch: Batch) -> Places:
-        # Where the caller has not asked rope_rows, the pass begins here.
-        return self._places.get(batch) or self._begin(batch)
+    def _place(self, batch: Batch) -> tuple[Places, Tensor | None]:
+        """Where the batch's rows go, and the mask of a captured pass."""
+        if batch not in self._passes:
+            self._begin(batch)  # the caller has not asked rope_rows
+        return self._passes[batch]
 
     def _order(self, rows: int, spec: AttentionSpec, turning: bool = False) -> Tensor | None:
         """The order of a pass's rows, see places.py; `turning`: of those that have rotations.
@@ -252,7 +256,7 @@ class NpuBackend(Backend):
 
     def _append(self, keys: Tensor, values: Tensor | None, batch: Batch, layer: int, spec: AttentionSpec) -> None:
         """Writes keys and values, each [rows * kv_heads, head_dim]; values None: they follow in `keys`."""
-        places = self._places_of(batch)
+        places, _ = self._place(batch)
         if values is None and len(places.groups) == 1:
             group = places.groups[0]
             self.ops.npu_scatter_nd_update_(group.arena.rows(layer), group.slots, keys)
@@ -266,13 +270,16 @@ class NpuBackend(Backend):
             self.ops.npu_scatter_nd_update_(group.arena.rows(layer), value_slots, values[rows])
 
     def attention(self, q: Tensor, spec: AttentionSpec, batch: Batch, layer: int) -> Tensor:
-        places = self._places_of(batch)
-        if self._hidden is not None:
-            return self._captured_attention(q, spec, places.groups[0], layer)
-        parts = [self._attend_group(q[group.first_row : group.last_row], spec, group, layer) for group in places.groups]
+        places, hidden = self._place(batch)
+        if hidden is not None:
+            return self._captured_attention(q, spec, places.groups[0], hidden, layer)
+        parts = [
+            self._attend_group(q[group.first_row : group.last_row], spec, batch, group, layer)
+            for group in places.groups
+        ]
         return joined(parts, dim=0)
 
-    def _captured_attention(self, q: Tensor, spec: AttentionSpec, group: Group, layer: int) -> Tensor:
+    def _captured_attention(self, q: Tensor, spec: AttentionSpec, group: Group, hidden: Tensor, layer: int) -> Tensor:
         # A captured graph cannot be told lengths in a Python list: it reads a bucket of keys, masked.
         sequences = len(group.row_ends)
         y = self._fused_attention(
@@ -282,7 +289,7 @@ class NpuBackend(Backend):
             layer,
             group.block_table,
             input_layout="BSND",
-            atten_mask=self._hidden,
+            atten_mask=hidden,
             actual_seq_lengths_kv=group.lengths,
         )
         return y.view(q.shape[0], -1)

@@ -137,7 +137,7 @@ class CapturedGraph:
         self._send(batch)
         with torch.inference_mode():
             forward(on_device["ids"], self._batch)
-            self._graph, self._all_logits = _captured(lambda: forward(on_device["ids"], self._batch))
+            self._graph, self._all_logits = captured(lambda: forward(on_device["ids"], self._batch))
         self.logits = self.replay(batch)
 
     def _places(self, part: dict[str, Tensor]) -> CapturedPlaces:
@@ -210,7 +210,7 @@ class CapturedGraph:
         return unseen
 
 
-def _captured(run: Callable[[], Tensor]) -> tuple[torch.npu.NPUGraph, Tensor]:
+def captured(run: Callable[[], Tensor]) -> tuple[torch.npu.NPUGraph, Tensor]:
     """The graph of what `run` launches, and its result.
 
     After an operator that cannot be captured, `torch.npu.graph` fails to end the capture and leaves its own stream in

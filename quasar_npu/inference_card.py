@@ -95,8 +95,8 @@ class InferenceCardBackend(NpuBackend):
         segment = batch.segments[0]
         chain = len(batch.segments) == 1 and segment.parents is None
         positions = None if chain else to_device(torch.tensor(batch.positions, dtype=torch.int32), self.device)
-        self._places[batch] = Places(positions, segment.slot.length, ())
-        return self._places[batch]
+        self._passes[batch] = Places(positions, segment.slot.length, ()), None
+        return self._passes[batch][0]
 
     def _append(self, keys: Tensor, values: Tensor | None, batch: Batch, layer: int, spec: AttentionSpec) -> None:
         if values is None:

@@ -18,3 +18,5 @@ echo >&2
 echo "== quasar compare: $task ==" >&2
 # Sampled: a small model loops when decoded greedily, which flatters every drafter.
 "$VENV/bin/quasar" compare "${model[@]}" --chat "$task" --max-new-tokens 192 --temperature 0.7 --top-p 0.95 --seed 1
+echo >&2
+echo "== the same behind OpenAI's interface, with a page to chat on: quasar serve (docs/serving.md) ==" >&2

@@ -8,11 +8,13 @@ import shlex
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from quasar.cli import main
+from quasar.models.config import read_config
 from tests.helpers.gguf_files import write_gguf
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -94,6 +96,29 @@ def test_serve_prints_the_command(
         "prompt_lookup_min": 1,
     }
     assert words[7:] == expected
+
+
+def test_serve_prints_other_drafts_and_one_device(capsys: pytest.CaptureFixture[str]) -> None:
+    serve = ["serve", "--engine", "vllm", "--model", str(GOLDEN / "msmodelslim-mix"), "--print"]
+    assert main([*serve, "--device", "npu:3", "--draft", "suffix"]) == 0
+    words = shlex.split(capsys.readouterr().out)
+    assert words[:3] == ["ASCEND_RT_VISIBLE_DEVICES=3", "vllm", "serve"]
+    drafting = json.loads(words[words.index("--speculative-config") + 1])
+    assert drafting == {"method": "suffix", "num_speculative_tokens": 15}
+    assert main([*serve, "--device", "npu", "--draft", "none"]) == 0
+    assert "--speculative-config" not in capsys.readouterr().out
+    assert "vLLM drafts by ngram, suffix, none" in failure(capsys, *serve, "--device", "npu", "--draft", "self:w4a4")
+    assert "npu:1 picks a device" in failure(capsys, *serve, "--device", "npu:x")
+
+
+def test_serve_says_that_nobody_has_verified_openpangu_s_entry(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(read_config(GOLDEN / "msmodelslim-mix"), architecture="PanguEmbeddedForCausalLM")
+    monkeypatch.setattr("quasar.cli.serve.read_config", lambda folder: config)
+    argv = ["serve", "--engine", "vllm", "--model", str(GOLDEN / "msmodelslim-mix"), "--device", "npu", "--print"]
+    assert main(argv) == 0
+    assert "no entry for openPangu Embedded" in capsys.readouterr().err
 
 
 def test_serve_becomes_the_engine(tmp_path: Path) -> None:

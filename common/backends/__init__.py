@@ -10,23 +10,28 @@ from quasar.backends.cpu.backend import CpuBackend, CpuBfloat16Backend
 from quasar.backends.reference import ReferenceBackend
 from quasar.errors import QuasarError
 
+KV_DEFAULT = "float32"  # on CPU
 DEVICES = ("auto", "cpu", "cuda", "npu", "reference")
 
 
-def get_backend(device: str = "auto", dtype: torch.dtype | None = None) -> Backend:
+def get_backend(device: str = "auto", dtype: torch.dtype | None = None, kv: str = "auto") -> Backend:
     """The backend for "auto" | "cpu" | "cuda[:i]" | "npu[:i]" | "reference".
 
     dtype is that of activations and KV cache; None takes the device's own: float32 on CPU, bfloat16 elsewhere
     (float16 on Ascend inference cards). bfloat16 on CPU is that of the full-precision products alone.
+    kv is what keys and values are kept in, one of KV_FORMATS; only the kernels on CPU have a choice.
     Raises QuasarError where the device is unknown or absent.
     """
+    if kv not in ("auto", *kernels.KV_FORMATS):
+        raise QuasarError(f"--kv {kv} is unknown; use auto or one of {', '.join(kernels.KV_FORMATS)}")
     kind = device.partition(":")[0]
     if kind == "auto":
         device = kind = _best_device()
-    if kind == "cpu" and dtype in (None, torch.float32) and kernels.available():
-        return CpuBackend()
-    if kind == "cpu" and dtype == torch.bfloat16 and kernels.available():
-        return CpuBfloat16Backend()
+    if kind == "cpu" and dtype in (None, torch.float32, torch.bfloat16) and kernels.available():
+        chosen = CpuBfloat16Backend if dtype == torch.bfloat16 else CpuBackend
+        return chosen(KV_DEFAULT if kv == "auto" else kv)
+    if kv != "auto":
+        raise QuasarError(f"--kv {kv} needs --device cpu with its C kernels; elsewhere keys and values have --dtype")
     if kind in ("cpu", "reference"):
         return ReferenceBackend("cpu", dtype or torch.float32)
     if kind == "cuda":

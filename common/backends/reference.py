@@ -18,6 +18,7 @@ from quasar.backends.base import ActivationQuant, AttentionSpec, Backend, Batch,
 
 class ReferenceBackend(Backend):
     name = "reference"
+    int4_offsets = True
 
     def __init__(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         self.device = torch.device(device)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import mmap
 import struct
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -52,6 +53,7 @@ TYPES = {
     14: TensorType("Q6_K", 256, 210),
     30: TensorType("BF16", 1, 2),
 }
+_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PLAIN = {"F32": np.float32, "F16": np.float16, "BF16": np.int16}
 
 
@@ -330,9 +332,8 @@ class GGUFSource:
         as the checkpoints are rounded that such files are made of, and costs half the memory."""
         self.file, self.dtype = file, dtype
         self._shapes_only = False
-        kinds = [tensor.kind for tensor in file.tensors.values() if len(tensor.shape) > 1]
-        names = dict.fromkeys(kind.name for kind in sorted(kinds, key=kinds.count, reverse=True))
-        self.format = f"GGUF ({', '.join(names)})"
+        kinds = Counter(tensor.kind.name for tensor in file.tensors.values() if len(tensor.shape) > 1)
+        self.format = f"GGUF ({', '.join(name for name, _ in kinds.most_common())})"
         self._unused = set(file.tensors) - {ROPE_FACTORS}
         self._permuted = file.architecture == "llama"
         self._heads = {
@@ -356,7 +357,7 @@ class GGUFSource:
                 f"{path}: tensor {stored} has shape {list(tensor.shape)}; the metadata makes it {list(shapes[0])}"
             )
         if self._shapes_only:
-            return torch.empty(tensor.shape, dtype=self.dtype, device="meta")
+            return torch.empty(tensor.shape, dtype=_FLOATS.get(tensor.kind.name, self.dtype), device="meta")
         values = dequantize(path, tensor, self.dtype)
         part = stored.rpartition(".")[0].rpartition(".")[2]
         if self._permuted and part in self._heads:
@@ -393,8 +394,8 @@ class GGUFSource:
     @property
     def nbytes(self) -> int:
         """Of its tensors in memory."""
-        width = {"F32": 4, "F16": 2, "BF16": 2}
-        return sum(math.prod(t.shape) * width.get(t.kind.name, self.dtype.itemsize) for t in self.file.tensors.values())
+        tensors = self.file.tensors.values()
+        return sum(math.prod(t.shape) * _FLOATS.get(t.kind.name, self.dtype).itemsize for t in tensors)
 
     def describe(self) -> dict[str, tuple[str, list[int], int]]:
         """Of every tensor: type, shape, bytes in the file."""

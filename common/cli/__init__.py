@@ -13,7 +13,7 @@ from quasar.errors import QuasarError
 from quasar.memory import out_of_memory_in_one_line
 
 _EPILOG = """examples:
-  quasar generate "def main():"                              the shipped model, W8A8, n-gram drafts
+  quasar generate "def main():"                              the shipped model, W8A8, hybrid drafts
   quasar generate --model Qwen/Qwen3-0.6B --chat "Why is the sky blue?"
   quasar compare "class Stack:"                              plain, n-gram, W8A8 and Quasar side by side
 """
@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     parser = OneLineParser(
         prog="quasar",
-        description="Self-speculative decoding: n-gram drafts, verified in one W8A8 pass of the same model.",
+        description="Self-speculative decoding: free drafts, verified in one W8A8 pass of the same model.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

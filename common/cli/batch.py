@@ -34,6 +34,7 @@ def add_parser(subparsers: Any) -> None:
         "--max-sequences", type=int, default=16, metavar="N", help="requests that run together (default: %(default)s)"
     )
     flags.add_draft_flag(parser)
+    flags.add_draft_store_flag(parser)
     flags.add_precision_flag(parser)
     flags.add_lossless_flag(parser)
     flags.add_model_flags(parser)
@@ -53,7 +54,11 @@ def run(args: argparse.Namespace) -> None:
         from quasar.server.service import ServerOptions
     except ImportError as error:
         raise QuasarError(f"quasar batch needs the server's packages ({error.name}): pip install '.[serve]'") from None
-    with Engine(model, args.max_sequences, lossless=args.lossless) as engine, appending(partial) as file:
+    with (
+        flags.draft_memory(args, model) as memory,
+        Engine(model, args.max_sequences, lossless=args.lossless, draft_memory=memory) as engine,
+        appending(partial) as file,
+    ):
         app = create_app(model, engine, ServerOptions(draft=args.draft, max_queue=len(requests) + args.max_sequences))
         progress = tqdm(total=len(requests), initial=done, unit="request", disable=not sys.stderr.isatty())
 

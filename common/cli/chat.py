@@ -53,6 +53,7 @@ def add_parser(subparsers: Any) -> None:
     group.add_argument("--seed", type=int, default=defaults.seed, metavar="S", help="(default: %(default)s)")
     group.add_argument("--no-colours", action="store_true", help="do not colour tokens by how they came")
     flags.add_draft_flag(parser)
+    flags.add_draft_store_flag(parser)
     flags.add_precision_flag(parser)
     flags.add_lossless_flag(parser)
     flags.add_model_flags(parser)
@@ -75,7 +76,10 @@ def run(args: argparse.Namespace) -> None:
     model = flags.load_model(args, args.precision, args.lossless)
     from quasar.engine.engine import Engine
 
-    with Engine(model, 1, lossless=args.lossless) as engine:
+    with (
+        flags.draft_memory(args, model) as memory,
+        Engine(model, 1, lossless=args.lossless, draft_memory=memory) as engine,
+    ):
         colours = not args.no_colours and "NO_COLOR" not in os.environ and sys.stdout.isatty()
         chat = Chat(model, engine, settings, sys.stdout, args.system, colours)
         print(f"{model.name} ({model.precision}); /help lists commands", file=sys.stderr)

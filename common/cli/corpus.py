@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from quasar.cli.replay import read_tokenizer
@@ -64,6 +63,6 @@ def run(args: argparse.Namespace) -> None:
 def vocabulary(name: str) -> int:
     """How many tokens a model's embedding has."""
     from quasar.models.config import read_config
-    from quasar.models.model import find_checkpoint
+    from quasar.models.find import find_checkpoint
 
-    return read_config(Path(find_checkpoint(name))).vocab_size
+    return read_config(find_checkpoint(name)).vocab_size

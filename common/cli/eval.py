@@ -1,4 +1,4 @@
-"""`quasar eval fidelity | tasks | replay`: what precisions and drafters do to the text, and to Spec-Bench's questions."""
+"""`quasar eval fidelity | tasks | replay`: what precisions and drafters do to text, and to Spec-Bench's questions."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from quasar.errors import QuasarError
 from quasar.evaluation import fidelity, tasks
 from quasar.evaluation.texts import MeasuredTexts, conversations, plain_texts
 from quasar.generation import GenerationSettings
-from quasar.loading import CALIBRATION_TOKENS, texts_or_default
+from quasar.loading import texts_or_default
 from quasar.models.model import ASSETS, Model
 from quasar.quantization.calibration import read_texts
+from quasar.quantization.texts import TEXT_TOKENS
 
 _DRAFTS = ["ngram", "suffix", "self:skip=1", "self:w4a4"]
 
@@ -101,9 +102,9 @@ def run_fidelity(args: argparse.Namespace) -> None:
         prompts = [model.encode(text, args.chat) for text in read_texts(Path(args.prompts))]
     prompts = [ids[: args.prompt_tokens] for ids in prompts[: args.limit]]
     calibration = texts_or_default(args.calibration) or read_texts(ASSETS / "calibration.jsonl")
-    calibration_ids = [model.encode(text)[:CALIBRATION_TOKENS] for text in calibration]
+    calibration_ids = [model.encode(text)[:TEXT_TOKENS] for text in calibration]
     rows = []
-    with tqdm(total=8, unit="verifier", disable=not sys.stderr.isatty(), leave=False) as bar:
+    with tqdm(total=10, unit="verifier", disable=not sys.stderr.isatty(), leave=False) as bar:
         measured = fidelity.measure_fidelity(
             model, texts, prompts, calibration_ids, args.drafts, settings, bar.set_description
         )

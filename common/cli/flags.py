@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from quasar.backends import DEVICES
-from quasar.drafting import DRAFTS
+from quasar.backends import DEVICES, KV_DEFAULT
+from quasar.drafting import DEFAULT_DRAFT, DRAFTS
+from quasar.drafting.memory import DraftMemory
+from quasar.drafting.store import CorpusStore, tokenizer_fingerprint
 from quasar.errors import QuasarError
 from quasar.generation import GenerationSettings
 from quasar.loading import LM_HEADS, PRECISIONS, load, texts_or_default
@@ -49,6 +53,13 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "bfloat16 on CPU is for long prompts)",
     )
     group.add_argument(
+        "--kv",
+        default="auto",
+        metavar="T",
+        help="what keys and values are kept in on CPU: float32, bfloat16, or int8 with a scale for each head and token "
+        f"(default: {KV_DEFAULT})",
+    )
+    group.add_argument(
         "--trust-remote-code",
         action="store_true",
         help="run Python code that the checkpoint brings (openPangu's tokenizer needs it)",
@@ -78,8 +89,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--budget",
         default="0%",
         metavar="P",
-        help="leave the inputs whose rounding costs most in 16 bits, as long as a pass reads at most P more bytes, such "
-        "as 2%% (default: 0%%)",
+        help="leave the inputs whose rounding costs most in 16 bits; a pass may read P more bytes for it, as "
+        "2%% (default: 0%%)",
     )
     group.add_argument("--force", action="store_true", help="go on with a quantised model that measures as garbage")
     parser.add_argument("-v", "--verbose", action="count", default=0, help="log more; twice for debugging")
@@ -159,10 +170,29 @@ def add_precision_flag(parser: argparse.ArgumentParser) -> None:
 def add_draft_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--draft",
-        default="ngram",
+        default=DEFAULT_DRAFT,
         metavar="D",
         help=f"how tokens are drafted: {', '.join(DRAFTS)} (default: %(default)s)",
     )
+
+
+def add_draft_store_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--draft-store",
+        metavar="DIR",
+        help="keep the token ids of finished requests there, and draft from them (hybrid and corpus drafts)",
+    )
+
+
+@contextmanager
+def draft_memory(args: argparse.Namespace, model: Model) -> Iterator[DraftMemory | None]:
+    """What --draft-store holds; None without one."""
+    if args.draft_store is None:
+        yield None
+        return
+    vocab_size = model.config.vocab_size
+    with CorpusStore(args.draft_store, tokenizer_fingerprint(model.tokenizer, vocab_size), vocab_size) as store:
+        yield DraftMemory(store)
 
 
 def add_lossless_flag(parser: argparse.ArgumentParser) -> None:
@@ -186,6 +216,7 @@ def load_model(args: argparse.Namespace, precision: str, lossless: bool = False)
         lossless=lossless,
         trust_remote_code=args.trust_remote_code,
         progress=progress,
+        kv=args.kv,
         prompts=calibration,
         heldout=heldout,
         lm_head=args.lm_head,

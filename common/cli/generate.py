@@ -19,10 +19,11 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "generate",
         help="continue a prompt",
-        description="Continue a prompt. By default: the shipped model in W8A8, n-gram drafts, greedy.",
+        description="Continue a prompt. By default: the shipped model in W8A8, hybrid drafts, greedy.",
     )
     flags.add_generation_flags(parser)
     flags.add_draft_flag(parser)
+    flags.add_draft_store_flag(parser)
     flags.add_precision_flag(parser)
     flags.add_lossless_flag(parser)
     parser.add_argument(
@@ -42,13 +43,19 @@ def run(args: argparse.Namespace) -> None:
         raise QuasarError(f"--lm-head {args.lm_head} goes with a quantised --precision, not with full")
     model = flags.load_model(args, args.precision, args.lossless)
     ids = flags.prompt_ids(args, model)
-    generation = generate(model, ids, settings)
+    with flags.draft_memory(args, model) as memory:
+        answer(args, model, settings, generate(model, ids, settings, draft_memory=memory))
+
+
+def answer(args: argparse.Namespace, model: Model, settings: GenerationSettings, generation: Generation) -> None:
+    """Prints what comes, as the flags want it."""
+    ids = generation.prompt_ids
     splitter = splitter_for(model.tokenizer, ids) if args.chat else ReasoningSplitter(None)
     if args.json:
-        answer = as_json(generation.result(), model, settings)
+        printed = as_json(generation.result(), model, settings)
         if args.chat:
-            answer |= answer_of(answer["text"], splitter)
-        print(json.dumps(answer, ensure_ascii=False))
+            printed |= answer_of(printed["text"], splitter)
+        print(json.dumps(printed, ensure_ascii=False))
         return
     if args.stream:
         stream(generation, splitter)

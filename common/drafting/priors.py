@@ -1,7 +1,7 @@
 """What the sources' evidence weighs before anything was learnt.
 
-Fitted to greedy answers of real models by scripts/experiments/fit_drafting.py, which also says how well the weights do on
-files that they were not fitted to. Few numbers stand for many features: rank and count add up.
+Fitted to greedy answers of real models by scripts/experiments/fit_drafting.py, which also says how well the weights do
+on files that they were not fitted to. Few numbers stand for many features: rank and count add up.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The verifier's runners-up, kept to be proposed when the same tokens come again (Token Recycling, arXiv 2408.08696)."""
+"""The verifier's runners-up, proposed when the same tokens come again (Token Recycling, arXiv 2408.08696)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """`--draft-store DIR`: the corpus on disk.
 
-DIR/store.json names the format and the tokenizer. DIR/tokens.bin holds one record for each sequence: its length and the CRC
-of its tokens, then the tokens, all as little-endian 32-bit integers. A record is appended in one write, so a crash
+DIR/store.json names the format and the tokenizer. DIR/tokens.bin holds one record for each sequence: its length and the
+CRC of its tokens, then the tokens, all as little-endian 32-bit integers. A record is appended in one write, so a crash
 leaves at most the last one torn, and the next start cuts that off. DIR/lock is held while a process uses the store.
 """
 
@@ -137,15 +137,15 @@ class CorpusStore(Corpus):
             if zlib.crc32(payload) != crc or not tokens or max(tokens) >= self._vocab_size:
                 if end == len(content):
                     break
-                raise QuasarError(
-                    f"--draft-store {self._folder}: {self._path} is corrupt at byte {at}; delete the folder, or name another"
-                )
+                raise self._corrupt(at)
             yield tokens, end
             at = end
         if at < len(content) and (self._lost_length(content[at:])):
-            raise QuasarError(
-                f"--draft-store {self._folder}: {self._path} is corrupt at byte {at}; delete the folder, or name another"
-            )
+            raise self._corrupt(at)
+
+    def _corrupt(self, at: int) -> QuasarError:
+        where = f"{self._path} is corrupt at byte {at}"
+        return QuasarError(f"--draft-store {self._folder}: {where}; delete the folder, or name another")
 
     def _lost_length(self, rest: bytes) -> bool:
         """Whether what is left cannot be a record that a crash cut short."""

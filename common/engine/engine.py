@@ -12,6 +12,8 @@ from typing import Any
 
 from quasar.backends.base import Slot
 from quasar.drafting import DraftTarget, new_drafter
+from quasar.drafting.corpus import Corpus
+from quasar.drafting.memory import DraftMemory
 from quasar.engine.prefix_cache import PrefixCache, common_prefix
 from quasar.engine.sequence import Handle, Listener, Request
 from quasar.engine.settings import GenerationSettings, Result
@@ -65,9 +67,11 @@ class Engine:
         lossless: bool = False,
         own_thread: bool = True,
         row_rule: RowRule | None = None,
+        draft_memory: DraftMemory | None = None,
     ) -> None:
         """kv_bytes bounds the keys and values of all sequences, also of ended ones that are kept for their prefix
         (None: two fifths of the host's free memory). own_thread=False: whoever waits for a result calls `step`.
+        draft_memory: what drafters learn from the requests, this engine's alone (None: from now on, in memory).
         Raises QuasarError where lossless is asked of a model without full-precision weights.
         """
         if max_sequences < 1:
@@ -77,6 +81,7 @@ class Engine:
         self.lossless = lossless
         self.runtime: Runtime = model.target_runtime(lossless)
         self.kv_bytes_limit = kv_bytes if kv_bytes is not None else int(_HOST_SHARE * host_memory())
+        self.draft_memory = DraftMemory(Corpus()) if draft_memory is None else draft_memory
         self._verifier = Verifier(self.runtime)
         self._rule = row_rule or RowRule()
         self._prefixes = PrefixCache()
@@ -241,7 +246,14 @@ class Engine:
         request.admitted = time.perf_counter()
         request.result.stats.weight_bytes_per_pass = self.runtime.decoder.weight_bytes_per_pass
         assert request.slot is not None
-        target = DraftTarget(self.model, request.slot, request.chooser.sampling, request.settings.gamma, self.lossless)
+        target = DraftTarget(
+            self.model,
+            request.slot,
+            request.chooser.sampling,
+            request.settings.gamma,
+            self.lossless,
+            self.draft_memory,
+        )
         request.drafter = new_drafter(request.settings.draft, target)
         if request.drafter is not None:
             request.drafter.extend(request.tokens)
@@ -388,11 +400,12 @@ class Engine:
         if window.chooser is None:
             return
         drafter = request.drafter
+        known = len(request.tokens)
         over = request.take(window.draft, verdict)
         stats = request.result.stats
         if drafter is not None:
             stats.draft_passes, stats.draft_weight_bytes = drafter.passes, drafter.weight_bytes
-        if drafter is not None and not over:
+        if drafter is not None:
             clock = time.perf_counter()
             if stats.passes:  # this was not the prompt's
                 drafter.observe(draft, len(window.draft), verdict.own, verdict.top)
@@ -401,7 +414,7 @@ class Engine:
                 elif draft.tokens[0] != verdict.tokens[0]:  # nothing paid, and rightly: ask less often
                     request.rest_after_miss = min(2 * request.rest_after_miss, _LONGEST_REST)
                     request.draft_rest = request.rest_after_miss - 1
-            drafter.extend(verdict.tokens)
+            drafter.extend(request.tokens[known:])
             stats.seconds_draft += time.perf_counter() - clock
         self._stats.tokens += len(verdict.tokens)
         self._stats.drafted += len(window.draft)

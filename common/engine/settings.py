@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
-from quasar.drafting import DrafterFactory, check_draft
+from quasar.drafting import DEFAULT_DRAFT, DrafterFactory, check_draft
 from quasar.errors import QuasarError
 from quasar.speculation.choice import Grammar, Rules
 from quasar.speculation.sampling import Sampling
@@ -22,7 +22,7 @@ class GenerationSettings:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
-    draft: str | DrafterFactory = "ngram"  # one of quasar.drafting.DRAFTS, or what makes a drafter for a sequence
+    draft: str | DrafterFactory = DEFAULT_DRAFT  # one of quasar.drafting.DRAFTS, or what makes a drafter for a sequence
     gamma: int | None = None  # at most so many candidates a pass; None: as many as pay
     lossless: bool = False  # confirm what a quantised model says in full precision, block by block
     ignore_eos: bool = False

@@ -14,7 +14,8 @@ from quasar.models.model import Model
 from quasar.models.pruning import layers_to_keep
 from quasar.models.sharing import share
 from quasar.quantization.fidelity import Fidelity, FidelityProbe
-from quasar.quantization.methods import W8A8, Int4, Method
+from quasar.quantization.methods import W8A8, Int4, Method, best_int4
+from quasar.quantization.recipe import DEFAULT_RECIPE
 from quasar.quantization.stream import quantized_decoder
 from quasar.speculation.rows import PUBLISHED_GAMMA
 
@@ -46,9 +47,13 @@ def verifiers(model: Model, calibration: Sequence[Sequence[int]]) -> Iterator[tu
         return variant(method.precision, decoder)
 
     yield "full", variant("full", model.decoder)
-    yield "w8a8", quantized(W8A8(model.config))
-    yield "w8a8 without SmoothQuant", quantized(W8A8(model.config, smooth=False))
-    w4a16 = quantized(Int4(model.config))
+    c, recipe = model.config, DEFAULT_RECIPE
+    yield "w8a8", quantized(W8A8(c, recipe.alpha, rounding=recipe.rounding))
+    yield "w8a8 as published", quantized(W8A8(c, 0.5))
+    yield "w8a8 without SmoothQuant", quantized(W8A8(c, smooth=False))
+    zeros = Int4(c, group=32, symmetric=False, rotated=False, rounding="gptq", whole_zeros=True)
+    yield "w4a16 with zero points", quantized(zeros)
+    w4a16 = quantized(best_int4(c, model.weights, model.decoder.backend))
     yield "w4a16", w4a16
     yield "w4a4", variant("w4a4", share(w4a16.decoder, convert=in_w4a4))
     del w4a16

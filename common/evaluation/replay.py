@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from quasar.drafting.free import new_free_drafter
 from quasar.drafting.memory import DraftMemory
 from quasar.errors import QuasarError
-from quasar.speculation.draft import Draft, Drafter
+from quasar.speculation.draft import Draft
 
 _FORMATS = (
     'a trace {"prompt": [ids], "answer": [ids]}, the same with text, OpenAI chat {"messages": [...]}, or a .txt file'

@@ -15,6 +15,7 @@ import torch
 
 from quasar.backends.base import Backend, Batch, Segment
 from quasar.backends.cpu import kernels
+from quasar.backends.cpu.slot import CpuSlot
 from quasar.models.decoder import Decoder
 from quasar.models.runtime import Runtime
 
@@ -28,7 +29,7 @@ class Step:
     """Passes of one engine behind a context: `run` takes ids [rows] and returns logits [rows, vocab]; `rewind(rows)`
     then puts the context back as it was, which is not timed.
 
-    weight_bytes is what a pass reads of weights (0 for peers, whose bytes are their own affair).
+    weight_bytes is what a pass reads of weights, keys and values (0 for peers, whose bytes are their own affair).
     """
 
     run: Callable[[torch.Tensor], torch.Tensor]
@@ -56,6 +57,9 @@ class StepCost:
     @property
     def gigabytes_per_second(self) -> float:
         return self.weight_bytes / self.milliseconds / 1e6
+
+
+_PREFILLED = 512  # tokens of a longer context on CPU: its other keys and values are copies of theirs
 
 
 class BandwidthProbe:
@@ -93,13 +97,17 @@ def decoder_step(decoder: Decoder, context: int, most_rows: int) -> Step:
     """Passes of a decoder behind `context` committed tokens."""
     runtime = Runtime(decoder)
     slot = runtime.new_slot(context + most_rows)
-    runtime.prefill(slot, context_ids(decoder.config.vocab_size, context).tolist())
+    copies = isinstance(slot, CpuSlot)  # what keys and values are takes no time, and a long prompt minutes
+    computed = min(context, _PREFILLED) if copies else context
+    runtime.prefill(slot, context_ids(decoder.config.vocab_size, computed).tolist())
+    if copies:
+        slot.repeat(context)
 
     def run(ids: torch.Tensor) -> torch.Tensor:
         # Never committed: the next pass overwrites it.
         return runtime.run(Batch([Segment(slot, ids.tolist(), logits_to_keep=len(ids))]))
 
-    return Step(run, weight_bytes=decoder.weight_bytes_per_pass)
+    return Step(run, weight_bytes=decoder.weight_bytes_per_pass + context * runtime.kv_bytes_per_position)
 
 
 def context_ids(vocab: int, tokens: int) -> torch.Tensor:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,17 +30,19 @@ from quasar.errors import QuasarError
 from quasar.export.model_card import model_card
 from quasar.export.settings import ExportSettings
 from quasar.export.workspace import Workspace, refuse_existing
-from quasar.loading import calibration_and_heldout, quantized_bytes, require_agreement
+from quasar.loading import quantized_bytes, require_agreement
 from quasar.models.fidelity import Fidelity
 from quasar.models.loader import PROJECTIONS, output_sizes, split
 from quasar.models.model import Checkpoint, LoadOptions, find_checkpoint, open_model
 from quasar.models.opening import check_shapes
-from quasar.quantization.budget import Kept, choose_kept
+from quasar.quantization.budget import Kept, choose_kept, describe
 from quasar.quantization.methods import Method
 from quasar.quantization.recipe import pass_bytes
 from quasar.quantization.stream import HiddenStates, LayerQuantizer
+from quasar.quantization.texts import calibration_and_heldout
 
 _KEPT = "kept.resume"
+log = logging.getLogger(__name__)
 
 
 def quantize_checkpoint(
@@ -52,6 +55,7 @@ def quantize_checkpoint(
     options: LoadOptions | None = None,
     force: bool = False,
     command: str = "",
+    report: Callable[[str], object] = log.info,
 ) -> Fidelity:
     """Writes a W8A8 checkpoint of `model` (a folder, a shipped model or a hub name) into the new folder `output`.
 
@@ -82,6 +86,9 @@ def quantize_checkpoint(
         return Fidelity(**work.figures)
     work.require_space(quantized_bytes(config, settings.scheme.partition("-")[0], settings.lm_head))
     kept = _kept(found, settings, work, sequences, options.progress)
+    report(f"method: {settings.how()}")
+    if settings.recipe.budget:
+        report(describe(kept, pass_bytes(config)))
     method = settings.method(config, [(each.layer, each.name) for each in kept])
     fidelity = _Export(found, settings, work, method, sequences, measured).run(options.progress)
     try:

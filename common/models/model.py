@@ -125,10 +125,11 @@ class LoadOptions:
     dtype: str = "auto"  # of activations: auto, bfloat16, float16, float32
     trust_remote_code: bool = False
     progress: bool = False
+    kv: str = "auto"  # what keys and values are kept in: auto, float32, bfloat16, int8
 
     def backend(self) -> Backend:
         """The device; QuasarError where it is unknown or absent."""
-        return get_backend(self.device, _dtype(self.dtype))
+        return get_backend(self.device, _dtype(self.dtype), self.kv)
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,11 @@ class Tokenizer:
         self.chat_template = chat_template
         self._template: ChatTemplate | None = None
 
+    @property
+    def backend_tokenizer(self) -> tokenizers.Tokenizer:
+        """What does the work, under the name that transformers has for it."""
+        return self.backend
+
     def __len__(self) -> int:
         return self.backend.get_vocab_size(with_added_tokens=True)
 
@@ -70,6 +75,10 @@ class Tokenizer:
     def get_vocab(self) -> dict[str, int]:
         """Ids by token."""
         return self.backend.get_vocab(with_added_tokens=True)
+
+    def get_added_vocab(self) -> dict[str, int]:
+        """Ids of the tokens that stand beside the model's vocabulary and are never cut, special ones among them."""
+        return {token.content: i for i, token in self.backend.get_added_tokens_decoder().items()}
 
     def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> int | list[int | None] | None:
         """Ids of tokens as the vocabulary spells them; None for those that it has not."""

@@ -18,8 +18,8 @@ from quasar.quantization.calibration import observing
 from quasar.quantization.methods import W8A8
 from quasar.quantization.stream import LayerQuantizer
 
-_CANDIDATES = 16  # that are measured at the output: those that change the residual stream most
-_PROBE_TOKENS = 192
+_CANDIDATES = 24  # that are measured at the output, or more where the budget holds more
+_PROBE_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def choose_kept(
     calibrated = [walk.embed(table, ids) for ids in walk.calibration]
     probe = [walk.embed(table, ids) for ids in texts]
     candidates: list[_Candidate] = []
-    order = 0
+    order, room = 0, 0
     bar = tqdm(range(config.num_layers), desc="measuring", unit="layer", disable=not progress, leave=False)
     for index in bar:
         weights = source.layer(index)
@@ -91,8 +91,9 @@ def choose_kept(
             order += 1
             if size <= budget:
                 heapq.heappush(candidates, _Candidate(damage, order, index, name, size, hidden))
-            if len(candidates) > _CANDIDATES:
-                heapq.heappop(candidates)
+                room += size
+            if len(candidates) > _CANDIDATES and room - candidates[0].nbytes > 2 * budget:
+                room -= heapq.heappop(candidates).nbytes
         probe = after
     head = source.head(table)
     assert isinstance(head.lm_head, FullWeights)
@@ -111,6 +112,15 @@ def choose_kept(
             kept.append(choice)
             budget -= choice.nbytes
     return kept
+
+
+def describe(kept: Sequence[Kept], of: int) -> str:
+    """What was chosen and what it bought, in a line; of: the bytes of a pass without."""
+    layers = ", ".join(f"layer {each.layer} {each.name}" for each in kept)
+    bytes_more, kl = sum(each.nbytes for each in kept), sum(each.kl for each in kept)
+    if not kept:
+        return "no input stays in 16 bits: none fits the budget"
+    return f"in 16 bits: {layers}; {kl:.1e} nats less KL, each measured alone, for {bytes_more / of:.1%} more bytes"
 
 
 def _damage(changed: list[Tensor], before: list[Tensor]) -> float:

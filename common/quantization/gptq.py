@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 _DAMPING = 0.01  # of the mean of the moments' diagonal, added to it: the paper's "percdamp"
+_LEAF = 128  # rows of a triangle inverted at once
 _BLOCK = 64  # channels rounded before the rest is brought up to date
 
 
@@ -24,6 +25,7 @@ def gptq(
     power = moments.diagonal()
     order = power.argsort(descending=True)
     factor = _inverse_factor(moments[order][:, order])
+    diagonal = factor.diagonal().tolist()
     group = (order // (inputs // scale.shape[1])).tolist()
     # Transposed: a channel is a row in memory.
     left = weight.float().t()[order].contiguous()  # [in, out], as far as it is not rounded yet
@@ -32,17 +34,16 @@ def gptq(
     values = torch.empty(inputs, out, dtype=torch.int8, device=device)
     for start in range(0, inputs, block):
         stop = min(start + block, inputs)
-        rows = left[start:stop]
-        errors = torch.empty_like(rows)
-        for i in range(stop - start):
-            at = start + i
-            s = scales[group[at]]
+        errors = torch.empty(stop - start, out, device=device)
+        for i, at in enumerate(range(start, stop)):
+            row, s = left[at], scales[group[at]]
+            if i:  # what the block's earlier channels leave to make up for
+                row.addmv_(errors[:i].t(), factor[start:at, at], alpha=-1)
             if offsets is not None:
-                rows[i] -= offsets[group[at]]
-            rounded = (rows[i] / s).round_().clamp_(low, high)
+                row -= offsets[group[at]]
+            rounded = (row / s).round_().clamp_(low, high)
             values[at] = rounded
-            error = torch.sub(rows[i], rounded.mul_(s), out=errors[i]).div_(factor[at, at])
-            rows[i + 1 :].addr_(factor[at, at + 1 : stop], error, alpha=-1)
+            torch.sub(row, rounded.mul_(s), out=errors[i]).div_(diagonal[at])
         left[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
     result = torch.empty_like(values)
     result[order] = values
@@ -51,9 +52,23 @@ def gptq(
 
 def _inverse_factor(moments: Tensor) -> Tensor:
     """Upper triangular U with U^T U = (moments, damped)^-1, float32 [in, in]."""
-    damped = moments.to(torch.float64, copy=True)
+    damped = moments.to(torch.float32, copy=True)
     power = damped.diagonal()
-    mean = power.mean().clamp(min=1e-12)
-    power += _DAMPING * mean  # a view: this changes `damped`; channels that never fire get this alone
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    power += _DAMPING * power.mean().clamp(min=1e-12)  # a view: this changes `damped`
+    # Of the matrix turned round the lower factor is, turned round again, an upper R with R R^T = damped: U is R^-1.
+    upper = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
+    return _inverse_upper(upper)
+
+
+def _inverse_upper(upper: Tensor) -> Tensor:
+    """By halves, since products are what processors are fast at."""
+    n = len(upper)
+    if n <= _LEAF:
+        return torch.linalg.solve_triangular(upper, torch.eye(n, device=upper.device), upper=True)
+    half = n // 2
+    inverse = torch.zeros_like(upper)
+    first, last = _inverse_upper(upper[:half, :half]), _inverse_upper(upper[half:, half:])
+    inverse[:half, :half] = first
+    inverse[half:, half:] = last
+    inverse[:half, half:] = -(first @ upper[:half, half:] @ last)
+    return inverse

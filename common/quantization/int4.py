@@ -12,6 +12,7 @@ from quasar.quantization.gptq import gptq
 GROUPS = (128, 64, 32)  # inputs that share a scale; what the kernels take
 _CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # of a group's largest weight
 _ROWS = 16  # outputs are a multiple of it
+_SAMPLED, _ON_GRID = 256, 1e-3  # outputs looked at, and the share of their power that rounding may change
 
 
 def group_of(shape: tuple[int, int], most: int = GROUPS[0]) -> int:
@@ -104,3 +105,14 @@ def to_int4(
         at = grouped if offset is None else grouped - offset.float()[..., None]
         values = (at / scale.float()[..., None]).round().clamp(low, 7).to(torch.int8).view(weight.shape)
     return Int4Weights(values, scale, offset, full.bias, full.hadamard)
+
+
+def lies_on_grid(full: FullWeights) -> bool:
+    """Whether asymmetric groups of 32 hold these weights as they are, as they do those of a 4-bit GGUF file."""
+    if full.weight.shape[1] % GROUPS[-1]:
+        return False
+    weight = full.weight[:_SAMPLED].float()
+    grouped = weight.view(len(weight), -1, GROUPS[-1])
+    scale, offset = (part.float()[..., None] for part in asymmetric_grid(grouped))
+    error = ((grouped - offset) / scale).round().clamp(-8, 7) * scale + offset - grouped
+    return bool(error.square().mean() < _ON_GRID * grouped.square().mean())

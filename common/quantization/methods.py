@@ -10,9 +10,10 @@ from torch import Tensor
 
 from quasar.backends.base import Backend
 from quasar.checkpoints.weights import FullWeights, HeadWeights, LayerWeights, LinearWeights
+from quasar.models.build import WeightSource
 from quasar.models.config import ModelConfig
 from quasar.quantization.calibration import InputStats
-from quasar.quantization.int4 import to_int4
+from quasar.quantization.int4 import lies_on_grid, to_int4
 from quasar.quantization.rotation import Rotation
 from quasar.quantization.rounding import static_scale, to_int8, to_int8_gptq
 from quasar.quantization.smoothquant import fitted_scales, published_scales, smooth_layer
@@ -149,6 +150,16 @@ class Int4(Method):
 
     def head(self, head: HeadWeights) -> HeadWeights:
         return head if self._rotation is None else self._rotation.top(head)
+
+
+def best_int4(config: ModelConfig, source: WeightSource, backend: Backend) -> Int4:
+    """The int4 for this model and device: groups of 32 with zero points where the device has those, else symmetric
+    groups of 128, by GPTQ. Rotated, unless the weights lie on an int4 grid already, which rotation would leave."""
+    if not backend.int4_offsets:
+        return Int4(config, rounding="gptq")
+    weight = source.layer(0).down
+    assert isinstance(weight, FullWeights)
+    return Int4(config, group=32, symmetric=False, rotated=not lies_on_grid(weight), rounding="gptq")
 
 
 def int8_head(head: HeadWeights, static: Tensor | None = None) -> HeadWeights:

@@ -187,7 +187,13 @@ def _generating(
         started = await until_gone(request, _started(prepare(service, body), body))
         answer = response(service, body, started)
         if getattr(body, "stream", None):
-            return EventStream(_cancelling(started, answer.chunks()), model is protocol.MessagesRequest)
+
+            def ended(gone: bool) -> None:
+                started.cancel()
+                if gone:
+                    service.metrics.gone.inc()
+
+            return EventStream(answer.chunks(), ended, model is protocol.MessagesRequest)
         try:
             return Json(await until_gone(request, answer.whole()))
         finally:
@@ -201,16 +207,6 @@ async def _started(preparing: Awaitable[Any], body: Any) -> Any:
     if isinstance(body, protocol.CompletionRequest) and not body.stream:
         return request  # it may have a prompt to score first, and starts itself
     return request.start()
-
-
-async def _cancelling(started: Any, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The chunks; what runs behind them ends with them."""
-    try:
-        async for chunk in chunks:
-            yield chunk
-    finally:
-        started.cancel()
-        await chunks.aclose()  # type: ignore[attr-defined]
 
 
 def _answering(

@@ -105,6 +105,7 @@ class Request:
 
     def start(self) -> Request:
         """Submits the choices. Raises ApiError, and then none of them runs."""
+        self.service.jobs.check_room(len(self.choices))  # others came while this one was prepared
         try:
             for choice in self.choices:
                 choice.job = self.service.jobs.submit(choice.prompt, choice.settings)

@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import hmac
 import logging
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -58,7 +58,7 @@ async def read_body(request: Request, model: type[M], most: int, seconds: float)
 
     try:
         await asyncio.wait_for(read(), seconds)
-    except TimeoutError:
+    except asyncio.TimeoutError:
         raise ApiError("the request did not arrive in time", status=408, code="request_timeout") from None
     except ClientDisconnect:
         raise ClientGone from None
@@ -94,8 +94,10 @@ async def _gone(receive: Receive) -> None:
 class EventStream(Response):
     """Server-sent events. When the client goes away, the events' iterator is closed at once."""
 
-    def __init__(self, events: AsyncIterator[bytes], anthropic: bool = False) -> None:
+    def __init__(self, events: AsyncIterator[bytes], on_end: Callable[[bool], None], anthropic: bool = False) -> None:
+        """on_end(gone): called once when the stream is over; gone: the client left before."""
         self._events = events
+        self._on_end = on_end
         self._anthropic = anthropic
         self.status_code = 200
         self.background = None
@@ -103,26 +105,28 @@ class EventStream(Response):
         self.raw_headers.append((b"content-type", b"text/event-stream; charset=utf-8"))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         pump = asyncio.ensure_future(self._pump(send))
         watch = asyncio.ensure_future(_gone(receive))
+        gone = True
         try:
             await asyncio.wait({pump, watch}, return_when=asyncio.FIRST_COMPLETED)
-            if not pump.done():
-                raise ClientGone
-            pump.result()
+            gone = not (pump.done() and pump.result())
         finally:
+            self._on_end(gone)
             for each in (pump, watch):
                 each.cancel()
                 with contextlib.suppress(BaseException):
                     await each
 
-    async def _pump(self, send: Send) -> None:
+    async def _pump(self, send: Send) -> bool:
+        """Sends the events; whether the client was there to the end."""
+
         async def say(body: bytes, more: bool = True) -> None:
             await send({"type": "http.response.body", "body": body, "more_body": more})
 
         news: asyncio.Future[bytes] | None = None
         try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             while True:
                 news = news or asyncio.ensure_future(anext(self._events))
                 done, _ = await asyncio.wait({news}, timeout=KEEP_ALIVE_SECONDS)
@@ -136,14 +140,12 @@ class EventStream(Response):
                 news = None
                 await say(event)
         except ApiError as error:
-            body = error.anthropic() if self._anthropic else error.openai()
-            await say(event_bytes(body, "error" if self._anthropic else None))
+            await say(self._error(error))
         except OSError:
-            raise ClientGone from None
+            return False
         except Exception:
             log.exception("a stream failed")
-            error = ApiError("the server failed", status=500)
-            await say(event_bytes(error.anthropic() if self._anthropic else error.openai()))
+            await say(self._error(ApiError("the server failed; its log says why", status=500)))
         finally:
             if news is not None and not news.done():
                 news.cancel()
@@ -151,6 +153,10 @@ class EventStream(Response):
                     await news
             await self._events.aclose()  # type: ignore[attr-defined]
         await say(b"", more=False)
+        return True
+
+    def _error(self, error: ApiError) -> bytes:
+        return event_bytes(error.anthropic(), "error") if self._anthropic else event_bytes(error.openai())
 
 
 def event_bytes(data: Any, name: str | None = None) -> bytes:

@@ -5,15 +5,25 @@ from __future__ import annotations
 import time
 from collections import Counter as Tally
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-if TYPE_CHECKING:
-    from quasar.server.jobs import Job
+from quasar.engine.settings import Result
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Sequence(Protocol):
+    """A sequence that the engine is done with: `quasar.server.jobs.Job`."""
+
+    submitted: float
+    first_token: float
+
+    def outcome(self) -> Result | None: ...
+
+
 _FAST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _SLOW = (0.1, 0.3, 0.5, 1, 2, 5, 10, 20, 40, 60, 120, 300, 600)
 
@@ -42,40 +52,40 @@ class Metrics:
             "vllm:request_success", "Finished sequences.", ["model_name", "finished_reason"], registry=self.registry
         )
         self._first = histogram("vllm:time_to_first_token_seconds", "From submission to the first token.", _FAST)
-        self._between = histogram("vllm:request_time_per_output_token_seconds", "Of decoding, per sequence.", _FAST)
+        self._between = histogram("vllm:request_time_per_output_token_seconds", "Of decoding, per outcome.", _FAST)
         self._whole = histogram("vllm:e2e_request_latency_seconds", "From submission to the end.", _SLOW)
         self._prefill = histogram("vllm:request_prefill_time_seconds", "From admission to the first token.", _FAST)
         self._decode = histogram("vllm:request_decode_time_seconds", "From the first token to the last.", _SLOW)
-        self._rounds = counter("vllm:spec_decode_num_drafts", "Verification passes over a sequence.")
+        self._rounds = counter("vllm:spec_decode_num_drafts", "Verification passes over a outcome.")
         self._drafted = counter("vllm:spec_decode_num_draft_tokens", "Candidates that were verified.")
         self._accepted = counter("vllm:spec_decode_num_accepted_tokens", "Candidates that were kept.")
         self.refused = counter("quasar:requests_refused", "Requests turned away because the queue was full.")
         self.gone = counter("quasar:requests_abandoned", "Requests whose client went away.")
         self._acceptance = histogram(
             "quasar:acceptance_length",
-            "Tokens committed per verification pass, per sequence.",
+            "Tokens committed per verification pass, per outcome.",
             (1, 1.25, 1.5, 2, 3, 4, 6, 8, 12),
         )
         self.registry.register(self)  # type: ignore[arg-type]
 
-    def finished(self, job: Job) -> None:
+    def finished(self, job: Sequence) -> None:
         """Counts a sequence that the engine is done with."""
-        sequence = job.outcome()
-        if sequence is None:
+        outcome = job.outcome()
+        if outcome is None:
             self._success.labels(self._model, "error").inc()
             return
-        stats, now = sequence.stats, time.perf_counter()
+        stats, now = outcome.stats, time.perf_counter()
         self._last = stats
-        self._prompt.inc(sequence.prompt_tokens)
+        self._prompt.inc(outcome.prompt_tokens)
         self._cached.inc(stats.cached_tokens)
         self._generated.inc(stats.tokens)
         self._rounds.inc(stats.passes)
         self._drafted.inc(stats.drafted)
         self._accepted.inc(stats.accepted)
-        for length in sequence.accept_lengths:
+        for length in outcome.accept_lengths:
             for position in range(length - 1):
                 self._per_position[position] += 1
-        reason = "abort" if sequence.finish_reason == "cancelled" else sequence.finish_reason
+        reason = "abort" if outcome.finish_reason == "cancelled" else outcome.finish_reason
         self._success.labels(self._model, reason).inc()
         if job.first_token:
             self._first.observe(job.first_token - job.submitted)

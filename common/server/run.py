@@ -57,9 +57,12 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._seconds = seconds
         self._draining: asyncio.Task[bool] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        if self._draining is None:
+        if self._loop is None:
+            self.should_exit = True
+        elif self._draining is None:
             self._loop.call_soon_threadsafe(self._drain)
         else:
             self.should_exit = self.force_exit = True

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from quasar.engine.settings import GenerationSettings
 from quasar.errors import QuasarError
-from quasar.models.chat import render_chat, splitter_for, think_markers
+from quasar.models.chat import OPENPANGU, render_chat, splitter_for, think_markers
 from quasar.models.model import Model
 from quasar.server import protocol
 from quasar.server.answers import AnswerParser
@@ -89,7 +89,7 @@ class Service:
         loop = asyncio.get_running_loop()
         try:
             return await asyncio.wait_for(loop.run_in_executor(self._threads, work), self.options.text_seconds)
-        except TimeoutError:
+        except asyncio.TimeoutError:
             limit = f"{self.options.text_seconds:g} seconds"
             raise ApiError(f"'{param}' takes longer than {limit} to prepare", param=param) from None
 
@@ -140,7 +140,9 @@ class Service:
         if tools:
             variables["tools"] = [tool.model_dump(exclude_none=True) for tool in tools]
         think = None
-        if effort in ("none", "minimal") and self.markers is not None and "enable_thinking" not in variables:
+        template = str(tokenizer.chat_template)
+        switches = self.markers == OPENPANGU or ("enable_thinking" in template and "enable_thinking" not in variables)
+        if effort in ("none", "minimal") and self.markers is not None and switches:
             think = "fast"
 
         def work() -> list[int]:

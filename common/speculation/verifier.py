@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -61,7 +61,7 @@ class Verifier:
             last = first + segment.logits_to_keep
             found = argmax if window.chooser is not None and window.chooser.takes_argmax else sampled
             rows = None if found is None else list(found[first:last])
-            verdicts.append(_judge(window, logits[first:last], rows))
+            verdicts.append(_judge(window, logits[first:last], rows, self._runtime.backend.top_k))
             first = last
         return verdicts
 
@@ -95,7 +95,7 @@ def _segment(window: Window) -> Segment:
     return Segment(window.slot, [*window.uncached_tokens, *draft.tokens], parents, len(draft.tokens) + 1)
 
 
-def _judge(window: Window, logits: Tensor, argmax: list[int] | None) -> Verdict:
+def _judge(window: Window, logits: Tensor, argmax: list[int] | None, top_k: Callable[[Tensor, int], Tensor]) -> Verdict:
     """logits [drafted + 1, vocab]: after the last committed token, then after each candidate."""
     chooser, draft, uncached = window.chooser, window.draft, len(window.uncached_tokens)
     if chooser is None:
@@ -115,7 +115,7 @@ def _judge(window: Window, logits: Tensor, argmax: list[int] | None) -> Verdict:
     window.slot.commit([*range(uncached), *(uncached + row for row in path)])
     verdict = Verdict(tokens, path, own)
     if window.top_k:
-        verdict.top = logits.topk(window.top_k, dim=-1).indices.tolist()
+        verdict.top = top_k(logits, window.top_k).tolist()
     if window.logprobs is not None:
         verdict.logprobs = [
             logprobs_of(logits[row + 1], token, window.logprobs) for row, token in zip([-1, *path], tokens, strict=True)

@@ -1,9 +1,9 @@
-"""Fits the prior weights of the hybrid drafter to traces, and says how well they do on files that they were not fitted to.
+"""Fits the prior weights of the hybrid drafter to traces, and says how well they do on files left out of the fit.
 
     python scripts/experiments/fit_drafting.py FILE... [--runners-up FILE...] [--write common/drafting/priors.json]
 
-FILE: traces as `quasar eval replay` reads them. --runners-up: traces with "top", the model's most probable tokens in each
-place, for the weights of recycling. Every file in turn is left out of the fit and replayed with the weights of the
+FILE: traces as `quasar eval replay` reads them. --runners-up: traces with "top", the model's most probable tokens in
+each place, for the weights of recycling. Every file in turn is left out of the fit and replayed with the weights of the
 others. What is written is fitted to all of them.
 """
 
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
 from quasar.drafting import hybrid
 from quasar.drafting.corpus import Corpus
 from quasar.drafting.evidence import Evidence

@@ -10,7 +10,8 @@ The differences, all of them:
 
     add_rms_norm    bfloat16: the sum is normalised before it is rounded. Before int8 the norm is not rounded to the
                     activations' type; elsewhere it is rounded before the weight is applied, and after
-    quantize        values are multiplied by 127 / max, not divided by max / 127
+    quantize        values are multiplied by 127 / max, not divided by max / 127; a static scale is the reciprocal of
+                    one that was rounded to the activations' type
     swiglu          silu(gate) is not rounded before the product, nor the product before it is quantised
     append_rotated  cos and sin (and, with q and k norms, their products with the norms' weights) are rounded to the
                     activations' type; the norm is rounded before its weight is applied, not after
@@ -67,7 +68,7 @@ class FusedRounding(ReferenceBackend):
             return Quantized(values.to(torch.int8), peak / 127)
         factor = (1 / quant.static_scale).to(self.dtype).float()  # which comes in the activations' type
         values = (x * factor).round().clamp(-128, 127)  # npu_quantize clips at -128
-        return Quantized(values.to(torch.int8), quant.static_scale)
+        return Quantized(values.to(torch.int8), 1 / factor)
 
     def add_rms_norm(
         self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, quant: ActivationQuant | None

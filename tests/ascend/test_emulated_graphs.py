@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 import torch_npu
-from emulated_npu import Refused, counting
+from emulated_npu import Refused, branch_as, counting
 
 
 @pytest.fixture(autouse=True)
@@ -15,9 +15,13 @@ def _quiet_capture_log():
 
 
 def capture(function, **options):
-    graph = torch.npu.NPUGraph()
-    with torch.npu.graph(graph, **options):
-        output = function()
+    stream, graph = torch.npu.current_stream(), torch.npu.NPUGraph()
+    try:
+        with torch.npu.graph(graph, **options):
+            output = function()
+    except RuntimeError as error:
+        torch.npu.set_stream(stream)
+        raise error.__context__ or error from None  # ending the capture failed as well
     return graph, output
 
 
@@ -140,6 +144,10 @@ FORBIDDEN = {
         "while a graph is being captured",
     ),
     "format cast": (lambda x: torch_npu.npu_format_cast(x.view(2, 2), 29), "before graph capture"),
+    "quantisation by division": (
+        lambda x: torch_npu.npu_quantize(x.view(2, 2), x[:1], None, torch.qint8, -1, True),
+        "div_mode is an aclop",
+    ),
     "random numbers": (lambda x: torch.rand(2, device="npu"), "random numbers"),
 }
 
@@ -151,6 +159,36 @@ def test_capture_refuses(name):
     with pytest.raises(RuntimeError, match=message):
         capture(lambda: function(x))
     assert (x + 1).tolist() == [2, 2, 2, 2]  # and the device works on
+
+
+def test_a_refused_operator_breaks_the_capture_and_leaves_its_stream_in_use():
+    """What CANN does (error 107025), and torch.npu.graph does not catch."""
+    x, stream = torch.ones(4, device="npu"), torch.npu.current_stream()
+    with pytest.raises(RuntimeError, match="107025"), torch.npu.graph(torch.npu.NPUGraph()):
+        x.sum().item()
+    assert torch.npu.current_stream() != stream
+    torch.npu.set_stream(stream)
+
+
+def test_a_floating_point_weight_in_fractal_nz_is_refused_in_capture():
+    torch.npu.config.allow_internal_format = True
+    weight = torch_npu.npu_format_cast(torch.ones(32, 32, dtype=torch.float16, device="npu"), 29)
+    torch.npu.config.allow_internal_format = False
+    x = torch.ones(2, 32, dtype=torch.float16, device="npu")
+    with pytest.raises(Refused, match="FRACTAL_NZ weight, during graph capture"):
+        capture(lambda: x @ weight)
+    with branch_as("26.1.0"):
+        capture(lambda: x @ weight)
+
+
+def test_a_graph_that_reads_freed_memory_gives_other_values():
+    x, others = torch.ones(4, device="npu"), [torch.ones(4, device="npu")]
+    graph, y = capture(lambda: (x * 2 + others[0]) + 1)
+    graph.replay()
+    assert y.tolist() == [4] * 4
+    others.clear()
+    graph.replay()
+    assert y.tolist() == [88] * 4
 
 
 def test_capture_on_the_default_stream_is_refused_by_torch_npu():

@@ -62,6 +62,21 @@ def fia(q=None, k=None, v=None, *, num_heads=2, input_layout="BSND", **options):
     return torch_npu.npu_fused_infer_attention_score(q, k, v, num_heads=num_heads, input_layout=input_layout, **options)
 
 
+def paged(q=None, k=None, **options):
+    """One sequence of three rows over a block of 128 positions."""
+    q, k = half(1, 3, 2, 16) if q is None else q, half(2, 128, 32) if k is None else k
+    given = {
+        "num_heads": 2,
+        "input_layout": "BSND",
+        "sparse_mode": 3,
+        "atten_mask": upper(),
+        "block_table": i32(1, 1),
+        "block_size": 128,
+        "actual_seq_lengths_kv": [5],
+    }
+    return torch_npu.npu_fused_infer_attention_score(q, k, k, **{**given, **options})
+
+
 def fused_norm(x1=None, x2=None, gamma=None, **options):
     x1 = half(4, 16) if x1 is None else x1
     return torch_npu.npu_add_rms_norm_dynamic_quant(
@@ -214,6 +229,7 @@ REFUSED = {
     "fractal addition": (lambda: with_fractal(lambda w: w + 1), "FRACTAL_NZ"),
     "format cast of a transpose": (lambda: torch_npu.npu_format_cast(i8(4, 8).t(), 29), "not contiguous"),
     "format cast of a vector": (lambda: torch_npu.npu_format_cast(i8(8), 29), "two dimensions"),
+    "format cast of a column": (lambda: torch_npu.npu_format_cast(i8(8, 1), 29), "a dimension of 1"),
     "format cast of int64": (
         lambda: torch_npu.npu_format_cast(torch.ones(4, 4, dtype=torch.int64).npu(), 29),
         "int64",
@@ -330,7 +346,25 @@ REFUSED = {
         lambda: fia(half(1, 3, 3, 16), num_heads=3, num_key_value_heads=2),
         "whole number",
     ),
-    "attention head size alignment": (lambda: fia(half(1, 3, 2, 12), half(1, 5, 2, 12)), "16-byte aligned"),
+    "attention head size alignment": (lambda: fia(half(1, 3, 2, 24), half(1, 5, 2, 24)), "32-byte aligned"),
+    "attention of many windows": (lambda: fia(half(129, 3, 2, 16), half(129, 5, 2, 16)), "at most 128"),
+    "attention paged without lengths": (lambda: paged(actual_seq_lengths_kv=None), "needs actual_seq_lengths_kv"),
+    "attention paged lengths": (lambda: paged(actual_seq_lengths_kv=[129]), "exceeds the table's 128"),
+    "attention paged table": (lambda: paged(block_table=i32(1, 1) * 2), "outside the blocks"),
+    "attention paged table type": (lambda: paged(block_table=torch.ones(1, 1).long().npu()), "block_table is"),
+    "attention paged block size": (lambda: paged(k=half(2, 64, 32), block_size=64), "block_size 64"),
+    "attention paged mask": (
+        lambda: paged(sparse_mode=0, atten_mask=torch.zeros(1, 1, 3, 64, dtype=torch.bool).npu()),
+        "atten_mask has shape",
+    ),
+    "attention paged blind row": (
+        lambda: paged(sparse_mode=0, atten_mask=torch.ones(1, 1, 3, 128, dtype=torch.bool).npu()),
+        "sees nothing",
+    ),
+    "attention paged TND ends": (
+        lambda: paged(half(3, 2, 128), half(2, 128, 256), input_layout="TND", actual_seq_lengths=[2]),
+        "end with the number of tokens",
+    ),
     "attention head size limit": (lambda: fia(half(1, 3, 2, 520), half(1, 5, 2, 520)), "<= 512"),
     "attention length": (lambda: fia(actual_seq_lengths_kv=[6]), "exceeds 5"),
     "attention lengths per batch": (
@@ -435,7 +469,7 @@ REFUSED_ON_INFERENCE_CARDS = {
         lambda: torch_npu.npu_rotary_mul(half(1, 3, 2, 64), half(1, 3, 1, 64), half(1, 3, 1, 64)),
         "head size 128",
     ),
-    "int8 cache": (lambda: torch_npu.npu_scatter_nd_update_(i8(4, 8), i32(2, 1), i8(2, 8)), "int8"),
+    "scatter": (lambda: torch_npu.npu_scatter_nd_update_(half(4, 8), i32(2, 1), half(2, 8)), "does not exist"),
     "bfloat16 quantize": (lambda: quantize(bf16(2, 4)), "bfloat16"),
 }
 

@@ -19,12 +19,12 @@ from quasar.export import export as exporting
 from quasar.export import workspace
 from quasar.export.export import quantize_checkpoint
 from quasar.export.settings import ExportSettings
-from quasar.loading import calibration_and_heldout
 from quasar.models.linear import FullLinear, W8A8Linear
 from quasar.models.loader import PROJECTIONS
 from quasar.models.model import LoadOptions, open_model
 from quasar.quantization.recipe import Recipe
 from quasar.quantization.stream import quantized_decoder
+from quasar.quantization.texts import calibration_and_heldout
 
 FORMATS = tuple(WRITERS)
 TEXTS = ["def main():\n    print('hello')\n" * 8, "One two three four five, once I caught a fish alive." * 3]

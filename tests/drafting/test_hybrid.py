@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from quasar.drafting.corpus import Corpus
 from quasar.drafting.evidence import SIZE, Evidence
 from quasar.drafting.free import FREE_DRAFTS, new_free_drafter
@@ -13,7 +14,6 @@ from quasar.drafting.memory import DraftMemory
 from quasar.drafting.priors import prior_weights
 from quasar.errors import QuasarError
 from quasar.speculation.draft import Draft
-from quasar.speculation.top import top_tokens
 
 tokens = st.lists(st.integers(0, 5), min_size=1, max_size=40)
 
@@ -30,7 +30,7 @@ def assert_tree(draft: Draft, most: int) -> None:
 
 @pytest.mark.parametrize("name", [name for name in FREE_DRAFTS if name not in ("none", "ngram", "suffix")])
 @given(tokens, tokens, st.integers(1, 20), st.lists(st.integers(0, 5), max_size=4), st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_whatever_was_seen_the_draft_is_a_tree(name, earlier, text, most, pending, data):
     memory = DraftMemory(Corpus())
     memory.corpus.add(earlier * 4)
@@ -52,7 +52,7 @@ def test_whatever_was_seen_the_draft_is_a_tree(name, earlier, text, most, pendin
 
 
 @given(tokens, st.integers(1, 12))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_a_short_draft_begins_a_long_one(text, most):
     drafter = HybridDrafter()
     drafter.extend(text)
@@ -104,11 +104,11 @@ def test_survival_follows_what_comes_true():
     drafter = HybridDrafter(memory)
     drafter.extend([1, 2, 3, 4, 1, 2, 3])
     before = drafter.propose(4).survival[0]
-    for _ in range(60):  # never right
+    for _ in range(150):  # never right
         drafter.observe(drafter.propose(4), 0, [99])
     low = drafter.propose(4).survival[0]
     assert low < before / 2
-    for _ in range(120):
+    for _ in range(200):
         draft = drafter.propose(4)
         drafter.observe(draft, 0, [draft.tokens[0]])
     assert drafter.propose(4).survival[0] > 2 * low
@@ -135,11 +135,3 @@ def test_a_drafter_of_models_is_refused_where_there_is_none():
 
 def test_an_empty_text_has_no_draft():
     assert HybridDrafter().propose(7) == Draft()
-
-
-@pytest.mark.parametrize("shape", [(1, 2048), (3, 2048), (2, 5000), (4, 100)])
-def test_top_tokens_are_those_of_a_sort(shape):
-    import torch
-
-    logits = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(top_tokens(logits, 8), logits.argsort(dim=-1, descending=True)[:, :8])

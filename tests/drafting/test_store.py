@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+
 from quasar.drafting.corpus import Corpus
 from quasar.drafting.hybrid import HybridDrafter
 from quasar.drafting.memory import DraftMemory
@@ -28,7 +29,7 @@ def test_finished_sequences_are_taken_in_little_by_little():
     assert corpus.successors.tokens == SEQUENCES[0][:7]
     corpus.work(60)
     assert [t for t in corpus.successors.tokens if t >= 0] == (SEQUENCES[0] + SEQUENCES[1])[:67]
-    assert held(corpus) == sum(SEQUENCES, [])
+    assert held(corpus) == [*SEQUENCES[0], *SEQUENCES[1], *SEQUENCES[2]]
 
 
 def test_a_corpus_keeps_the_latest_half_at_least_and_no_more_than_it_may():
@@ -62,7 +63,7 @@ def test_an_earlier_request_is_drafted_from():
     drafter.extend([7, 8, 120, 121, 122])
     draft = drafter.propose(7)
     assert draft.tokens[0] == 123 and draft.keys[0].source == "corpus"
-    assert [123, 124, 125] == draft.tokens[:3]
+    assert 124 in draft.tokens and draft.parents[draft.tokens.index(124)] == 0
 
 
 def test_the_store_is_read_by_the_next_process(tmp_path):
@@ -70,7 +71,7 @@ def test_the_store_is_read_by_the_next_process(tmp_path):
         for sequence in SEQUENCES:
             store.add(sequence)
     with CorpusStore(tmp_path / "store", "a", 100) as store:
-        assert held(store) == sum(SEQUENCES, [])
+        assert held(store) == [*SEQUENCES[0], *SEQUENCES[1], *SEQUENCES[2]]
 
 
 def test_another_tokenizers_store_is_refused(tmp_path):

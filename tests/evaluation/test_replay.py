@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+
 from quasar.cli import main
 from quasar.drafting.free import FREE_DRAFTS
+from quasar.drafting.store import CorpusStore
 from quasar.errors import QuasarError
 from quasar.evaluation.replay import Logged, read_log, replay
 
@@ -148,8 +150,8 @@ def test_a_corpus_is_built_from_files(tmp_path, capsys):
     argv = ["corpus", "build", file, "--draft-store", str(tmp_path / "store"), "--model", "tiny-qwen3"]
     assert main(argv) == 0
     assert "16 tokens of 1 file added" in capsys.readouterr().out
-    other = [*argv[:-1], "tiny-openpangu"]
-    assert main(other) == 2
+    CorpusStore(tmp_path / "other", "another's", 160).close()
+    assert main([*argv[:4], str(tmp_path / "other"), *argv[5:]]) == 2
     assert "another tokenizer" in capsys.readouterr().err
     high = write(tmp_path / "b.jsonl", {"prompt": [1], "answer": [4, 10**6]})
     assert main(["corpus", "build", high, *argv[3:]]) == 2

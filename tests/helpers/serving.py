@@ -40,7 +40,6 @@ class Live:
         self.engine, self.model = engine, model
         self.service = self.app.state.service
         self._server = make_server(self.app, 5.0)
-        self._server.install_signal_handlers = lambda: None
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.port = self._socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
@@ -52,10 +51,10 @@ class Live:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._server.should_exit = self._server.force_exit = True
+        self._server.should_exit = True
+        self.engine.shutdown()
         self._thread.join(20)
         self._socket.close()
-        self.engine.shutdown()
 
     def signal(self) -> None:
         """What Ctrl-C does."""
@@ -144,7 +143,7 @@ def gathered(chunks: Sequence[dict[str, Any]], index: int = 0) -> dict[str, Any]
     return out
 
 
-def until(condition: Any, seconds: float = 20.0) -> None:
+def until(condition: Any, seconds: float = 60.0) -> None:
     """Waits for it."""
     end = time.monotonic() + seconds
     while not condition():

@@ -17,8 +17,7 @@ from tests.helpers.passes import committed, forward, new_slot
 
 
 def load_decoder(folder: Path, dtype: torch.dtype) -> Decoder:
-    decoder = build_decoder(read_config(folder), open_checkpoint(folder), get_backend("reference", dtype))
-    return decoder
+    return build_decoder(read_config(folder), open_checkpoint(folder), get_backend("reference", dtype))
 
 
 @pytest.fixture(params=FAMILIES)

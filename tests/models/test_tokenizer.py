@@ -52,6 +52,9 @@ def test_ids_text_and_prompts_equal_transformers(name):
             TURNS, add_generation_prompt=prompt, tokenize=True, return_dict=False
         )
     assert ours.get_vocab() == theirs.get_vocab()
+    assert ours.get_added_vocab() == theirs.get_added_vocab()
+    assert sorted(ours.all_special_ids) == sorted(theirs.all_special_ids)
+    assert ours.convert_ids_to_tokens([5, 1]) == theirs.convert_ids_to_tokens([5, 1])
     assert len(ours) == len(theirs)
     assert (ours.eos_token, ours.eos_token_id) == (theirs.eos_token, theirs.eos_token_id)
 

@@ -189,6 +189,16 @@ def test_acceptance_does_not_fall_to_nothing_after_a_while(live: Live) -> None:
     assert sum(piece["drafted"] for piece in pieces[len(pieces) // 2 :]) > 0
 
 
+def test_candidates_that_do_not_pay_are_not_verified(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM 19254 and 16258: speculation made decoding slower. Where every row costs as much as a pass of its own, and
+    the drafter is mostly wrong, hardly a candidate is verified."""
+    monkeypatch.setattr(live.engine, "_seconds", lambda rows: float(rows))
+    wish = {"prompt": "x y z x y q x y", "max_tokens": 60, "temperature": 1.5, "seed": 2, "return_metrics": True}
+    told = live.post("/v1/completions", wish)["metrics"]["speculative_decoding"]
+    assert told["num_draft_tokens"] <= 10
+    assert told["num_spec_steps"] >= 45
+
+
 def test_a_slow_reader_holds_nobody_up(script: Callable[..., Live]) -> None:
     """Its tokens wait in the server; others get theirs, and it gets all of its own in the end."""
     text = "word " * 300

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -33,6 +34,8 @@ class CpuBackend(ReferenceBackend):
         """kv: what keys and values are kept in, one of kernels.KV_FORMATS."""
         super().__init__("cpu", torch.float32)
         self.kv = kv
+        # By decoder: one pass of each runs at a time, and its logits are read before the next.
+        self._results: WeakKeyDictionary[Forward, kernels.SharedMemory] = WeakKeyDictionary()
 
     def full_weight(self, weight: Tensor) -> Any:
         if weight.dtype == torch.bfloat16:
@@ -116,6 +119,9 @@ class CpuBackend(ReferenceBackend):
     def argmax(self, logits: Tensor) -> Tensor:
         return kernels.argmax(logits)
 
+    def top_k(self, logits: Tensor, k: int) -> Tensor:
+        return kernels.top_k(logits, k)
+
     def new_slot(self, layers: int, kv_heads: int, capacity: int, head_dim: int) -> Slot:
         if not _has_kernel(head_dim):
             return super().new_slot(layers, kv_heads, capacity, head_dim)
@@ -130,7 +136,7 @@ class CpuBackend(ReferenceBackend):
         return pass_key(batch)
 
     def capture(self, forward: Forward, batch: Batch) -> CapturedPass:
-        return RecordedPass(forward, batch)
+        return RecordedPass(forward, batch, self._results.setdefault(forward, kernels.SharedMemory()))
 
 
 class CpuBfloat16Backend(CpuBackend):

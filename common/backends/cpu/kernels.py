@@ -25,8 +25,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quasar.backends.buffers import Buffers
-
 try:
     from . import _kernels
 except ImportError:  # not built: no C compiler at install time
@@ -77,26 +75,58 @@ def use_instruction_set(name: str) -> Iterator[None]:
         _isa = previous
 
 
+class SharedMemory:
+    """Memory for the results of recorded passes of which one runs at a time. It grows, and moves when it does."""
+
+    def __init__(self) -> None:
+        self.memory = torch.empty(0, dtype=torch.uint8)
+
+    def reserve(self, nbytes: int) -> None:
+        if nbytes > self.memory.nbytes:
+            self.memory = torch.empty(nbytes, dtype=torch.uint8)
+
+
 class Recording:
     """The kernel calls of one pass, in order, made again by one call: no Python and one team of threads.
 
-    A replay reads and writes the memory of the recorded pass, which the recording keeps. What may differ: the contents
-    of the ids' tensor, and what the pass's `Segments` were filled with since.
+    A replay reads and writes the memory of the recorded pass, which the recording keeps until it is told to `share`
+    another. What may differ: the contents of the ids' tensor, and what the pass's `Segments` were filled with since.
     """
 
     def __init__(self) -> None:
-        self.buffers = Buffers()
+        self.results: list[Tensor] = []  # of the recorded calls
         self.kept: list[object] = []  # weights, and what went in
         self._calls = None
         self._threads = _threads()
+        self._shared: SharedMemory | None = None
+        self._placed = 0  # the address of the shared memory that the calls point to
+
+    def share(self, shared: SharedMemory, result: Tensor) -> int:
+        """Moves the results of all calls into shared memory, where each takes the place of those that were used for the
+        last time. Returns the offset at which `result`, what the pass returns, lies."""
+        last = next(i for i, made in enumerate(self.results) if made.data_ptr() == result.data_ptr())
+        self.results.append(self.results.pop(last))
+        addresses = torch.tensor([[made.data_ptr(), made.nbytes] for made in self.results])
+        nbytes, offset = _kernels.share(self._calls, len(self.results), addresses.data_ptr())
+        shared.reserve(nbytes)
+        self._shared = shared
+        self.results = []
+        return offset
+
+    def _settle(self) -> None:
+        if self._shared is not None and self._placed != self._shared.memory.data_ptr():
+            self._placed = self._shared.memory.data_ptr()
+            _kernels.place(self._calls, self._placed)
 
     def replay(self) -> None:
         """Makes the calls again. Raises IndexError, and changes nothing, for ids that `embed` has no rows for, rotary
         positions beyond the tables, and segments of another model or number of rows."""
+        self._settle()
         _kernels.replay(self._calls, self._threads, 0)
 
     def timed_replay(self) -> list[tuple[str, float]]:
         """The same; returns each call's name with the seconds until all threads had done it."""
+        self._settle()
         names = _kernels.calls(self._calls)
         nanoseconds = torch.zeros(len(names), dtype=torch.int64)
         _kernels.replay(self._calls, self._threads, nanoseconds.data_ptr())
@@ -116,7 +146,7 @@ _recorder = _Recorder()
 def recording() -> Iterator[Recording]:
     """Records the kernel calls that this thread makes inside while it makes them.
 
-    Their outputs lie in memory that the recording reuses as soon as they are dropped. Raises NotImplementedError from
+    Raises NotImplementedError from
     the call that cannot be repeated: `int8_linear` whose inputs are no multiple of 4.
     """
     made = Recording()
@@ -143,8 +173,7 @@ def kv_bytes(layers: int, kv_heads: int, head_dim: int, kv: str = "float32") -> 
 class SlotMemory:
     """Keys and values of one sequence as the kernels have them: for each 64 positions, all layers and heads together.
 
-    Memory is uninitialised, and the system gives it out page by page: a slot costs what its text takes, not its
-    capacity.
+    Memory is uninitialised, and the system gives it out page by page: a slot costs what its text takes.
     kv: float32; bfloat16, rounded half to even; or int8 with a scale for each head and position.
     """
 
@@ -188,6 +217,15 @@ class SlotMemory:
         """Moves `rows`, ascending, counted from position `length`, to positions length, length + 1, ..."""
         _kernels.slot_keep(self.pointer, length, list(rows))
 
+    def repeat(self, positions: int, to: int) -> None:
+        """Copies the chunks of the first `positions` behind them, up to position `to`."""
+        have, wanted = -(-positions // _KV_CHUNK), -(-to // _KV_CHUNK)
+        for memory in self._memory:
+            chunks = memory.view(self._shape[0], -1)
+            for first in range(have, wanted, have):
+                last = min(first + have, wanted)
+                chunks[first:last] = chunks[: last - first]
+
     def copy_from(self, other: SlotMemory, positions: int) -> None:
         """Takes over the first `positions` of another sequence of the same model."""
         _kernels.slot_copy(other.pointer, self.pointer, positions)
@@ -218,6 +256,7 @@ Quantized = tuple[Tensor, Tensor]  # int8 [m, k], float32 scale per row [m]
 _BLOCK = 32  # outputs per block of a packed weight
 _float32, _int8 = torch.float32, torch.int8
 _threads = torch.get_num_threads
+_MOST_TOP_K = 64
 
 
 def _pointer(tensor: Tensor, dtype: torch.dtype, elements: int) -> int:
@@ -249,8 +288,10 @@ def _weight(packed: _Packed | PackedInt4) -> int:
 
 
 def _new(shape: tuple[int, ...], dtype: torch.dtype = _float32) -> Tensor:
-    made = _recorder.recording
-    return torch.empty(shape, dtype=dtype) if made is None else made.buffers.take(shape, dtype)
+    made = torch.empty(shape, dtype=dtype)
+    if _recorder.recording is not None:
+        _recorder.recording.results.append(made)
+    return made
 
 
 def _output(out: Tensor | None, *shape: int) -> tuple[Tensor, int]:
@@ -546,13 +587,8 @@ def rope_qk_append(
     m, width = qkv.shape
     kv_heads = (width // dim - heads) // 2
     positions, stride = cos.shape
-    if (
-        dim % 16
-        or dim > KV_MOST_DIM
-        or kv_heads < 1
-        or width != (heads + 2 * kv_heads) * dim
-        or (stride != dim and 2 * stride != dim)
-    ):
+    fits = kv_heads >= 1 and width == (heads + 2 * kv_heads) * dim and stride in (dim, dim // 2)
+    if dim % 16 or dim > KV_MOST_DIM or not fits:
         raise ValueError(f"{heads=} {dim=}, tables {tuple(cos.shape)}: dim must be a multiple of 16")
     q = _new((m, heads, dim))
     _kernels.rope_qk_append(
@@ -596,6 +632,19 @@ def argmax(x: Tensor) -> Tensor:
         raise ValueError(f"argmax over {n} values")
     out = _new((m,), torch.int64)
     _kernels.argmax(_pointer(x, _float32, m * n), out.data_ptr(), m, n, _threads())
+    return out
+
+
+def top_k(x: Tensor, k: int) -> Tensor:
+    """Indices of each row's k largest values, the largest first and the lower index first on ties.
+
+    float32 [m, n] -> int64 [m, k]; k from 1 to 64.
+    """
+    m, n = x.shape
+    if not 0 < k <= min(n, _MOST_TOP_K):
+        raise ValueError(f"the {k} largest of {n} values")
+    out = torch.empty(m, k, dtype=torch.int64)
+    _kernels.top_k(_pointer(x, _float32, m * n), out.data_ptr(), m, n, k, _threads())
     return out
 
 

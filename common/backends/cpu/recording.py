@@ -41,14 +41,24 @@ def segments_of(batch: Batch, table: kernels.Segments | None = None) -> kernels.
 
 
 class RecordedPass:
-    """A pass that was recorded as it ran."""
+    """A pass that was recorded as it ran. Its results lie in memory that a decoder's passes share."""
 
-    def __init__(self, forward: Forward, batch: Batch) -> None:
+    def __init__(self, forward: Forward, batch: Batch, shared: kernels.SharedMemory) -> None:
         self._ids = torch.tensor(batch.ids)
         self._segments = kernels.Segments(batch.rows)
         batch.on_device = self._segments
         with kernels.recording() as self._recording, _KernelsOnly():
-            self.logits: Tensor = forward(self._ids, batch)
+            logits = forward(self._ids, batch)
+        self._shape = logits.shape
+        self._shared = shared
+        self._offset = self._recording.share(shared, logits)
+        self.logits.copy_(logits)
+
+    @property
+    def logits(self) -> Tensor:
+        """float32 [kept rows, vocab], overwritten by the decoder's next pass."""
+        nbytes = 4 * self._shape.numel()
+        return self._shared.memory[self._offset : self._offset + nbytes].view(torch.float32).view(self._shape)
 
     def replay(self, batch: Batch) -> Tensor:
         """The pass over another batch of the same key. Raises ValueError or IndexError where it does not fit."""

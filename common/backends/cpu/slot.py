@@ -46,3 +46,10 @@ class CpuSlot(Slot):
             raise ValueError(f"cannot share {length} positions of {other.length} with a slot for {self.capacity}")
         self.memory.copy_from(other.memory, length)
         self.length = length
+
+    def repeat(self, length: int) -> None:
+        """Commits copies of what is there up to `length` positions: a long context to take times with."""
+        if not self.length <= length <= self.capacity:
+            raise ValueError(f"cannot go on from {self.length} to {length} positions: there are {self.capacity}")
+        self.memory.repeat(self.length, length)
+        self.length = length

@@ -6,6 +6,7 @@ import torch
 from quasar import generate, load
 from quasar.backends import get_backend
 from quasar.backends.cpu import kernels
+from quasar.errors import QuasarError
 from quasar.models.model import ASSETS
 from quasar.quantization.calibration import read_texts
 from tests.conftest import FAMILIES
@@ -100,3 +101,25 @@ def test_bfloat16_rounds_float32_weights_too():
     assert packed.nbytes == 2 * weight.numel()
     expected = torch.nn.functional.linear(x.bfloat16().double(), weight.bfloat16().double(), bias.double())
     assert torch.allclose(backend.linear(x, packed, bias).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+# --kv
+
+
+@pytest.mark.parametrize("kv", ["bfloat16", "int8"])
+def test_smaller_keys_and_values_change_logits_a_little_and_no_draft_changes_text(shipped, kv):
+    model = load("tiny-qwen3", device="cpu", kv=kv)
+    whole, exact = prompt_logits(model), prompt_logits(shipped("qwen3"))
+    assert 0 < (whole - exact).norm() < {"bfloat16": 5e-3, "int8": 3e-2}[kv] * exact.norm()
+    plain, drafted = (
+        generate(model, PROMPTS[0], max_new_tokens=40, draft=draft, ignore_eos=True).result().token_ids
+        for draft in ("none", "ngram")
+    )
+    assert drafted == plain
+
+
+def test_unknown_kinds_of_keys_and_values_are_refused():
+    with pytest.raises(QuasarError, match="--kv int3 is unknown; use auto or one of float32, bfloat16, int8"):
+        get_backend("cpu", kv="int3")
+    with pytest.raises(QuasarError, match="--kv int8 needs --device cpu"):
+        get_backend("reference", kv="int8")

@@ -472,3 +472,15 @@ def test_one_openmp_runtime() -> None:
         libraries = {line.split()[-1] for line in maps if ".so" in line}
     runtimes = [name for name in libraries if name.rsplit("/", 1)[-1].startswith(("libgomp", "libomp", "libiomp"))]
     assert len(runtimes) == 1, runtimes
+
+
+@pytest.mark.parametrize("isa", kernels.instruction_sets())
+@pytest.mark.parametrize("n", [8, 17, 1000, 5003])
+def test_top_k_is_the_order_of_a_stable_sort(isa, n):
+    """Random values, values with many equals, and rising ones, which replace the best at every step."""
+    rows = torch.stack([torch.randn(n), torch.randn(n).round(), torch.arange(n).float(), -torch.arange(n).float()])
+    with kernels.use_instruction_set(isa):
+        found = kernels.top_k(rows, 8)
+    assert torch.equal(found, rows.sort(dim=-1, descending=True, stable=True).indices[:, :8])
+    with pytest.raises(ValueError, match="the 9 largest of 8"):
+        kernels.top_k(torch.zeros(1, 8), 9)

@@ -16,6 +16,8 @@ from quasar import load
 from quasar.backends import get_backend
 from quasar.backends.base import Batch, Segment, Slot
 from quasar.backends.cpu import kernels
+from quasar.backends.cpu.backend import CpuBackend
+from quasar.backends.cpu.recording import RecordedPass
 from quasar.loading import PRECISIONS
 from quasar.models.decoder import Decoder
 from quasar.models.runtime import Runtime
@@ -132,14 +134,19 @@ def test_only_the_kept_rows_are_computed(shipped):
         assert torch.equal(logits, plain(runtime, batch))
 
 
-def test_a_recording_holds_the_results_of_few_operations(shipped):
-    runtime = Runtime(shipped("qwen3", "w8a8").decoder)
-    slot = filled_slot(runtime)
-    with kernels.recording() as recording:
-        plain(runtime, window(slot, *range(6)))
-    c = runtime.config
-    one_layer = 6 * 4 * (8 * c.hidden_size + 4 * c.intermediate_size + 4 * c.num_heads * c.head_dim)
-    assert recording.buffers.nbytes < 6 * 4 * c.vocab_size + one_layer
+def test_recorded_passes_share_the_memory_of_few_operations(shipped):
+    """Passes of many sizes need little more than the largest alone, and moving them changes nothing."""
+    decoder = shipped("qwen3", "w8a8").decoder
+    backend = CpuBackend()
+    c, shared = decoder.config, kernels.SharedMemory()
+    slot = backend.new_slot(c.num_layers, c.num_kv_heads, 60, c.head_dim)
+    batches = [window(slot, *range(3, 3 + rows)) for rows in (1, 6, 3, 32)]
+    passes = [RecordedPass(decoder, batch, shared) for batch in batches]
+    for batch, recorded in zip(batches, passes, strict=True):
+        expected = decoder(torch.tensor(batch.ids), batch)
+        assert torch.equal(recorded.replay(batch), expected)
+    one_layer = 32 * 4 * (8 * c.hidden_size + 4 * c.intermediate_size + 4 * c.num_heads * c.head_dim)
+    assert shared.memory.nbytes < 32 * 4 * c.vocab_size + one_layer
 
 
 @pytest.mark.parametrize(("name", "recorded"), [("llm-compressor-static", True), ("msmodelslim-static", False)])

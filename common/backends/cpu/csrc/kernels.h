@@ -8,6 +8,7 @@
 
 #define BLOCK 32       /* outputs per block of a packed weight */
 #define MAX_THREADS 256
+#define MOST_TOP_K 64
 
 struct int8_linear_args {
     const int8_t *x;         /* [m, k4 * 4], zero beyond k */
@@ -168,6 +169,12 @@ struct read_args {
     int32_t result;          /* all 32-bit words, xor */
 };
 
+struct top_k_args {
+    const float *x;          /* [m, n] */
+    int64_t *out;            /* [m, k]: indices, largest value first, the lower index first on ties */
+    int64_t m, n, k;         /* k at most MOST_TOP_K and n */
+};
+
 struct argmax_args {
     const float *x;          /* [m, n] */
     int64_t *out;            /* [m] */
@@ -186,7 +193,7 @@ struct kernels {
     const char *name;
     struct layout layout;
     task_fn int8_linear, f32_linear, bf16_linear, rounded_linear, round_bf16, embed_bf16, embed_f32, quantize, norm;
-    task_fn swiglu, rope, attention, argmax, read, hadamard, add_offsets;
+    task_fn swiglu, rope, attention, argmax, top_k, read, hadamard, add_offsets;
     task_fn int4_linear, round_int4;
     void (*exp)(const float *x, float *y, int64_t n); /* for the accuracy test */
 };
@@ -234,6 +241,7 @@ struct call {
         struct rope_args rope;
         struct attention_args attention;
         struct argmax_args argmax;
+        struct top_k_args top_k;
     };
 };
 struct recording;
@@ -242,6 +250,11 @@ int recording_add(struct recording *, const struct call *); /* takes the scratch
 int64_t recording_calls(const struct recording *, const struct call **); /* how many, and where */
 /* NULL, or what is wrong with the ids or the segments: then nothing is done. nanoseconds of each call: [calls], or NULL */
 const char *recording_replay(struct recording *, int threads, int64_t *nanoseconds);
+/* Gives the results of calls places in memory that recordings may share, one after another's last use. addresses: address
+ * and bytes of each of n results, what the pass returns last, to whose place *offset is set. Returns the bytes that are
+ * needed, -1 when out of memory. From then on recording_place says where the memory is. */
+int64_t recording_share(struct recording *, int64_t n, const int64_t *addresses, int64_t *offset);
+void recording_place(struct recording *, char *memory);
 void recording_free(struct recording *);
 
 /* segments.c. Checks return NULL, or what is wrong. */

@@ -434,6 +434,14 @@ FUNCTION(py_argmax, 5)
     return run(&call, INT(3), INT(4));
 }
 
+FUNCTION(py_top_k, 6)
+    struct call call = {
+        .name = "top_k", .task = isa->top_k, .items = INT(2),
+        .top_k = {.x = ADDRESS(0), .out = ADDRESS(1), .m = INT(2), .n = INT(3), .k = INT(4)},
+    };
+    return run(&call, INT(4), INT(5));
+}
+
 /* address, lines of 64 bytes, threads; returns all 32-bit words, xor */
 FUNCTION(py_read, 3)
     struct read_args a = {.data = ADDRESS(0), .lines = INT(1)};
@@ -520,6 +528,28 @@ static PyObject *py_calls(PyObject *Py_UNUSED(self), PyObject *capsule)
         Py_XDECREF(name);
     }
     return names;
+}
+
+/* recording, n, addresses of [n] results and their bytes: the bytes that they need together, and where the last lies */
+static PyObject *py_share(PyObject *Py_UNUSED(self), PyObject *const *objects, Py_ssize_t n_objects)
+{
+    union word w[2];
+    struct recording *recording = n_objects ? PyCapsule_GetPointer(objects[0], CAPSULE) : NULL;
+    if (!recording || !parse(objects + 1, n_objects - 1, 2, w))
+        return NULL;
+    int64_t offset = 0, bytes = recording_share(recording, INT(0), ADDRESS(1), &offset);
+    return bytes < 0 ? PyErr_NoMemory() : Py_BuildValue("LL", (long long)bytes, (long long)offset);
+}
+
+/* recording, address */
+static PyObject *py_place(PyObject *Py_UNUSED(self), PyObject *const *objects, Py_ssize_t n_objects)
+{
+    union word w[1];
+    struct recording *recording = n_objects ? PyCapsule_GetPointer(objects[0], CAPSULE) : NULL;
+    if (!recording || !parse(objects + 1, n_objects - 1, 1, w))
+        return NULL;
+    recording_place(recording, ADDRESS(0));
+    Py_RETURN_NONE;
 }
 
 /* recording, threads, nanoseconds */
@@ -609,11 +639,14 @@ static PyMethodDef methods[] = {
     FAST("slot_keep", py_slot_keep),
     FAST("slot_copy", py_slot_copy),
     FAST("argmax", py_argmax),
+    FAST("top_k", py_top_k),
     FAST("read", py_read),
     FAST("pack", py_pack),
     FAST("exp", py_exp),
     FAST("fork_join", py_fork_join),
     FAST("replay", py_replay),
+    FAST("share", py_share),
+    FAST("place", py_place),
     {"calls", py_calls, METH_O, NULL},
     {"record", py_record, METH_NOARGS, NULL},
     {"recorded", py_recorded, METH_NOARGS, NULL},

@@ -8,15 +8,22 @@
 
 #include <sched.h>
 #include <stdatomic.h>
+#include <stddef.h>
 #include <stdlib.h>
 #include <time.h>
 
 #define SPINS 2000               /* some ten microseconds; then the core is offered to whoever else wants it */
 #define AHEAD_BYTES (256 << 10)  /* fetched early per thread: a part of the L2 cache */
 
+struct place { /* a word of a call's arguments that points into the memory which recordings share */
+    int64_t call, word, offset;
+};
+
 struct recording {
     struct call *calls;
     int64_t count, room;
+    struct place *places;
+    int64_t n_places;
     void *partials; /* of attention: one call at a time needs them */
     int64_t partials_bytes;
 };
@@ -46,6 +53,7 @@ void recording_free(struct recording *r)
         free(r->calls[i].scratch);
     free(r->calls);
     free(r->partials);
+    free(r->places);
     free(r);
 }
 
@@ -59,6 +67,82 @@ static const char *check(const struct call *call)
     case STAYS: break;
     }
     return NULL;
+}
+
+#define WORDS ((int64_t)((sizeof(struct call) - offsetof(struct call, int8_linear)) / sizeof(int64_t)))
+static int64_t *words(struct call *call)
+{
+    return (int64_t *)&call->int8_linear;
+}
+
+/* A result of a recorded call: used from one call to another, and in the meantime in the way of other results. */
+struct result {
+    int64_t address, bytes, first, last, offset;
+};
+
+/* The first gap that nothing else uses meanwhile. Earlier results have their place. */
+static int64_t find_place(const struct result *results, int64_t n)
+{
+    const struct result *mine = results + n;
+    int64_t offset = 0;
+    for (int64_t i = 0; i < n; i++) {
+        const struct result *r = results + i;
+        int together = r->first <= mine->last && mine->first <= r->last;
+        if (together && r->offset < offset + mine->bytes && offset < r->offset + r->bytes) {
+            offset = (r->offset + r->bytes + 63) / 64 * 64;
+            i = -1; /* it may be in the way of another now */
+        }
+    }
+    return offset;
+}
+
+int64_t recording_share(struct recording *recording, int64_t n, const int64_t *addresses, int64_t *offset)
+{
+    struct recording *r = recording;
+    struct result *results = calloc((size_t)n + 1, sizeof *results);
+    struct place *places = malloc((size_t)(r->count * WORDS + 1) * sizeof *places);
+    int64_t n_places = 0, total = 0;
+    if (!results || !places) {
+        free(results);
+        free(places);
+        return -1;
+    }
+    for (int64_t i = 0; i < n; i++)
+        results[i] = (struct result){addresses[2 * i], addresses[2 * i + 1], r->count, -1, 0};
+    results[n - 1].last = r->count; /* what the pass returns */
+    for (int64_t call = 0; call < r->count; call++)
+        for (int64_t word = 0; word < WORDS; word++) {
+            int64_t value = words(r->calls + call)[word];
+            for (int64_t i = 0; i < n; i++) {
+                struct result *result = results + i;
+                if (value < result->address || value >= result->address + result->bytes)
+                    continue;
+                result->first = call < result->first ? call : result->first;
+                result->last = call > result->last ? call : result->last;
+                places[n_places++] = (struct place){call, word, i};
+                break;
+            }
+        }
+    for (int64_t i = 0; i < n; i++) {
+        results[i].offset = find_place(results, i);
+        int64_t end = results[i].offset + results[i].bytes;
+        total = end > total ? end : total;
+    }
+    for (int64_t i = 0; i < n_places; i++) {
+        struct result *result = results + places[i].offset;
+        places[i].offset = result->offset + words(r->calls + places[i].call)[places[i].word] - result->address;
+    }
+    *offset = results[n - 1].offset;
+    free(results);
+    r->places = places;
+    r->n_places = n_places;
+    return total;
+}
+
+void recording_place(struct recording *r, char *memory)
+{
+    for (int64_t i = 0; i < r->n_places; i++)
+        words(r->calls + r->places[i].call)[r->places[i].word] = (int64_t)(uintptr_t)(memory + r->places[i].offset);
 }
 
 struct replay {

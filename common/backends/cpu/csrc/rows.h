@@ -344,6 +344,46 @@ static void argmax(void *data, int thread, int threads)
     }
 }
 
+/* The k largest of each row. Eight vectors are passed over at once unless one of their values exceeds the k-th best. */
+static void top_k(void *data, int thread, int threads)
+{
+    const struct top_k_args *a = data;
+    int64_t from, to;
+    share(a->m, thread, threads, &from, &to);
+    for (int64_t row = from; row < to; row++) {
+        const float *x = a->x + row * a->n;
+        float best[MOST_TOP_K];
+        int64_t at[MOST_TOP_K], held = 0;
+        for (int64_t i = 0; i < a->n; i += 8 * VL) {
+            int64_t end = a->n - i < 8 * VL ? a->n - i : 8 * VL;
+            if (held == a->k && end == 8 * VL) {
+                vf threshold = splat(best[a->k - 1]);
+                vi more = {0};
+                UNROLL for (int v = 0; v < 8; v++)
+                    more |= load(x + i + v * VL) > threshold;
+                int any = 0;
+                for (int lane = 0; lane < VL; lane++)
+                    any |= more[lane];
+                if (!any)
+                    continue;
+            }
+            for (int64_t j = i; j < i + end; j++) {
+                if (held == a->k && !(x[j] > best[held - 1]))
+                    continue;
+                int64_t place = held < a->k ? held++ : held - 1;
+                for (; place > 0 && x[j] > best[place - 1]; place--) {
+                    best[place] = best[place - 1];
+                    at[place] = at[place - 1];
+                }
+                best[place] = x[j];
+                at[place] = j;
+            }
+        }
+        for (int64_t i = 0; i < a->k; i++)
+            a->out[row * a->k + i] = at[i];
+    }
+}
+
 static void exp_array(const float *x, float *y, int64_t n)
 {
     for (int64_t i = 0; i < n; i += VL)

@@ -1,0 +1,59 @@
+"""What models are calibrated on and measured with: built-in code and conversations, or the user's own texts.
+
+The conversations' answers were sampled from SmolLM2-135M-Instruct (Apache-2.0) at temperature 0.7: text as a chat model
+writes it, with its own mistakes. A model with a chat template gets them in that template; one without gets code alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quasar.models.chat import render_chat
+from quasar.models.config import ModelConfig
+from quasar.models.model import ASSETS
+from quasar.quantization.calibration import read_texts
+from quasar.quantization.fidelity import held_out
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase  # takes seconds to import
+
+TEXT_TOKENS = 512  # of each calibration text
+CALIBRATION_TOKENS = 4096  # of all built-in ones together
+_SMALL = 50e6  # parameters: such a model is measured on four times the tokens in the same time
+
+
+def calibration_and_heldout(
+    config: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str] | None = None,
+    heldout: Sequence[str] | None = None,
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids of the texts to calibrate on and to measure on, None meaning the built-in ones."""
+    limit = min(TEXT_TOKENS, config.max_position_embeddings)
+    calibration: list[list[int]] = []
+    tokens = 0
+    for ids in map(tokenizer.encode, prompts) if prompts else built_in(tokenizer, "calibration"):
+        if ids and (prompts or tokens < CALIBRATION_TOKENS):
+            calibration.append(ids[:limit])
+            tokens += len(calibration[-1])
+    own = [tokenizer.encode(text) for text in heldout] if heldout else list(built_in(tokenizer, "heldout"))
+    most = 4096 if heldout or config.matrix_parameters < _SMALL else 1536
+    return calibration, held_out(own, config.vocab_size, config.max_position_embeddings, most)
+
+
+def built_in(tokenizer: PreTrainedTokenizerBase, name: str) -> Iterator[list[int]]:
+    """Token ids of the built-in "calibration" or "heldout" texts: code, and for chat models conversations, in turn."""
+    code = [tokenizer.encode(text) for text in read_texts(ASSETS / f"{name}.jsonl")]
+    chats = conversations(tokenizer, ASSETS / f"{name}_chat.jsonl") if tokenizer.chat_template else []
+    for pair in zip_longest(chats, code):
+        yield from (ids for ids in pair if ids is not None)
+
+
+def conversations(tokenizer: PreTrainedTokenizerBase, path: Path) -> list[list[int]]:
+    """Token ids of a JSONL file's `messages`, in the model's chat template, answers included."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [render_chat(tokenizer, row["messages"], add_generation_prompt=False) for row in rows]

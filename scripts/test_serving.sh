@@ -1,0 +1,119 @@
+#!/usr/bin/env bash
+# Drives `quasar serve` with programs from outside, each in an environment of its own under QUASAR_SERVING
+# (default: ~/.cache/quasar-serving), made on the first run from the package registries.
+#   scripts/test_serving.sh [soak|npm|schemathesis|lm-eval|guidellm|anthropic|figures ...]   default: all but figures
+# MODEL (default tiny-qwen3) names the model; SECONDS_OF_SOAK (default 600) how long the soak goes on at least.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+repository=$PWD
+home=${QUASAR_SERVING:-$HOME/.cache/quasar-serving}
+python=${PYTHON:-python}   # of Quasar's own environment, with the extra [serve]
+model=${MODEL:-tiny-qwen3}
+port=${PORT:-8765}
+url=http://127.0.0.1:$port
+work=$(mktemp -d)
+server=
+mkdir -p "$home"
+
+finish() {
+    if [[ -n $server ]]; then kill "$server" 2> /dev/null || true; wait "$server" 2> /dev/null || true; fi
+    rm -rf "$work"
+}
+trap finish EXIT
+
+say() { printf '\n== %s\n' "$*"; }
+
+start() {
+    PYTHONPATH=$repository "$python" -m quasar.cli serve --model "$model" --port "$port" "$@" 2> "$work/server.log" &
+    server=$!
+    for _ in $(seq 300); do
+        if curl -sf "$url/health" > /dev/null; then return; fi
+        kill -0 "$server" 2> /dev/null || break
+        sleep 0.5
+    done
+    cat "$work/server.log"
+    return 1
+}
+
+stop() {
+    kill "$server"; wait "$server" || true
+    server=
+    if grep -q Traceback "$work/server.log"; then cat "$work/server.log"; return 1; fi
+}
+
+# environment NAME PACKAGE...: a virtual environment that has the packages; prints its folder
+environment() {
+    local folder=$home/$1
+    if [[ ! -f $folder/complete ]]; then
+        python3 -m venv "$folder" >&2
+        "$folder/bin/pip" install -q "${@:2}" >&2
+        touch "$folder/complete"
+    fi
+    echo "$folder"
+}
+
+soak() {
+    say "16 clients for ${SECONDS_OF_SOAK:-600} s: texts equal to those alone, abandoned and garbage requests, memory"
+    start --max-queue 64
+    "$python" scripts/serving/load.py soak "$url" --requests 1000 --seconds "${SECONDS_OF_SOAK:-600}" --pid "$server"
+    stop
+}
+
+npm() {
+    say "npm's openai"
+    mkdir -p "$home/npm"
+    cp scripts/serving/openai_client.mjs "$home/npm/"
+    (cd "$home/npm" && command npm install --silent --no-fund --no-audit openai)
+    start
+    node "$home/npm/openai_client.mjs" "$url"
+    stop
+}
+
+schemathesis() {
+    say "schemathesis over the served OpenAPI document: no 500"
+    local env; env=$(environment schemathesis schemathesis)
+    start --default-max-tokens 8
+    "$env/bin/schemathesis" run "$url/openapi.json" --url "$url" --checks not_a_server_error \
+        --max-examples "${EXAMPLES:-60}" --request-timeout 60 --phases examples,fuzzing
+    stop
+}
+
+lm-eval() {
+    say "lm-eval: a small task of texts and log-probabilities through local-completions"
+    local env; env=$(environment lm-eval "lm-eval[api]")
+    start
+    "$python" scripts/serving/small_task.py "$work"
+    "$env/bin/lm-eval" run --model local-completions --include_path "$work" --tasks quasar_small_choice,quasar_small_text \
+        --model_args "model=$model,base_url=$url/v1/completions,num_concurrent=4,tokenizer_backend=none,tokenized_requests=False"
+    stop
+}
+
+guidellm() {
+    say "guidellm: 4 clients"
+    local env; env=$(environment guidellm guidellm)
+    start
+    (cd "$work" && GUIDELLM__PREFERRED_BACKEND=openai "$env/bin/guidellm" benchmark run --target "$url" \
+        --profile concurrent --rate 4 --max-requests 40 --request-type text_completions \
+        --processor "$repository/common/assets/tiny-qwen3" --data "prompt_tokens=64,output_tokens=32" --disable-console-interactive)
+    stop
+}
+
+anthropic() {
+    say "Anthropic's package"
+    local env; env=$(environment anthropic anthropic)
+    start
+    "$env/bin/python" scripts/serving/anthropic_client.py "$url"
+    stop
+}
+
+figures() {
+    say "figures through HTTP: $model at 1, 4 and 16 clients"
+    start --precision "${PRECISION:-w8a8}"
+    "$python" scripts/serving/load.py figures "$url" --clients 1,4,16 --requests 32 --max-tokens 64
+    stop
+}
+
+proofs=("$@")
+if [[ $# == 0 ]]; then proofs=(npm anthropic schemathesis lm-eval guidellm soak); fi
+for proof in "${proofs[@]}"; do $proof; done
+say "passed"
