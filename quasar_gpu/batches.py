@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quasar.backends.base import Batch, Segment
-from quasar_gpu.kernels.attention import ITEM, PAGE, SEGMENT, PassTables, split_end
+from quasar_gpu.kernels.attention import ITEM, NEVER, PAGE, SEGMENT, PassTables, split_end
 from quasar_gpu.kernels.launch import MOST_ROWS
 from quasar_gpu.slots import PagedSlot
 
@@ -138,7 +138,7 @@ class _Maker:
         written = [slot.address(length + row) for row in range(count)]
         positions = [length + depth for depth in segment.depths()]
         index = len(self._segments) // SEGMENT
-        self._segments += [length, len(self._pages), int(tree), 0]
+        self._segments += [length, len(self._pages), length if tree else NEVER, 0]
         self._pages += [page.at for page in slot.pages[: -(-(length + count) // PAGE)]]
         for values, more in zip(self._rows, (segment.ids, positions, written), strict=False):
             values += more

@@ -64,7 +64,7 @@ def test_shipped_models_on_the_fast_backend(shipped, draft):
 
 @pytest.fixture(params=[None, 1, 7])
 def block(request):
-    """The cascade's block: as the rule for rows says, or always the same, so that blocks are used whatever they cost."""
+    """The cascade's block: as the rule for rows says, or always the same, whatever it costs."""
     return request.param
 
 

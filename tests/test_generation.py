@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from quasar import GenerationSettings, QuasarError, generate
+from quasar.drafting.survival import SurvivalTable
 from quasar.loading import PRECISIONS
 from quasar.speculation.choice import TokenChooser
 from quasar.speculation.draft import Draft, Drafter
@@ -60,13 +61,17 @@ class Scripted(Drafter):
     def __init__(self, script):
         self.script = script
         self.committed = []
+        self.survival = SurvivalTable(lambda *key: 0.5)
 
     def extend(self, tokens):
         self.committed += tokens
 
     def propose(self, most, pending=()):
         tokens = self.script(self.committed, most)[:most]
-        return Draft.chain(tokens, [0.5**i for i in range(len(tokens))], [("script", 0, 0)] * len(tokens))
+        return Draft.chain(tokens, *self.survival.chain("script", 0, len(tokens)))
+
+    def observe(self, draft, verified, own, top=None):
+        self.survival.learn(draft.outcomes(verified, own))
 
 
 def scripted(script):

@@ -400,11 +400,12 @@ class Engine:
         if window.chooser is None:
             return
         drafter = request.drafter
+        known = len(request.tokens)
         over = request.take(window.draft, verdict)
         stats = request.result.stats
         if drafter is not None:
             stats.draft_passes, stats.draft_weight_bytes = drafter.passes, drafter.weight_bytes
-        if drafter is not None and not over:
+        if drafter is not None:
             clock = time.perf_counter()
             if stats.passes:  # this was not the prompt's
                 drafter.observe(draft, len(window.draft), verdict.own, verdict.top)
@@ -413,7 +414,7 @@ class Engine:
                 elif draft.tokens[0] != verdict.tokens[0]:  # nothing paid, and rightly: ask less often
                     request.rest_after_miss = min(2 * request.rest_after_miss, _LONGEST_REST)
                     request.draft_rest = request.rest_after_miss - 1
-            drafter.extend(verdict.tokens)
+            drafter.extend(request.tokens[known:])
             stats.seconds_draft += time.perf_counter() - clock
         self._stats.tokens += len(verdict.tokens)
         self._stats.drafted += len(window.draft)

@@ -20,8 +20,8 @@ from quasar.quantization.rounding import fake_quantized_output
 
 ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # tried by the search
 _TINY = 1e-5  # a channel that never fires must not divide by zero
-_STEPS, _RATE = 60, 0.1  # of the descent to fitted scales; the rate is of their logarithms and falls to 0
-_SAMPLED_OUTPUTS = 256  # of a weight, for its largest numbers
+_STEPS, _RATE = 40, 0.1  # of the descent to fitted scales; the rate is of their logarithms and falls to 0
+_SAMPLED_OUTPUTS = 128  # of a weight, for its largest numbers
 _GPTQ_LEAVES = 0.4  # of the noise of rounding to nearest, in variance
 
 # Scales float32 [in] for one linear layer, from its name, weight [out, in] and statistics.

@@ -13,6 +13,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from torch import Tensor
 
 from quasar.server.errors import ApiError
+from quasar.server.tokens import backend_of
 
 # Enough for schemas of a few hundred fields; a schema that needs more gets an error instead of the server's time.
 MAX_SCHEMA_BYTES = 128 * 1024
@@ -88,10 +89,11 @@ class Grammars:
     def _ll_tokenizer(self) -> LLTokenizer:
         with self._lock:
             if self._made is None:
-                from llguidance.hf import from_tokenizer
-
+                backend = backend_of(self._tokenizer)
                 try:
-                    self._made = from_tokenizer(self._tokenizer, self._vocabulary, self.stop_ids or None)
+                    if backend is None:
+                        raise ValueError("it is Python code")
+                    self._made = LLTokenizer(backend.to_str(), self._vocabulary, self.stop_ids or None)
                 except Exception as error:  # llguidance raises what it finds
                     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                     raise ApiError(

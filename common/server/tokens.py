@@ -17,9 +17,9 @@ class TokenTexts:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._special = frozenset(tokenizer.all_special_ids) if tokenizer is not None else frozenset()
-        backend = getattr(tokenizer, "backend_tokenizer", None)
+        backend = backend_of(tokenizer)
         self._byte_level = backend is not None and "ByteLevel" in repr(backend.decoder)
-        self._added = frozenset(tokenizer.get_added_vocab().values()) if tokenizer is not None else frozenset()
+        self._added = frozenset(backend.get_added_tokens_decoder()) if backend is not None else frozenset()
         self.bytes_of = lru_cache(maxsize=1 << 16)(self._bytes_of)
 
     def is_special(self, token: int) -> bool:
@@ -37,7 +37,7 @@ class TokenTexts:
         if name is None:
             return b""
         if token in self._added or not self._byte_level:
-            text = name if token in self._added else tokenizer.decode([token], clean_up_tokenization_spaces=False)
+            text = name if token in self._added else tokenizer.decode([token])
             return text.encode("utf-8", "replace")
         alphabet = _byte_alphabet()
         return b"".join(bytes([alphabet[c]]) if c in alphabet else c.encode() for c in name)
@@ -49,6 +49,11 @@ def _byte_alphabet() -> dict[str, int]:
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+def backend_of(tokenizer: Any) -> Any:
+    """The `tokenizers` object within a tokenizer, ours or transformers'; None where it is made of Python code."""
+    return getattr(tokenizer, "backend", None) or getattr(tokenizer, "backend_tokenizer", None)
 
 
 class LogprobHold:

@@ -124,12 +124,13 @@ def _hash(seed: int, index: int, tokens: NDArray[np.int64]) -> NDArray[np.uint64
 
 def noise_state(seed: int, index: int) -> int:
     """64 bits of a seed and an output index, from which a device hashes each token's noise."""
-    state = 0
+    state = _GOLDEN  # not 0, which would mix to itself
     while True:  # a seed of any size
         state = _mix(state ^ (seed & _MASK))
         seed >>= 64
-        if seed in (0, -1):
+        if seed in (0, -1):  # what is left is the sign
             break
+    state ^= seed & _MASK
     return _mix((state + index * _GOLDEN) & _MASK)
 
 

@@ -33,7 +33,8 @@ from quasar_gpu.kernels.launch import MOST_ROWS, WINDOW, as_peak, await_inputs, 
 PAGE = 128  # positions
 UNIT = 8  # elements: what addresses are counted in, so that the compiler knows how they are aligned
 ITEM = 8  # numbers of an item
-SEGMENT = 4  # numbers of a segment: committed positions, first of its `pages`, whether it is a tree, and one unused
+SEGMENT = 4  # numbers of a segment: committed positions, first of its `pages`, where paths begin (NEVER), one unused
+NEVER = 1 << 30  # for a chain: a position that none has
 _APPENDED = 16  # rows that are appended together
 _HEADS = 4  # of a row that one program combines
 _UNROLLED = 8  # partial sums whose loads are under way together
@@ -231,7 +232,7 @@ def _attend_items(
         tl.debug_barrier()  # this program's threads see each other's rows
     if rows > 0:
         committed, page_at = tl.load(segment).to(tl.int32), tl.load(segment + 1)
-        tree = tl.load(segment + 2) != 0
+        branches = tl.load(segment + 2).to(tl.int32)
         tile, key = tl.arange(0, TILE), tl.arange(0, BLOCK)
         real = (tile // GROUP < rows) & (tile % GROUP < group)
         mine = row + tile // GROUP
@@ -248,7 +249,7 @@ def _attend_items(
             page = tl.load(pages + page_at + block // PAGE) * UNIT
             place = page + (block % PAGE + key) * head_dim
             # A tree's row has its path's keys where a chain would have the last ones.
-            branch = there & tree & (at >= committed)
+            branch = there & (at >= branches)
             path = tl.load(ancestors + row * MOST_ROWS + (at - committed), mask=branch, other=0) * UNIT
             place = (tl.where(branch, path, place) + of_head)[:, None]
             inside = there[:, None] & (halves < half)[None, :]

@@ -85,7 +85,7 @@ def test_launches_do_not_grow_with_the_number_of_sequences(sequences):
         with counting() as counts:
             runtime.run(Batch([Segment(slot, [5, 6, 7], logits_to_keep=3) for slot in slots]))
     assert counts.graph_replays == 1
-    assert counts.replayed.total() == 12 * len(decoder.layers) + AROUND + 2 + 3  # positions' rows, and a mask
+    assert counts.replayed.total() == 12 * len(decoder.layers) + AROUND + 2 + 2  # positions' rows, and a mask
 
 
 def test_tnd_serves_all_sequences_in_one_launch():
@@ -122,7 +122,7 @@ def test_a_window_is_one_replay_one_copy_and_one_wait():
     assert counts.host_to_device == 1  # ids, positions and places
     assert counts.total_launches == 1  # argmax
     # Inside a graph positions become rows and a mask.
-    assert counts.replayed.total() == 12 * 6 + AROUND + 2 + 3
+    assert counts.replayed.total() == 12 * 6 + AROUND + 2 + 2
 
 
 def test_without_graphs_a_window_still_waits_once(monkeypatch):

@@ -100,7 +100,10 @@ CALLS = {
     "too few": (lambda: torch_npu.npu_rms_norm(x(2, 32)), "gamma is missing"),
     "twice": (lambda: torch_npu.npu_rms_norm(x(2, 32), x(32), gamma=x(32)), "two values for gamma"),
     "a number for a tensor": (lambda: torch_npu.npu_rms_norm(x(2, 32), 1.0), "gamma is float, the schema says Tensor"),
-    "an operator that nobody looked up": (lambda: torch_npu.npu_gelu(x(2, 32)), "not in the table of schemas"),
+    "an operator that nobody looked up": (
+        lambda: torch_npu.npu_fusion_attention_v3(x(1, 2, 3, 16), x(1, 2, 3, 16), x(1, 2, 3, 16), 2, "BNSD"),
+        "not in the table of schemas",
+    ),
 }
 
 

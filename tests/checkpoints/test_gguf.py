@@ -29,9 +29,7 @@ KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
 
 
 def decoder_of(path: Path, dtype: torch.dtype = torch.float32) -> Decoder:
-    decoder = build_decoder(read_config(path), open_checkpoint(path, dtype), ReferenceBackend())
-    decoder.pack()
-    return decoder
+    return build_decoder(read_config(path), open_checkpoint(path, dtype), ReferenceBackend())
 
 
 def logits(decoder: Decoder, ids: torch.Tensor) -> torch.Tensor:

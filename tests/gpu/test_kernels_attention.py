@@ -248,7 +248,7 @@ def test_tables_are_one_copy(monkeypatch):
     assert found.ids.tolist() == [7, 8, 9, 4]
     assert found.positions.tolist() == [5, 6, 6, 200]
     assert found.splits.tolist() == [1, 1, 1, 2]
-    assert found.segments[:2].tolist() == [[5, 0, 1, 0], [200, 1, 0, 0]]
+    assert found.segments[:2].tolist() == [[5, 0, 5, 0], [200, 1, attention.NEVER, 0]]
     assert found.pages[:3].tolist() == [0, 0, 1000]
     ancestors = found.ancestors.view(-1, MOST_ROWS)
     assert ancestors[2, :2].tolist() == [5, 7]

@@ -143,7 +143,7 @@ def gathered(chunks: Sequence[dict[str, Any]], index: int = 0) -> dict[str, Any]
     return out
 
 
-def until(condition: Any, seconds: float = 20.0) -> None:
+def until(condition: Any, seconds: float = 60.0) -> None:
     """Waits for it."""
     end = time.monotonic() + seconds
     while not condition():

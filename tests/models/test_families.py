@@ -77,9 +77,7 @@ def random_model(name: str) -> PreTrainedModel:
 
 
 def load_decoder(folder: Path) -> Decoder:
-    decoder = build_decoder(read_config(folder), open_checkpoint(folder), ReferenceBackend())
-    decoder.pack()
-    return decoder
+    return build_decoder(read_config(folder), open_checkpoint(folder), ReferenceBackend())
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -29,7 +29,7 @@ else:
         """The same with Qwen3's markers as tokens: for scripted engines only, its decoder has no such rows."""
         model = copy.copy(chat_model)
         model.tokenizer = copy.deepcopy(model.tokenizer)
-        model.tokenizer.add_tokens(["<think>", "</think>"])
+        model.tokenizer.backend.add_tokens(["<think>", "</think>"])
         return model
 
     @pytest.fixture(scope="session")

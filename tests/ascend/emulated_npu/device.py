@@ -334,7 +334,9 @@ def _run_npu(func: Any, operator: Operator, args: tuple, kwargs: dict, tensors: 
         graphs.update_arguments(tree_map(lambda leaf: host_view(leaf) if _on_device(leaf) else leaf, bound))
         return bound.get("out")
     if operator.allocates:
-        return operator.function(**bound)
+        result = operator.function(**bound)
+        graphs.own(result)
+        return result
     for _ in range(strided):
         # The operator accepts strided input by copying it first, in a kernel of its own.
         counts.launched(f"{name}/contiguous")

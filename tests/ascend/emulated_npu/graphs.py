@@ -125,7 +125,7 @@ def update_arguments(arguments: dict[str, Any]) -> None:
     """Replace the arguments of the one kernel in the task group that is being updated."""
     kernels = [launch for launch in _updating.launches if not launch.name.endswith("/contiguous")]
     need(len(kernels) == 1, "a task group must hold exactly one kernel")
-    kernels[0].kwargs = arguments
+    kernels[0].kwargs, kernels[0].outside = arguments, []
 
 
 def refuse_if_stalled() -> None:
