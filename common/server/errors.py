@@ -67,9 +67,11 @@ def from_validation(error: ValidationError) -> ApiError:
 
 
 def _most_telling(errors: Sequence[Any]) -> Any:
-    """Of a union's errors the one deepest inside: the client meant that alternative."""
+    """Of a union's errors the one deepest inside, rather not of a type: the client meant that alternative."""
     top = errors[0]["loc"][:1]
-    return max((e for e in errors if e["loc"][:1] == top), key=lambda e: len(e["loc"]))
+    return max(
+        (e for e in errors if e["loc"][:1] == top), key=lambda e: (len(e["loc"]), not e["type"].endswith("_type"))
+    )
 
 
 def _path(loc: Sequence[str | int]) -> str:

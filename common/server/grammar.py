@@ -26,6 +26,9 @@ _LIMITS = {
     "max_grammar_size": 200_000,
 }
 _OBJECT = {"type": "object"}
+# White space as json.dumps writes it: a model cannot lose itself in line breaks, and more tokens are forced. A schema
+# says otherwise under "x-guidance".
+_SPACING = {"whitespace_flexible": False, "key_separator": ": ", "item_separator": ", "}
 
 
 class Grammars:
@@ -40,12 +43,12 @@ class Grammars:
 
     def json_object(self) -> str:
         """Any JSON object."""
-        return LLMatcher.grammar_from_json_schema(_OBJECT)
+        return LLMatcher.grammar_from_json_schema(_OBJECT, defaults=_SPACING)
 
     def json_schema(self, schema: dict[str, Any], param: str) -> str:
         """JSON that a schema describes; ApiError names `param` where the schema is none, or too large."""
         _check_schema(schema, param)
-        return self._checked(LLMatcher.grammar_from_json_schema(json.dumps(schema)), param)
+        return self._checked(LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=_SPACING), param)
 
     def tool_calls(self, tools: Sequence[tuple[str, dict[str, Any] | None]], several: bool) -> str:
         """A hermes call of one of the tools (name, schema of its arguments), or several calls."""
@@ -60,7 +63,7 @@ class Grammars:
                     "properties": fields,
                     "required": list(fields),
                     "additionalProperties": False,
-                    "x-guidance": {"whitespace_flexible": False, "key_separator": ": ", "item_separator": ", "},
+                    "x-guidance": _SPACING,
                 }
             )
         names = [f"call{i}" for i in range(len(kinds))]

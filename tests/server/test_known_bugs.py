@@ -53,7 +53,10 @@ def test_logprobs_of_drafted_tokens_are_the_verifiers(live: Live, plain: Live) -
     drafted, own = live.post("/v1/completions", wish), plain.post("/v1/completions", wish)
     assert drafted["metrics"]["speculative_decoding"]["num_accepted_draft_tokens"] > 0
     assert drafted["choices"][0]["logprobs"] == own["choices"][0]["logprobs"]
-    assert all(value < 0 for value in drafted["choices"][0]["logprobs"]["token_logprobs"])
+    scores = drafted["choices"][0]["logprobs"]["token_logprobs"]
+    assert sum(score == 0.0 for score in scores) < len(scores) / 4, (
+        "a certain token may round to 0.0, not all of a draft"
+    )
 
 
 @pytest.mark.parametrize("batch", [1, 2, 7, 100])

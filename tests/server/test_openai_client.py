@@ -111,11 +111,13 @@ def test_responses(client: Any, script: Callable[..., Live]) -> None:
     answer = client.responses.create(model="tiny-qwen3", input="Hi", max_output_tokens=6, temperature=0)
     assert answer.status == "incomplete"
     assert answer.usage.output_tokens == 6
-    with client.responses.stream(model="tiny-qwen3", input="Hi", max_output_tokens=6, temperature=0) as stream:
-        kinds = [event.type for event in stream]
-        assert stream.get_final_response().output_text == answer.output_text
-    assert kinds[0] == "response.created"
-    assert kinds[-1] == "response.incomplete"
+    with client.responses.create(
+        model="tiny-qwen3", input="Hi", max_output_tokens=6, temperature=0, stream=True
+    ) as stream:
+        events = list(stream)
+    assert events[0].type == "response.created"
+    assert events[-1].type == "response.incomplete"
+    assert events[-1].response.output_text == answer.output_text
     tools = [{"type": "function", "name": "weather", "parameters": {"type": "object"}, "strict": False}]
     with client_of(script(f"<think>\nHm.\n</think>\n\n{CALL}", batch=2)) as other:
         told = {"model": "tiny-qwen3", "input": "Hi", "tools": tools}
