@@ -32,7 +32,7 @@ COMBINATIONS = [(d, p) for d, p in itertools.product(DRAFTS, PRECISIONS) if d !=
 
 def _model(family: str, precision: str):
     """A random model for which "model:small" is its own first two layers: wrong often, right at times."""
-    model = shared_random_model(family, precision)
+    model = shared_random_model(family, precision, "cpu")
     if "model:small" not in model.draft_runtimes:
         model.draft_runtimes["model:small"] = Runtime(share(model.runtime.decoder, keep=[0, 1, 3]))
     return model

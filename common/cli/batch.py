@@ -141,33 +141,69 @@ def appending(path: Path) -> Iterator[Any]:
 
 async def answers(app: Any, requests: list[dict[str, Any]], together: int) -> AsyncIterator[dict[str, Any]]:
     """One response a request, in order; `together` of them are under way."""
-    import httpx
-
-    async with httpx.AsyncClient(
-        transport=httpx.ASGITransport(app=app), base_url="http://batch", timeout=None
-    ) as client:
-        running: list[asyncio.Task[dict[str, Any]]] = []
-        waiting = iter(requests)
-        for request in waiting:
-            running.append(asyncio.create_task(_answer(client, request)))
-            if len(running) == together:
-                break
-        while running:
-            yield await running.pop(0)
-            following = next(waiting, None)
-            if following is not None:
-                running.append(asyncio.create_task(_answer(client, following)))
+    running: list[asyncio.Task[dict[str, Any]]] = []
+    waiting = iter(requests)
+    for request in waiting:
+        running.append(asyncio.create_task(_answer(app, request)))
+        if len(running) == together:
+            break
+    while running:
+        yield await running.pop(0)
+        following = next(waiting, None)
+        if following is not None:
+            running.append(asyncio.create_task(_answer(app, following)))
 
 
-async def _answer(client: Any, request: dict[str, Any]) -> dict[str, Any]:
+async def _answer(app: Any, request: dict[str, Any]) -> dict[str, Any]:
     line: dict[str, Any] = {"id": f"batch_req_{request['custom_id']}", "custom_id": request["custom_id"]}
     if "problem" in request:
         return line | {"response": None, "error": {"code": "invalid_request", "message": request["problem"]}}
-    response = await client.post(request["url"], json=request["body"])
-    body = response.json()
-    answer = {"status_code": response.status_code, "request_id": body.get("id", ""), "body": body}
+    status, body = await post(app, request["url"], request["body"])
+    answer = {"status_code": status, "request_id": body.get("id", ""), "body": body}
     error = None
-    if response.status_code != 200:
+    if status != 200:
         details = body.get("error", {})
         error = {"code": details.get("code") or details.get("type"), "message": details.get("message")}
     return line | {"response": answer, "error": error}
+
+
+async def post(app: Any, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Asks an ASGI application (asgi.readthedocs.io) without a network: status and JSON of the answer."""
+    content = json.dumps(body).encode()
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "root_path": "",
+        "headers": [
+            (b"host", b"127.0.0.1"),
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(content)).encode()),
+        ],
+        "client": ("127.0.0.1", 0),
+        "server": ("127.0.0.1", 80),
+    }
+    sent = False
+    status, parts = 0, []
+
+    async def receive() -> dict[str, Any]:
+        nonlocal sent
+        if sent:  # the client stays until it has its answer
+            await asyncio.Event().wait()
+        sent = True
+        return {"type": "http.request", "body": content, "more_body": False}
+
+    async def send(message: Any) -> None:
+        nonlocal status
+        if message["type"] == "http.response.start":
+            status = message["status"]
+        elif message["type"] == "http.response.body":
+            parts.append(message.get("body", b""))
+
+    await app(scope, receive, send)
+    return status, json.loads(b"".join(parts))

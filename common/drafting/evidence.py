@@ -52,7 +52,10 @@ class Evidence:
 
     def __init__(self, weights: Iterable[float]) -> None:
         self.weights = list(weights)
-        self.bound: list[float] = []  # [match] at least what a candidate of the text, so long or shorter, gets at most
+        # What the text's evidence adds up to at most, by the feature of MATCH: for candidates of so long a match or of
+        # a shorter one; and by match, from the frequency alone.
+        self.bound: list[float] = []
+        self.frequency_bound: list[float] = []
         self._passes = 0
         self._find_bounds()
 
@@ -68,11 +71,14 @@ class Evidence:
             self._find_bounds()
 
     def _find_bounds(self) -> None:
-        weights, most, self.bound = self.weights, float("-inf"), []
+        weights, self.bound, self.frequency_bound, others = self.weights, [], [], []
         for order in range(ORDER + 1):
-            match = max(weights[MATCH + longest * (ORDER + 1) + order] for longest in range(order, ORDER + 1))
             how = HOW + min(order, 4) * RANKS * COUNTS
             frequency = FREQUENCY + min(order, 2) * FREQUENCIES
-            best = match + max(weights[how : how + RANKS * COUNTS])
-            most = max(most, best + max(weights[frequency : frequency + FREQUENCIES]))
-            self.bound.append(most)
+            self.frequency_bound.append(max(weights[frequency : frequency + FREQUENCIES]))
+            others.append(max(weights[how : how + RANKS * COUNTS]) + self.frequency_bound[order])
+        for longest in range(ORDER + 1):
+            most = float("-inf")
+            for order in range(ORDER + 1):
+                most = max(most, weights[MATCH + longest * (ORDER + 1) + order] + others[order])
+                self.bound.append(most)

@@ -157,7 +157,8 @@ class HybridDrafter(Drafter):
 
         inside: it follows uncommitted tokens.
         """
-        own, weights, bound = self._own, self._evidence.weights, self._evidence.bound
+        own, evidence = self._own, self._evidence
+        weights, bound, frequency_bound = evidence.weights, evidence.bound, evidence.frequency_bound
         (nodes, leaf, leaf_order), earlier, ahead, _ = place
         counts = own.counts
         floor = waiting[0][0] if len(waiting) >= room else HOPELESS
@@ -193,17 +194,18 @@ class HybridDrafter(Drafter):
         for order, likely in groups:
             match = matches + order
             named_by = base + weights[match]
-            if bound[order] + most_help < least:
+            if bound[match] + most_help < least:
                 return
+            best_frequency = frequency_bound[order] + most_help - base
             how_group = HOW + (order if order < 4 else 4) * RANKS * COUNTS
             frequency_group = FREQUENCY + (order if order < 2 else 2) * FREQUENCIES
             rank = -1
             for token, node in likely:
                 rank += 1
+                if rank >= LIKELY and order:
+                    break
                 if token in seen or token < 0:
                     continue
-                if rank == LIKELY and order:
-                    break
                 seen.add(token)
                 how = how_group
                 if order:
@@ -211,9 +213,12 @@ class HybridDrafter(Drafter):
                     if node.__class__ is not int:
                         count = node[0]
                         how += COUNT_BUCKET[count if count < _LAST_COUNT else _LAST_COUNT]
+                odds = named_by + weights[how]
+                if odds + best_frequency < least:
+                    continue
                 count = counts.get(token, 0)
                 frequency = frequency_group + FREQUENCY_BUCKET[count if count < _LAST_FREQUENCY else _LAST_FREQUENCY]
-                odds = named_by + weights[how] + weights[frequency]
+                odds += weights[frequency]
                 if helped and token in helped:
                     odds += helped[token]
                 if odds > least:

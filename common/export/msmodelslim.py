@@ -56,6 +56,8 @@ def quantize_with_msmodelslim(
             "and put its bin folder on the PATH"
         )
     folder = find_checkpoint(model, options.trust_remote_code)
+    if folder.is_file():
+        raise QuasarError(f"--engine msmodelslim: {model} is a GGUF file; the tool reads folders, use --engine quasar")
     config = read_config(folder)
     if config.architecture not in _MODEL_TYPES:
         raise QuasarError(f"--engine msmodelslim: the tool does not know {config.architecture}; use --engine quasar")

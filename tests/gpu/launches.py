@@ -70,11 +70,11 @@ class RecordedGraph:
             launch.again()
 
 
-def record(run: Callable[[], Tensor], device: torch.device) -> tuple[RecordedGraph, Tensor]:
+def record(run: Callable[[], object], device: torch.device, pool: object) -> RecordedGraph:
     """In place of quasar_gpu.graphs.capture."""
     with recorded_launches() as launches:
-        output = run()
-    return RecordedGraph(launches), output
+        run()
+    return RecordedGraph(launches)
 
 
 class ViewsOnly(TorchDispatchMode):

@@ -95,8 +95,11 @@ def test_dependent_launch_only_where_triton_knows_it(cards, monkeypatch, version
     assert [launch.launching(torch.device("cuda", i)).dependent for i in (0, 1)] == [has, False]
     options = []
 
+    def _some_linear():
+        pass
+
     class Kernel:
-        fn = type("fn", (), {"__name__": "_some_linear"})
+        fn = staticmethod(_some_linear)
 
         def __getitem__(self, grid):
             return lambda *args, **given: options.append(given)

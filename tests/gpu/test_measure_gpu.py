@@ -168,7 +168,7 @@ def test_results_land_where_they_come_back_from(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(measure_gpu.subprocess, "Popen", Popen)
     for name in ends:
-        monkeypatch.setitem(measure_gpu.ALL_STEPS, name, (None, 6))
+        monkeypatch.setitem(measure_gpu.ALL_STEPS, name, (None, 100 if codes[name] != codes["decode"] else 6))
     monkeypatch.setenv("OUT", str(tmp_path / "out"))
     monkeypatch.setattr(sys, "argv", ["measure_gpu.py", "--steps", "profile,step w8a8,decode"])
     measure_gpu.main()

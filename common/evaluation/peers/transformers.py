@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
+from quasar.checkpoints import open_checkpoint
 from quasar.errors import QuasarError
 from quasar.evaluation.speed import Step, context_ids
 from quasar.models.config import ModelConfig
@@ -48,18 +57,20 @@ def transformers_model(
         "tie_word_embeddings": config.tie_word_embeddings,
         "attention_bias": config.attention_bias,
     }
-    # transformers has no OpenPangu; Llama with biases is the same function.
+    if config.rope_scaling is not None:
+        raise QuasarError("--peer: models with stretched rotary embeddings are not compared")
+    # transformers has no OpenPangu; Llama with biases is the same function, and Mistral without a window is Llama.
     kind, settings = (Qwen3ForCausalLM, Qwen3Config) if config.qk_norm else (LlamaForCausalLM, LlamaConfig)
+    if config.attention_bias and not config.output_bias and not config.qk_norm:
+        kind, settings = Qwen2ForCausalLM, Qwen2Config
     with torch.device("meta"):
         model = kind(settings(**shared)).to(dtype)
     if folder is not None:
-        from safetensors.torch import load_file
-
-        tensors: dict[str, torch.Tensor] = {}
-        for file in _shards(folder):
-            tensors |= load_file(file)
-        if any(tensor.dtype == torch.int8 for tensor in tensors.values()):
+        source = open_checkpoint(folder)
+        if source.is_quantized:
             raise QuasarError(f"{folder} is quantised; --peer needs the full-precision model, to convert it itself")
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        tensors = {name: source.get(name, shape) for name, shape in shapes.items() if name in source}
     else:
         source = RandomTensors(config.dtype, place=lambda tensor: tensor.to(device))
         tensors = {name: source.get(name, tuple(t.shape)) for name, t in model.state_dict().items()}
@@ -70,10 +81,3 @@ def transformers_model(
     rotary = model.model.rotary_emb  # not in checkpoints, so still on the meta device
     model.model.rotary_emb = type(rotary)(model.config)
     return model
-
-
-def _shards(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return [folder / "model.safetensors"]
-    return sorted({folder / file for file in json.loads(index.read_text())["weight_map"].values()})

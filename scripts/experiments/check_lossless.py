@@ -1,6 +1,6 @@
 """The cascade against full precision: the same ids on many prompts, and what it costs beside the other schemes.
 
-python scripts/check_lossless.py --prompts 500 --model tiny-qwen3
+python scripts/experiments/check_lossless.py --prompts 500 --model tiny-qwen3
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import sys
 
 from tqdm import tqdm
 
-from quasar import GenerationSettings, Model, generate, generation, load
+from quasar import GenerationSettings, Model, load
 from quasar.evaluation.tasks import SCHEMES, Scheme
+from quasar.generation import Generation
 from quasar.models.model import ASSETS
 from quasar.quantization.calibration import read_texts
-from quasar.speculation.window import MAX_GAMMA, FixedWindow
+from quasar.speculation.rows import PUBLISHED_GAMMA, FixedRows
 
 NAMES = ("plain-full", "ngram-full", "quasar", "lossless")
 
@@ -37,8 +38,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=32)
     parser.add_argument("--block", type=int, help="confirm blocks of N, drafted 5 at a time (default: both adapt)")
     args = parser.parse_args()
-    if args.block is not None:
-        generation.adaptive_window = lambda *_, **__: FixedWindow(args.block)
+    block = None if args.block is None else FixedRows(args.block)
     quantised = load(args.model, device=args.device, precision="w8a8", lossless=True)
     assert quantised.full is not None
     full = quantised.with_decoder(quantised.full, "full")
@@ -50,11 +50,12 @@ def main() -> None:
         settings = GenerationSettings(
             max_new_tokens=args.max_new_tokens,
             draft=scheme.draft,
-            gamma=None if args.block is None else MAX_GAMMA,
+            gamma=None if args.block is None else PUBLISHED_GAMMA,
             lossless=scheme.lossless,
             ignore_eos=True,
         )
-        result = generate(models[scheme.precision], ids, settings).result()
+        rule = block if scheme.lossless else None
+        result = Generation(models[scheme.precision], ids, settings, row_rule=rule).result()
         s, total = result.stats, totals[scheme.name]
         for i, value in enumerate((s.tokens - 1, s.passes, s.seconds_decode)):
             total[i] += value

@@ -1,6 +1,6 @@
 """Whether W8A8 may quantise lm_head too: what it costs in top-1 agreement with full precision on held-out text.
 
-    python scripts/compare_lm_heads.py
+    python scripts/experiments/compare_lm_heads.py
 
 Ends with the verdict on --lm-head's default: w8a8 if no model loses more than 0.1 points, full otherwise.
 """

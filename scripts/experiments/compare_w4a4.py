@@ -1,6 +1,6 @@
 """How to keep 4-bit activations alive: nothing, a Hadamard rotation, or outlier channels kept in 8 bits (Atom).
 
-    python scripts/compare_w4a4.py
+    python scripts/experiments/compare_w4a4.py
 
 Rounding is simulated in floating point, so that all ways differ in what they round only. Atom's outliers (arXiv
 2310.19102) are the 1/32 of input channels with the largest activations, 128 of 4096 as published, with 8-bit weights.
