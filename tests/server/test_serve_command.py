@@ -37,6 +37,9 @@ def test_wrong_flags_get_one_line(capsys: pytest.CaptureFixture[str], monkeypatc
     assert "goes with --engine vllm" in failure(capsys, "--print")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert "name another port" in failure(capsys, "--port", str(taken.getsockname()[1]))
+    import quasar.server
+
+    monkeypatch.delattr(quasar.server, "run", raising=False)
     monkeypatch.setitem(sys.modules, "quasar.server.run", None)
     assert "quasar-inference[serve]" in failure(capsys)
 
