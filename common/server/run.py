@@ -85,6 +85,7 @@ def make_server(app: Any, seconds: float) -> Server:
         server_header=False,
         proxy_headers=False,
         lifespan="on",
+        http="h11",  # which bounds the request line and the headers; httptools does not
         timeout_keep_alive=30,
         timeout_graceful_shutdown=5,
         h11_max_incomplete_event_size=64 * 1024,

@@ -213,6 +213,8 @@ class ScriptedHandle:
         engine, result = self.engine, self._result
         stream = TextStream(engine.model.decode, self.settings.stop)
         ids = engine.ids[: self.settings.max_new_tokens]
+        result.stats.weight_bytes_per_pass = 5_000_000
+        begin = time.perf_counter()
         done = 0
         while done < len(ids) and not self.cancelled and not stream.stopped:
             if engine.hold is not None and done >= engine.hold:
@@ -234,6 +236,7 @@ class ScriptedHandle:
                     break
             result.stats.tokens = len(result.token_ids)
             if done > 1:
+                result.stats.seconds_decode = time.perf_counter() - begin
                 result.accept_lengths.append(len(events))
                 result.stats.passes += 1
                 result.stats.drafted += len(events)

@@ -14,23 +14,26 @@ else:
     from helpers.serving import TEMPLATE, Live, ScriptedEngine
 
     from quasar import Engine, Model
+    from quasar.models.tokenizer import Tokenizer
     from quasar.server.service import ServerOptions
+
+    def with_tokenizer(model: Model, template: str, more: list[str]) -> Model:
+        """The model with a template of its own and more tokens, which only scripted engines may say."""
+        old, model = model.tokenizer, copy.copy(model)
+        backend = copy.deepcopy(old.backend)
+        backend.add_tokens(more)
+        model.tokenizer = Tokenizer(backend, old.name_or_path, old.special, template)
+        return model
 
     @pytest.fixture(scope="session")
     def chat_model(shipped: Callable[..., Model]) -> Model:
         """tiny-qwen3 with a template that knows tools and thinking."""
-        model = copy.copy(shipped("qwen3"))
-        model.tokenizer = copy.deepcopy(model.tokenizer)
-        model.tokenizer.chat_template = TEMPLATE
-        return model
+        return with_tokenizer(shipped("qwen3"), TEMPLATE, [])
 
     @pytest.fixture(scope="session")
-    def thinking_model(chat_model: Model) -> Model:
-        """The same with Qwen3's markers as tokens: for scripted engines only, its decoder has no such rows."""
-        model = copy.copy(chat_model)
-        model.tokenizer = copy.deepcopy(model.tokenizer)
-        model.tokenizer.backend.add_tokens(["<think>", "</think>"])
-        return model
+    def thinking_model(shipped: Callable[..., Model]) -> Model:
+        """The same with Qwen3's markers as tokens."""
+        return with_tokenizer(shipped("qwen3"), TEMPLATE, ["<think>", "</think>"])
 
     @pytest.fixture(scope="session")
     def live(chat_model: Model) -> Iterator[Live]:

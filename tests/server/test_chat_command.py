@@ -145,7 +145,7 @@ def test_in_a_terminal(tmp_path: Path) -> None:
 
     try:
         wait_for(b"/help lists commands")
-        wait_for(b"> ")
+        wait_for(b">")
         os.write(parent, b"def f(x)\x1b\r    return\r")
         wait_for(b"per pass")
         os.write(parent, b"\x04")

@@ -36,9 +36,13 @@ def test_wrong_flags_get_one_line(capsys: pytest.CaptureFixture[str], monkeypatc
     assert "no such address" in failure(capsys, "--host", "no.such.host.invalid", "--api-key", "x")
     assert "goes with --engine vllm" in failure(capsys, "--print")
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        assert "name another port" in failure(capsys, "--port", str(taken.getsockname()[1]))
-    monkeypatch.setitem(sys.modules, "quasar.server.run", None)
-    assert "quasar-inference[serve]" in failure(capsys)
+        port = str(taken.getsockname()[1])
+        assert "name another port" in failure(capsys, "--port", port)
+        import quasar.server
+
+        monkeypatch.delattr(quasar.server, "run", raising=False)
+        monkeypatch.setitem(sys.modules, "quasar.server.run", None)
+        assert "quasar-inference[serve]" in failure(capsys, "--port", port)
 
 
 def test_only_loopback_goes_without_a_key() -> None:
