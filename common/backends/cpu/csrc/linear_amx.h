@@ -74,7 +74,7 @@ static void amx_int8_linear(void *data, int thread, int threads)
 {
     const struct int8_linear_args *a = data;
     const int64_t inputs = a->k4 * 4;
-    if (a->m <= INT8_ROWS || inputs % 64) {
+    if (inputs % 64) {
         int8_linear(data, thread, threads);
         return;
     }

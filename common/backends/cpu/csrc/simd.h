@@ -156,11 +156,12 @@ INLINE vf exp_(vf x)
 }
 
 /* Fetches a line 2 KiB ahead: past the end of the page, where the hardware's prefetcher stops. Weights that are read
- * once per call (`once`) go past the outer caches, which are left to the KV cache and the activations. */
+ * once per call (`once`) go to the L2 cache only. Not past the caches (`prefetchnta`): on an Intel server with AMX that
+ * reads memory at half the speed, 6.3 instead of 12.8 GB/s of one core, and more slowly than no prefetch. */
 INLINE void prefetch_weight(const void *p, const int once)
 {
     if (once)
-        __builtin_prefetch((const char *)p + 2048, 0, 0);
+        __builtin_prefetch((const char *)p + 2048, 0, 2);
     else
         __builtin_prefetch((const char *)p + 2048, 0, 3);
 }
