@@ -140,7 +140,7 @@ class _Scheme:
 def unpack_int4(words: Tensor, rows: int) -> Tensor:
     """int32 [rows, words] -> int8 [rows, 8 * words] between -8 and 7."""
     shifts = torch.arange(0, 32, 4, dtype=torch.int32)
-    return ((words[:, :, None] >> shifts) & 15).sub(8).to(torch.int8).view(rows, -1)
+    return ((words[:, :, None] >> shifts) & 15).sub(8).to(torch.int8).reshape(rows, -1)
 
 
 def pack_int4(values: Tensor) -> Tensor:

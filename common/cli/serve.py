@@ -15,6 +15,7 @@ from quasar.checkpoints import open_checkpoint
 from quasar.checkpoints.ascend import AscendFolder
 from quasar.checkpoints.folder import read_json
 from quasar.cli import flags
+from quasar.drafting import DEFAULT_DRAFT
 from quasar.drafting.ngram import MAX_NGRAM
 from quasar.errors import QuasarError
 from quasar.models.config import ModelConfig, read_config
@@ -186,7 +187,8 @@ def run_vllm(args: argparse.Namespace) -> None:
     if kind not in ("auto", *PLATFORMS) or (index and (kind not in _VISIBLE or not index.isdecimal())):
         raise QuasarError(f"--device {args.device}: vLLM runs on {', '.join(PLATFORMS)}; npu:1 picks a device")
     platform = _platform() if kind == "auto" else kind
-    command = vllm_command(args.model, args.tensor_parallel, platform, args.trust_remote_code, args.draft)
+    draft = "ngram" if args.draft == DEFAULT_DRAFT else args.draft  # the nearest that vLLM has to our default
+    command = vllm_command(args.model, args.tensor_parallel, platform, args.trust_remote_code, draft)
     visible = f"{_VISIBLE[kind]}={index}" if index else None
     if args.print:
         print(shlex.join([*([visible] if visible else []), *command]))

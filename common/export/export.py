@@ -81,9 +81,10 @@ def quantize_checkpoint(
     check_shapes(config, found.weights.source)
     sequences, measured = calibration_and_heldout(config, found.tokenizer, calibration, heldout)
     work = Workspace(output, _identity(folder, settings, sequences, measured, backend))
-    if work.figures is not None:
+    figures = work.figures
+    if figures is not None:
         work.finish()
-        return Fidelity(**work.figures)
+        return Fidelity(**figures)
     work.require_space(quantized_bytes(config, settings.scheme.partition("-")[0], settings.lm_head))
     kept = _kept(found, settings, work, sequences, options.progress)
     report(f"method: {settings.how()}")

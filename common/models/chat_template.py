@@ -35,6 +35,9 @@ class ChatTemplate:
         except (jinja2.TemplateError, SyntaxError, RecursionError, MemoryError) as error:
             raise self._refusal(error) from None
 
+    def __deepcopy__(self, memo: object) -> ChatTemplate:
+        return self  # never changed once it is compiled
+
     def render(self, **variables: Any) -> str:
         """The text. Raises QuasarError where the template fails, or exceeds its time or size."""
         self._environment.clock.deadline = time.thread_time() + MAX_SECONDS

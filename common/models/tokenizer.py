@@ -188,7 +188,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Tokenizer |
     """The tokenizer in a checkpoint folder or GGUF file; None where there is none, QuasarError where it is no use."""
     if folder.is_file():
         from quasar.checkpoints.gguf import open_gguf
-        from quasar.checkpoints.gguf_tokenizer import gguf_tokenizer
+        from quasar.models.gguf_tokenizer import gguf_tokenizer
 
         made = gguf_tokenizer(open_gguf(folder))
         return None if made is None else Tokenizer(made.backend, str(folder), made.special, made.chat_template)
@@ -208,7 +208,7 @@ def stop_ids(folder: Path, tokenizer: Tokenizer | PreTrainedTokenizerBase | None
     ids: set[int] = set()
     if folder.is_file():
         from quasar.checkpoints.gguf import open_gguf
-        from quasar.checkpoints.gguf_tokenizer import gguf_stop_ids
+        from quasar.models.gguf_tokenizer import gguf_stop_ids
 
         ids |= gguf_stop_ids(open_gguf(folder))
     for file in ("generation_config.json", "config.json"):

@@ -56,7 +56,10 @@ def _inverse_factor(moments: Tensor) -> Tensor:
     power = damped.diagonal()
     power += _DAMPING * power.mean().clamp(min=1e-12)  # a view: this changes `damped`
     # Of the matrix turned round the lower factor is, turned round again, an upper R with R R^T = damped: U is R^-1.
-    upper = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
+    try:
+        upper = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
+    except torch.linalg.LinAlgError:  # inputs that are not numbers: each channel by itself, and fidelity will say it
+        return torch.eye(len(damped), device=damped.device)
     return _inverse_upper(upper)
 
 

@@ -96,7 +96,8 @@ class Grammars:
                 try:
                     if backend is None:
                         raise ValueError("it is Python code")
-                    self._made = LLTokenizer(backend.to_str(), self._vocabulary, self.stop_ids or None)
+                    size = max(self._vocabulary, backend.get_vocab_size(with_added_tokens=True))
+                    self._made = LLTokenizer(backend.to_str(), size, self.stop_ids or None)
                 except Exception as error:  # llguidance raises what it finds
                     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                     raise ApiError(

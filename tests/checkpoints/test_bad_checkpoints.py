@@ -90,7 +90,7 @@ def scheme(fields: dict[str, Any]) -> dict[str, Any]:
 
 CONFIGS: list[tuple[str, Callable[[dict[str, Any]], Any], str]] = [
     ("hidden size", lambda f: f.update(hidden_size=128), "has shape [257, 64]; config.json makes it [257, 128]"),
-    ("layers", lambda f: f.update(num_hidden_layers=3), "tensor model.layers.2.self_attn.q_norm.weight is missing"),
+    ("layers", lambda f: f.update(num_hidden_layers=3), "tensor model.layers.2.input_layernorm.weight is missing"),
     (
         "fewer layers",
         lambda f: f.update(num_hidden_layers=1),
@@ -183,7 +183,7 @@ def test_shards(golden: Callable[[str], Path], edit_json: Callable[..., None], t
     sharded = golden("small-qwen3")
     where = {"weight_map": {"model.norm.weight": "model.safetensors", "model.embed_tokens.weight": "model.safetensors"}}
     (sharded / "model.safetensors.index.json").write_text(json.dumps(where))
-    assert "tensor model.layers.0.self_attn.q_norm.weight is missing" in refusal(sharded)
+    assert "tensor model.layers.0.input_layernorm.weight is missing" in refusal(sharded)
 
 
 def test_an_index_that_names_an_absent_tensor(golden: Callable[[str], Path], edit: Callable[..., None]) -> None:

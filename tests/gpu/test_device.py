@@ -171,7 +171,7 @@ def test_the_library_and_the_command_line_say_it_too(monkeypatch, shipped, capsy
     def full(*args: object) -> None:
         raise torch.OutOfMemoryError(OUT_OF_MEMORY)
 
-    monkeypatch.setattr(ReferenceBackend, "new_cache", full)
+    monkeypatch.setattr(ReferenceBackend, "new_slot", full)
     model = shipped("qwen3", device="reference")
     with pytest.raises(QuasarError, match="out of memory"):
         generate(model, [1, 2, 3], max_new_tokens=2).result()
