@@ -163,7 +163,9 @@ def load_model(plan: Plan, precision: str, name: str | None = None, **options: A
     if not plan.rehearsal:
         return load(name or f"dummy:{plan.shape}", device="cuda", precision=precision, **options)
     opened = models.get_backend
-    models.get_backend = lambda device, dtype=None, *_: backend_of(plan, str(dtype or "bfloat16").removeprefix("torch."))
+    models.get_backend = lambda device, dtype=None, *_: backend_of(
+        plan, str(dtype or "bfloat16").removeprefix("torch.")
+    )
     try:
         return load(name or f"dummy:{plan.shape}", device="cuda", precision=precision, **options)
     finally:
