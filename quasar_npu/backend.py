@@ -186,6 +186,9 @@ class NpuBackend(Backend):
 
     # Attention.
 
+    def token_ids(self, ids: Sequence[int]) -> Tensor:
+        return to_device(torch.tensor(ids), self.device)  # pinned: the host does not wait for the copy
+
     def rope_rows(
         self, cos: Tensor, sin: Tensor, specs: Sequence[AttentionSpec], batch: Batch
     ) -> Iterable[tuple[Tensor, Tensor]]:

@@ -100,8 +100,8 @@ class Report:
         """One figure or scheme: what goes wrong within is reported, and the step goes on."""
         clock = time.monotonic()
         try:
-            fail_on_demand(what)
             yield
+            fail_on_demand(what)
         except Exception as error:
             traceback.print_exc(file=sys.stdout)
             text = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -163,7 +163,7 @@ def load_model(plan: Plan, precision: str, name: str | None = None, **options: A
     if not plan.rehearsal:
         return load(name or f"dummy:{plan.shape}", device="cuda", precision=precision, **options)
     opened = models.get_backend
-    models.get_backend = lambda device, dtype=None: backend_of(plan, str(dtype or "bfloat16").removeprefix("torch."))
+    models.get_backend = lambda device, dtype=None, *_: backend_of(plan, str(dtype or "bfloat16").removeprefix("torch."))
     try:
         return load(name or f"dummy:{plan.shape}", device="cuda", precision=precision, **options)
     finally:

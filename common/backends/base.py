@@ -332,6 +332,10 @@ class Backend(ABC):
 
     # Once per pass.
 
+    def token_ids(self, ids: Sequence[int]) -> Tensor:
+        """int64 [tokens] on this device."""
+        return torch.tensor(ids, device=self.device)
+
     def rope_rows(
         self, cos: Tensor, sin: Tensor, specs: Sequence[AttentionSpec], batch: Batch
     ) -> Iterable[tuple[Tensor, Tensor]]:

@@ -10,7 +10,6 @@ import logging
 from collections import OrderedDict
 from collections.abc import Hashable
 
-import torch
 from torch import Tensor
 
 from quasar.backends.base import Backend, Batch, CapturedPass, Forward
@@ -54,7 +53,7 @@ class CapturedPasses:
         return captured.logits
 
     def _plain(self, batch: Batch) -> Tensor:
-        return self._forward(torch.tensor(batch.ids, device=self._backend.device), batch)
+        return self._forward(self._backend.token_ids(batch.ids), batch)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,7 +1,7 @@
 """What models are calibrated on and measured with: built-in code and conversations, or the user's own texts.
 
-The conversations' answers were sampled from SmolLM2-135M-Instruct (Apache-2.0) at temperature 0.7: text as a chat model
-writes it, with its own mistakes. A model with a chat template gets them in that template; one without gets code alone.
+The built-in conversations are few and hand-written. A model with a chat template gets them in that template; one without
+gets code alone.
 """
 
 from __future__ import annotations

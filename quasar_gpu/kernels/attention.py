@@ -106,7 +106,7 @@ def attend_items(
         *(tables.positions, tables.written_at, tables.ancestors, tables.segments, items, tables.pages),
         *(workspace, workspace if peaks is None else peaks, head_dim**-0.5 / math.log(2)),
         *(heads, kv_heads, head_dim, group, workspace.numel() // (heads * (head_dim + 2))),
-        warps=4,
+        warps=8,
         stages=2,
         NORMED=normed,
         HAS_PEAKS=peaks is not None,

@@ -269,7 +269,9 @@ def test_add_rms_norm(dtype):
     a, b, gamma = (torch.randn(*shape).to(dtype) for shape in ((4, 64), (4, 64), (64,)))
     y, rstd, total = torch_npu.npu_add_rms_norm(a.npu(), b.npu(), gamma.npu(), 1e-6)
     assert torch.equal(total.cpu(), a + b)
-    assert near(y, rms(a + b, gamma, 1e-6), ulps=2)
+    # bfloat16 is added in float32, and normalised before it is rounded; then there are two roundings, around gamma.
+    added = a.float() + b.float() if dtype == torch.bfloat16 else a + b
+    assert near(y, rms(added, gamma, 1e-6), ulps=3)
     assert rstd.shape == (4, 1)
 
 

@@ -196,7 +196,7 @@ SPECS = {
 class Positions:
     """Enough of a model's config for its rope tables."""
 
-    rope_theta, max_position_embeddings = 1e6, 128
+    rope_theta, max_position_embeddings, rope_scaling = 1e6, 128, None
 
     def __init__(self, head_dim):
         self.head_dim = head_dim

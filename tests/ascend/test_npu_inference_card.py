@@ -86,7 +86,7 @@ def test_scales_per_token_are_refused_in_one_line(card):
 def test_int8_linear_within_the_packed_scale_s_rounding(card, with_bias):
     g = torch.Generator().manual_seed(0)
     values = torch.randint(-127, 128, (70, 64), generator=g).to(torch.int8)
-    scale, static = torch.rand(70, generator=g) * 1e-2, torch.tensor([0.03])
+    scale, static = torch.rand(70, generator=g) * 1e-2, torch.tensor([2.0**-5])
     bias = torch.randn(70, generator=g) if with_bias else None
     x = torch.randn(5, 64, generator=g).half()
     reference = ReferenceBackend("cpu", torch.float16)

@@ -44,9 +44,10 @@ def int4_decoder(backend, precision):
     return share(decoder, convert=in_w4a4) if precision == "w4a4" else decoder
 
 
-@pytest.mark.parametrize("branch", [None, *schemas.BRANCHES])
+@pytest.mark.parametrize("branch", [None, "7.0.0", "7.1.0"])
 def test_every_call_is_one_that_this_torch_npu_takes(branch, monkeypatch):
-    """Bound one branch at a time; None: against all current ones at once, as in every other test here."""
+    """None: bound against all current branches at once, as in every other test here. The older two, which lack an
+    operator, one by one."""
     schemas.calls.clear()
     with branch_as(branch) if branch else torch.inference_mode():
         for family, precision in (("openpangu", "w8a8"), ("qwen3", "w8a8"), ("openpangu", "full")):

@@ -63,13 +63,14 @@ def test_without_full_precision_there_is_no_ratio_to_it(clock):
 
 
 def test_a_step_leaves_no_trace(shipped):
-    decoder = shipped("qwen3", "w8a8").decoder
+    model = shipped("qwen3", "w8a8")
+    decoder = model.decoder
     step = decoder_step(decoder, 20, 6)
     ids = torch.arange(40, 46)
     first = step.run(ids)
     step.run(torch.arange(3))
     assert torch.equal(step.run(ids), first)
-    assert step.weight_bytes == decoder.weight_bytes_per_pass
+    assert step.weight_bytes == decoder.weight_bytes_per_pass + 20 * model.runtime.kv_bytes_per_position
 
 
 def test_bandwidth_takes_the_fastest_read(monkeypatch):

@@ -146,8 +146,10 @@ def test_in_a_terminal(tmp_path: Path) -> None:
     try:
         wait_for(b"/help lists commands")
         wait_for(b">")
+        time.sleep(1)  # as long as a person takes, and the prompt to read its first key
         os.write(parent, b"def f(x)\x1b\r    return\r")
         wait_for(b"per pass")
+        time.sleep(1)
         os.write(parent, b"\x04")
         assert process.wait(30) == 0
     finally:

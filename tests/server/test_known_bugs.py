@@ -298,8 +298,8 @@ def test_garbage_on_the_wire_does_no_harm(live: Live) -> None:
     ):
         with socket.create_connection(("127.0.0.1", live.port), timeout=10) as raw:
             raw.sendall(junk)
-            raw.settimeout(10)
-            with contextlib.suppress(ConnectionResetError):
+            raw.settimeout(2)
+            with contextlib.suppress(ConnectionResetError, TimeoutError):  # it may wait for the rest of a line
                 raw.recv(1000)
     assert live.get("/health") == {"status": "ok"}
     assert isinstance(live.connect(), http.client.HTTPConnection)

@@ -287,11 +287,13 @@ def _copy_into(func: Any, target: torch.Tensor, source: torch.Tensor, non_blocki
     counts.happened("device_to_host" if to_host else "host_to_device")
     if to_host and not non_blocking:
         counts.happened("host_waits")
+    if non_blocking:
+        # torch_npu would queue it for a thread of its own; what follows on the stream must find it done.
+        host, device = (target, host_view(source)) if to_host else (source, host_view(target))
+        (host if to_host else device).copy_(device if to_host else host)
+        return target
     with counts.inside_copy():
         func(target, source, non_blocking)  # torch_npu's own copy, through aclrtMemcpy
-        if non_blocking:
-            # It was only queued, for a thread of torch_npu's; what follows on the stream must find it done.
-            torch.npu.current_stream().synchronize()
     return target
 
 
