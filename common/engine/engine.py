@@ -370,7 +370,7 @@ class Engine:
             chosen = self._rule.candidates(proposed, base, self._seconds, max(MOST_ROWS, base))
         count = dict(zip((r for r, _ in decoding), chosen, strict=True))
         windows = []
-        for request, draft in zip(list(requests), drafts, strict=True):
+        for request, draft in zip(list(requests), list(drafts), strict=True):  # both get shorter on the way
             assert request.slot is not None
             held, drafter = request.slot.length, request.drafter
             if request.prefilling:

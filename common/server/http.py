@@ -147,7 +147,7 @@ class EventStream(Response):
             log.exception("a stream failed")
             await say(self._error(ApiError("the server failed; its log says why", status=500)))
         finally:
-            if news is not None and not news.done():
+            if news is not None:  # also one that ended in the moment in which the client left
                 news.cancel()
                 with contextlib.suppress(BaseException):
                     await news

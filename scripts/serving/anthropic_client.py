@@ -9,12 +9,8 @@ import anthropic
 
 client = anthropic.Anthropic(base_url=sys.argv[1], api_key="none", max_retries=0)
 (model,) = [entry.id for entry in client.models.list()] or [None]
-wish = {
-    "model": model,
-    "max_tokens": 8,
-    "messages": [{"role": "user", "content": "Hi"}],
-    "extra_body": {"temperature": 0.0},
-}
+messages = [{"role": "user", "content": "Hi"}]
+wish = {"model": model, "max_tokens": 8, "messages": messages, "extra_body": {"temperature": 0.0}}
 whole = client.messages.create(**wish)
 assert whole.stop_reason == "max_tokens"
 with client.messages.stream(**wish) as stream:

@@ -268,6 +268,19 @@ def test_sixteen_random_clients_get_the_text_they_would_get_alone(live: Live) ->
     assert live.engine.stats().running == 0
 
 
+def test_prompts_that_wait_for_others_are_read_in_their_turn(live: Live) -> None:
+    """More prompts at once than one pass takes rows of: the engine lost its count and failed all of them."""
+    prompts = ["".join(f"v{i}_{j} = {j}\n" for j in range(60)) for i in range(8)]
+    wish = {"max_tokens": 6, "temperature": 0, "return_token_ids": True}
+
+    def ids(prompt: str) -> list[int]:
+        return live.post("/v1/completions", wish | {"prompt": prompt})["choices"][0]["token_ids"]
+
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(ids, prompts))
+    assert together == [ids(prompt) for prompt in prompts]
+
+
 def test_a_stream_ends_when_the_engine_fails(script: Callable[..., Live]) -> None:
     server = script("word " * 50, hold=5)
     events = server.events("/v1/chat/completions", chat())
