@@ -38,7 +38,7 @@ def check(folder: str, prompts: str, theirs: str) -> None:
         same += own == row["ids"]
         tokens += sum(a == b for a, b in zip(own, row["ids"], strict=True))
         decoder = model.decoder
-        log_probs = decoder.prefill(ids, decoder.new_cache(len(ids))).log_softmax(dim=-1)[0]
+        log_probs = decoder.read(ids, logits_to_keep=1).log_softmax(dim=-1)[0]
         differences.append(abs(float(log_probs[row["ids"][0]]) - row["logprob"]))
     share = same / len(rows)
     print(
