@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from quasar.cli import streams
 from quasar.errors import QuasarError
 from quasar.memory import out_of_memory_in_one_line
 
@@ -48,7 +49,13 @@ def main(argv: Sequence[str] | None = None, default_device: str | None = None) -
 
     default_device replaces "auto" where the command line names no device.
     """
+    streams.prepare()
     parser = build_parser()
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        streams.check_arguments(argv)
+    except QuasarError as error:
+        parser.error(str(error))
     args = parser.parse_args(argv)
     if default_device is not None and getattr(args, "device", None) == "auto":
         args.device = default_device

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from quasar.checkpoints.folder import read_json
 from quasar.errors import QuasarError, shorten
 from quasar.models.chat_template import ChatTemplate
+from quasar.reading import is_text
 
 if TYPE_CHECKING:
     import tokenizers
@@ -66,7 +67,12 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, with the begin token where the checkpoint wants one."""
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        try:
+            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError:
+            if is_text(text):
+                raise
+            raise QuasarError(f"{shorten(ascii(text))}: half a surrogate pair is no text") from None
 
     def decode(self, ids: Sequence[int] | int, skip_special_tokens: bool = False, **_ignored: Any) -> str:
         """The text of token ids."""
