@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from quasar.cli import streams
-from quasar.errors import QuasarError
+from quasar.errors import QuasarError, shorten
 from quasar.memory import out_of_memory_in_one_line
 
 _EPILOG = """examples:
@@ -75,4 +75,9 @@ def main(argv: Sequence[str] | None = None, default_device: str | None = None) -
         # The reader (head, less) has what it wanted; keep the interpreter's own flush at exit quiet too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a path of a flag that nothing else looked at: too long a name, no permission
+        if error.filename is None:
+            raise
+        print(f"quasar {args.command}: {shorten(str(error.filename))}: {error.strerror}", file=sys.stderr)
+        return 2
     return code or 0

@@ -6,6 +6,7 @@ import io
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from quasar.errors import QuasarError, shorten
@@ -16,7 +17,8 @@ def prepare() -> None:
     """Bytes of standard input that are no text become an error, characters that an output cannot show escapes."""
     for stream, errors in ((sys.stdin, "strict"), (sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=errors)
+            with suppress(io.UnsupportedOperation):  # it was read already, by whoever called
+                stream.reconfigure(errors=errors)
 
 
 def check_arguments(argv: Sequence[str]) -> None:

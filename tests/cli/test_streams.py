@@ -104,6 +104,22 @@ def test_json_nested_beyond_reason(refusal: Callable[..., str], tmp_path: Path) 
         refusal(*argv, str(path), "--model", SMALL)
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("generate", "x", *GENERATE, "--draft", f"suffix:{'x' * 5000}"),
+        ("generate", "--prompt-file", "x" * 5000, *GENERATE),
+        ("generate", "x", "--model", "x" * 5000),
+        ("eval", "tasks", "--tasks", "x" * 5000),
+        ("batch", __file__, "--output", "x" * 5000),
+        ("quantize", "--model", SMALL, "--output", "x" * 5000),
+    ],
+    ids=lambda argv: argv[0],
+)
+def test_names_longer_than_any_files(argv: tuple[str, ...], refusal: Callable[..., str]) -> None:
+    assert len(refusal(*argv)) < 1100
+
+
 def prompt_ids(capsys: pytest.CaptureFixture[str], *argv: str) -> int:
     assert main(["generate", *argv, *GENERATE, "--json"]) == 0
     return json.loads(capsys.readouterr().out)["prompt_tokens"]
