@@ -14,7 +14,7 @@ import torch
 
 from quasar import Engine, GenerationSettings, Model, QuasarError, generate
 from quasar.backends import get_backend
-from quasar.speculation.rows import MAX_GAMMA
+from quasar.engine.settings import MAX_GAMMA
 from tests.helpers.random_models import random_model
 
 CAPACITY = 64

@@ -26,15 +26,14 @@ import torch
 
 from quasar import QuasarError, load
 from quasar.backends.reference import ReferenceBackend
-from quasar.checkpoints import open_checkpoint
 from quasar.drafting.store import CorpusStore
 from quasar.export import workspace
 from quasar.export.export import quantize_checkpoint
 from quasar.export.settings import ExportSettings
 from quasar.models import weights_cache
-from quasar.models.config import read_config
 from quasar.models.loader import build_decoder
 from quasar.models.model import LoadOptions
+from quasar.models.opening import open_parts
 from quasar.models.weights_cache import WeightsCache
 from quasar.quantization.recipe import Recipe
 
@@ -61,12 +60,13 @@ def quantize(folder: Path, **settings: Any) -> None:
 
 
 def finished_checkpoint(folder: Path) -> None:
-    """What looks like a checkpoint is one: under its own name whole, under the other one refused."""
+    """What has a config.json is a whole checkpoint with its tokenizer, under either name."""
     for path in (folder / "out", folder / "out.partial"):
-        if (path / "config.json").exists() and (path == folder / "out" or not (path / "resume.json").exists()):
-            build_decoder(read_config(path), open_checkpoint(path), ReferenceBackend())
-    if (folder / "out").exists() and not (folder / "out" / "config.json").exists():
-        raise AssertionError(f"{folder / 'out'} is there, and is no checkpoint")
+        if (path / "config.json").exists():
+            opened = open_parts(path)
+            assert opened.tokenizer is not None, f"{path.name} has no tokenizer yet"
+            build_decoder(opened.config, opened.source, ReferenceBackend())
+    assert not (folder / "out").exists() or (folder / "out" / "config.json").exists(), "out is no checkpoint"
 
 
 def cache(folder: Path) -> None:
