@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import deque
@@ -88,6 +89,7 @@ class Engine:
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._own_thread = own_thread
+        self._process = os.getpid()
         self._closing = self._closed = False
         self._around: deque[float] = deque([0.0], maxlen=9)  # seconds of a step beyond its pass
         self._prompt_row_seconds = 0.0
@@ -123,6 +125,8 @@ class Engine:
                 f"{gigabytes(self._slots.bytes_limit)}; ask for fewer new tokens, or give it more memory"
             )
         handle = Handle(request, self._wake, on_events)
+        if self._own_thread and self._process != os.getpid():
+            raise QuasarError("this process was forked off the one whose thread runs this engine; make an engine here")
         with self._changed:
             if self._closing:
                 raise QuasarError("the engine is shutting down")
