@@ -31,7 +31,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quasar.backends.base import ActivationQuant, AttentionSpec, Backend, Batch, Forward, Quantized, Slot
+from quasar.backends.base import (
+    ActivationQuant,
+    AttentionSpec,
+    Backend,
+    Batch,
+    Forward,
+    Quantized,
+    Slot,
+    fold_digits,
+)
 from quasar.backends.buffers import Buffers
 from quasar.errors import QuasarError
 from quasar_gpu import graphs
@@ -144,6 +153,10 @@ class CudaBackend(Backend):
             out.copy_(y if bias is None else y.add_(bias))
 
         return Product(self, rows.shape[0], values.shape[0], run)
+
+    def wide_int8_linear(self, x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
+        y = self.result(self.int8_linear(self.digits(x), weight, None), torch.float32)
+        return fold_digits(y, bias).to(self.dtype)
 
     def int4_linear(self, x: Tensor | Quantized, weight: Any, bias: Tensor | None) -> Any:
         values, scale = (x.values, x.scale) if isinstance(x, Quantized) else (x, None)

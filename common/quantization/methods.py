@@ -64,7 +64,10 @@ class Method:
 class W8A8(Method):
     """Smoothing, then int8. alpha is SmoothQuant's, None searches it per layer, FITTED fits scales to a model of the
     rounding noise; smooth False leaves it out. rounding: "gptq", or "nearest". static gives activations one scale per
-    tensor, from the peaks seen."""
+    tensor, from the peaks seen.
+
+    wide: linear layers whose inputs keep 16 bits, as two int8 digits. Those are not smoothed: there is nothing to move
+    into the weights, which are rounded the better for it."""
 
     precision = "w8a8"
     calibrates = True
@@ -77,10 +80,12 @@ class W8A8(Method):
         smooth: bool = True,
         rounding: str = "nearest",
         keep: Iterable[tuple[int, str]] = (),
+        wide: Iterable[str] = (),
     ) -> None:
         """keep: (layer, linear layer) pairs that stay in the checkpoint's precision."""
         super().__init__(config)
         self._keep = frozenset(keep)
+        self._wide = frozenset(wide)
         fitted = alpha == FITTED
         self._scales = None
         if smooth:
@@ -92,7 +97,11 @@ class W8A8(Method):
     def adapt(self, prepared: LayerWeights, stats: dict[str, InputStats]) -> LayerWeights:
         if self._scales is None:
             return prepared
-        return smooth_layer(prepared, stats, self._scales, self.config)
+        return smooth_layer(prepared, stats, self._smoothing, self.config)
+
+    def _smoothing(self, name: str, weight: Tensor, seen: InputStats) -> Tensor:
+        assert self._scales is not None
+        return torch.ones_like(seen.peak) if name in self._wide else self._scales(name, weight, seen)
 
     def round(self, adapted: LayerWeights, stats: dict[str, InputStats]) -> LayerWeights:
         made: dict[str, LinearWeights] = {}
@@ -101,8 +110,12 @@ class W8A8(Method):
             if (adapted.index, name) in self._keep:
                 made[name] = replace(full, weight=full.weight.to(self.config.dtype))
                 continue
-            static = static_scale(seen.peak) if self._static else None
-            made[name] = to_int8_gptq(full, seen.moments, static) if self.moments else to_int8(full, static)
+            wide = name in self._wide
+            static = static_scale(seen.peak) if self._static and not wide else None
+            if self.moments:
+                made[name] = to_int8_gptq(full, seen.moments, static, wide)
+            else:
+                made[name] = to_int8(full, static, wide)
         return replace(adapted, **made)
 
 
