@@ -38,6 +38,7 @@ _PROJECTIONS = {
     "o": ("o_proj",),
     "gate_up": ("gate_proj", "up_proj"),
     "down": ("down_proj",),
+    "lm_head": ("lm_head",),
 }
 _STATIC_ONLY = ("input_scale", "input_offset", "deq_scale", "quant_bias")
 

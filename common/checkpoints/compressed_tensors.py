@@ -39,6 +39,7 @@ _PROJECTIONS = {
     "o": r"re:.*\.o_proj$",
     "gate_up": r"re:.*\.(gate|up|gate_up)_proj$",
     "down": r"re:.*\.down_proj$",
+    "lm_head": "lm_head",
 }
 
 
@@ -354,7 +355,8 @@ class CompressedTensorsWriter:
         layout = _INT4 if self._scheme == "w4a16" else _INT8
         groups = {"group_0": group}
         if self._wide:
-            wide = {"targets": [_PROJECTIONS[name] for name in self._wide], "input_activations": None, "format": _INT4}
+            names = [name for name in self._wide if name != "lm_head" or self._lm_head]
+            wide = {"targets": [_PROJECTIONS[name] for name in names], "input_activations": None, "format": _INT4}
             groups = {"group_0": group | {"format": layout}, "group_1": group | wide}
             layout = _MIXED
         return {

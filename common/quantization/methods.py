@@ -32,6 +32,7 @@ class Method:
     calibrates = False  # whether `layer` looks at inputs at all
     sample = 0
     moments = False
+    wide: frozenset[str] = frozenset()  # linear layers, lm_head among them, whose int8 weights run under 16-bit inputs
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
@@ -85,7 +86,7 @@ class W8A8(Method):
         """keep: (layer, linear layer) pairs that stay in the checkpoint's precision."""
         super().__init__(config)
         self._keep = frozenset(keep)
-        self._wide = frozenset(wide)
+        self.wide = frozenset(wide)
         fitted = alpha == FITTED
         self._scales = None
         if smooth:
@@ -101,7 +102,7 @@ class W8A8(Method):
 
     def _smoothing(self, name: str, weight: Tensor, seen: InputStats) -> Tensor:
         assert self._scales is not None
-        return torch.ones_like(seen.peak) if name in self._wide else self._scales(name, weight, seen)
+        return torch.ones_like(seen.peak) if name in self.wide else self._scales(name, weight, seen)
 
     def round(self, adapted: LayerWeights, stats: dict[str, InputStats]) -> LayerWeights:
         made: dict[str, LinearWeights] = {}
@@ -110,7 +111,7 @@ class W8A8(Method):
             if (adapted.index, name) in self._keep:
                 made[name] = replace(full, weight=full.weight.to(self.config.dtype))
                 continue
-            wide = name in self._wide
+            wide = name in self.wide
             static = static_scale(seen.peak) if self._static and not wide else None
             if self.moments:
                 made[name] = to_int8_gptq(full, seen.moments, static, wide)
@@ -175,7 +176,8 @@ def best_int4(config: ModelConfig, source: WeightSource, backend: Backend) -> In
     return Int4(config, group=32, symmetric=False, rotated=not lies_on_grid(weight), rounding="gptq")
 
 
-def int8_head(head: HeadWeights, static: Tensor | None = None) -> HeadWeights:
-    """lm_head in int8 too; it is not smoothed. static: the scale of its inputs, None for one per token."""
+def int8_head(head: HeadWeights, static: Tensor | None = None, wide: bool = False) -> HeadWeights:
+    """lm_head in int8 too; it is not smoothed. static: the scale of its inputs, None for one per token; wide: they keep
+    16 bits."""
     assert isinstance(head.lm_head, FullWeights)
-    return HeadWeights(head.norm, to_int8(head.lm_head, static))
+    return HeadWeights(head.norm, to_int8(head.lm_head, None if wide else static, wide))

@@ -20,15 +20,16 @@ class Recipe:
     alpha: float | str | None = FITTED  # SmoothQuant's; None searches it per layer, FITTED fits scales to a noise model
     rounding: str = "gptq"  # of weights
     budget: float = 0.0  # share of the bytes of a pass that layers left in 16 bits may add
-    wide: tuple[str, ...] = ("qkv", "down")  # linear layers whose inputs keep 16 bits, as two int8 digits
+    # Linear layers whose inputs keep 16 bits, as two int8 digits; lm_head's where that is int8 at all.
+    wide: tuple[str, ...] = ("qkv", "down", "lm_head")
 
     def __post_init__(self) -> None:
         check_alpha(self.alpha)
         if self.rounding not in ROUNDINGS:
             raise QuasarError(f"--rounding {self.rounding} is unknown; use one of {', '.join(ROUNDINGS)}")
-        unknown = [name for name in self.wide if name not in LINEARS]
-        if unknown:
-            raise QuasarError(f"--wide {unknown[0]} is no linear layer; use some of {', '.join(LINEARS)}, or none")
+        known = (*LINEARS, "lm_head")
+        if unknown := [name for name in self.wide if name not in known]:
+            raise QuasarError(f"--wide {unknown[0]} is no linear layer; use some of {', '.join(known)}, or none")
         if not 0 <= self.budget <= 1:
             raise QuasarError(f"--budget {self.budget:.0%}: a share of the bytes of a pass, from 0% to 100%")
 
@@ -36,7 +37,8 @@ class Recipe:
         smoothing = {None: "alpha searched per layer", FITTED: "scales fitted to rounding noise"}
         chosen = smoothing.get(self.alpha, f"alpha {self.alpha}")
         rounded = f"weights rounded {'by GPTQ' if self.rounding == 'gptq' else 'to nearest'}"
-        wide = f"16-bit inputs before {' and '.join(self.wide)}; " if self.wide else ""
+        inner = [name for name in self.wide if name in LINEARS]
+        wide = f"16-bit inputs before {' and '.join(inner)}; " if inner else ""
         return f"{wide}SmoothQuant, {chosen}; {rounded}"
 
     def method(self, config: ModelConfig, keep: Iterable[tuple[int, str]] = (), static: bool = False) -> W8A8:

@@ -107,7 +107,7 @@ class LayerQuantizer:
             if static:
                 normed = [self._normed(x, after.norm) for x in states.calibrated]
                 scale = static_scale(torch.stack([x.float().abs().amax(dim=0) for x in normed]).amax(dim=0))
-            after = int8_head(after, scale)
+            after = int8_head(after, scale, "lm_head" in self.method.wide)
         quantized = build(after.lm_head, self.backend)
         if not self.heldout:
             return after, quantized, None

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,24 +60,29 @@ def sampled(found: Checkpoint, path: Path, count: int, tokens: int, samples: Pat
     return made
 
 
-def ways(found: Checkpoint, calibration: Sequence[Sequence[int]]) -> Iterator[tuple[str, Method, bool]]:
-    """Name, method, and whether lm_head is int8 too."""
+def ways(
+    found: Checkpoint, calibration: Sequence[Sequence[int]], wanted: Callable[[str], bool]
+) -> Iterator[tuple[str, Method, bool]]:
+    """Name, method, and whether lm_head is int8 too; layers for a budget are chosen only where the name is wanted."""
     c = found.config
     yield "W8A8 without smoothing, to nearest", W8A8(c, smooth=False), False
     yield "W8A8 as published (alpha 0.5, to nearest)", W8A8(c, 0.5), False
     yield "W8A8 alpha 0.8, GPTQ (llm-compressor's recipe)", W8A8(c, 0.8, rounding="gptq"), False
     yield "W8A8 alpha 0.5, GPTQ", W8A8(c, 0.5, rounding="gptq"), False
-    for wide in ((), ("down",), DEFAULT_RECIPE.wide, LINEARS):
+    default = ("qkv", "down")
+    for wide in ((), ("down",), default, LINEARS):
         words = f", 16-bit inputs before {', '.join(wide)}" if wide else ""
         recipe = Recipe(wide=wide)
         yield f"W8A8 fitted, GPTQ{words}", recipe.method(c), False
-        if wide in ((), DEFAULT_RECIPE.wide):
+        name = f"W8A8 fitted, GPTQ{words}, budget 2%"
+        if wide in ((), default) and wanted(name):
             budget = int(0.02 * pass_bytes(c))
             chosen = choose_kept(c, found.weights, found.backend, recipe.method(c), calibration, budget)
             print(f"budget 2%: {describe(chosen, pass_bytes(c))}", flush=True)
             kept = recipe.method(c, [(each.layer, each.name) for each in chosen])
-            yield f"W8A8 fitted, GPTQ{words}, budget 2%", kept, False
-    yield "W8A8, the default, lm_head int8", DEFAULT_RECIPE.method(c), True
+            yield name, kept, False
+    yield "the default, lm_head int8", DEFAULT_RECIPE.method(c), True
+    yield "the default, lm_head int8 under int8 inputs", Recipe(wide=("qkv", "down")).method(c), True
     yield "W4A16 symmetric 128, rotated, to nearest", Int4(c), False
     for group in (32, 128):
         for whole in (False, True):
@@ -99,7 +104,7 @@ def measure(
         nbytes += sum(getattr(layer, name).nbytes for name in ("qkv", "o", "gate_up", "down"))
     before = found.weights.head(found.weights.embedding())
     after = method.head(before)
-    after = int8_head(after) if int8 else after
+    after = int8_head(after, wide="lm_head" in method.wide) if int8 else after
     full, quantized = build(before.lm_head, found.backend), build(after.lm_head, found.backend)
     whole, questions = FidelityTally(), FidelityTally()
     for text, x, y in zip(texts, states.full, states.quantized, strict=True):
@@ -137,8 +142,12 @@ def main() -> None:
     points: list[tuple[str, float, float]] = []
     heads = ["way", "KL, conversations", "top-1", "KL, questions", "top-1", "MB a pass", "CPU seconds"]
     print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
-    for name, method, int8 in ways(found, calibration):
-        if any(words in name for words in args.only.split(";")):
+
+    def wanted(name: str) -> bool:
+        return any(words in name for words in args.only.split(";"))
+
+    for name, method, int8 in ways(found, calibration, wanted):
+        if wanted(name):
             clock = time.process_time()
             cells, nbytes = measure(found, method, int8, calibration, texts)
             seconds = time.process_time() - clock
