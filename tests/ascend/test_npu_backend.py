@@ -67,7 +67,7 @@ def assert_near(got, reference, bound):
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_wide_int8_linear(sides, with_bias):
     """Two digits and their products are rounded to the type each, and so is their sum."""
-    npu, _, reference, rounding = sides
+    npu, _, _, rounding = sides
     values = torch.randint(-127, 128, (72, 96), generator=torch.Generator().manual_seed(1)).to(torch.int8)
     scale, bias = torch.rand(72) * 1e-2, torch.randn(72) if with_bias else None
     x = random(6, 96, dtype=npu.dtype)
