@@ -20,7 +20,7 @@ from tests.helpers.random_models import random_model
         ({"rounding": "up"}, "--rounding up is unknown; use one of gptq, nearest"),
         ({"budget": -0.1}, "--budget -10%"),
         ({"budget": 1.01}, "--budget 101%"),
-        ({"wide": ("down", "up")}, "--wide up is no linear layer; use some of qkv, o, gate_up, down, or none"),
+        ({"wide": ("down", "up")}, "--wide up is no linear layer; use some of qkv, o, gate_up, down, lm_head, or none"),
     ],
 )
 def test_recipes_that_cannot_be(fields: dict, words: str) -> None:
