@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from quasar.models.costs import ROWS_TIMED
 from quasar.models.runtime import Runtime
 from tests.conftest import measured_costs
@@ -12,7 +14,7 @@ def test_measured_costs_grow_with_the_rows(shipped) -> None:
     costs = measured_costs(runtime)
     seconds = [costs(rows) for rows in ROWS_TIMED]
     assert seconds[0] > 0
-    assert all(fewer < more for fewer, more in zip(seconds, seconds[1:], strict=False))
+    assert all(fewer < more for fewer, more in itertools.pairwise(seconds))
 
 
 def test_the_first_look_measures_and_the_second_does_not(shipped, monkeypatch) -> None:
