@@ -66,7 +66,7 @@ def test_verifiers_leave_the_model_as_it_was():
     for verifier in made.values():
         generate(verifier, [1, 2, 3], max_new_tokens=2).result()
     assert all(linear is b for linear, b in zip(model.decoder.linears(), before, strict=True))
-    assert [len(v.decoder.layers) for v in made.values()] == [4] * 7 + [3, 3, 2]
+    assert [len(v.decoder.layers) for v in made.values()] == [4] * 8 + [3, 3, 2]
 
 
 def test_acceptance_length_is_tokens_per_pass():
