@@ -19,7 +19,7 @@ from quasar.generation import GenerationSettings
 from quasar.loading import texts_or_default
 from quasar.models.model import ASSETS, Model
 from quasar.quantization.calibration import read_texts
-from quasar.quantization.texts import TEXT_TOKENS
+from quasar.quantization.texts import calibration_and_heldout
 
 _DRAFTS = ["ngram", "suffix", "self:skip=1", "self:w4a4"]
 
@@ -101,10 +101,9 @@ def run_fidelity(args: argparse.Namespace) -> None:
     if args.prompts is not None:
         prompts = [model.encode(text, args.chat) for text in read_texts(Path(args.prompts))]
     prompts = [ids[: args.prompt_tokens] for ids in prompts[: args.limit]]
-    calibration = texts_or_default(args.calibration) or read_texts(ASSETS / "calibration.jsonl")
-    calibration_ids = [model.encode(text)[:TEXT_TOKENS] for text in calibration]
+    calibration_ids, _ = calibration_and_heldout(model.config, model.tokenizer, texts_or_default(args.calibration))
     rows = []
-    with tqdm(total=10, unit="verifier", disable=not sys.stderr.isatty(), leave=False) as bar:
+    with tqdm(total=11, unit="verifier", disable=not sys.stderr.isatty(), leave=False) as bar:
         measured = fidelity.measure_fidelity(
             model, texts, prompts, calibration_ids, args.drafts, settings, bar.set_description
         )

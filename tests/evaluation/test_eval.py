@@ -41,7 +41,8 @@ def test_fidelity_table_has_every_verifier(capsys, tmp_path):
     rows = json.loads(out.read_text())["verifiers"]
     by_name = {row["verifier"].split(" (")[0]: row for row in rows}
     assert list(by_name) == [
-        *("full", "w8a8", "w8a8 as published", "w8a8 without SmoothQuant", "w4a16 with zero points", "w4a16", "w4a4"),
+        *("full", "w8a8", "w8a8, int8 inputs throughout", "w8a8 as published", "w8a8 without SmoothQuant"),
+        *("w4a16 with zero points", "w4a16", "w4a4"),
         *("pruned 10%", "pruned 25%", "pruned 50%"),
     ]
     figures = {name: row["fidelity"] for name, row in by_name.items()}
@@ -55,7 +56,7 @@ def test_fidelity_table_has_every_verifier(capsys, tmp_path):
     assert own == ["w4a16 with zero points", "w4a16"]
     assert all(1 <= length <= 6 for row in rows for length in row["acceptance"].values())
     printed = capsys.readouterr().out
-    assert printed.count("\n|") == 12 and "tiny-qwen3" in printed
+    assert printed.count("\n|") == 13 and "tiny-qwen3" in printed
 
 
 def test_verifiers_leave_the_model_as_it_was():
@@ -65,7 +66,7 @@ def test_verifiers_leave_the_model_as_it_was():
     for verifier in made.values():
         generate(verifier, [1, 2, 3], max_new_tokens=2).result()
     assert all(linear is b for linear, b in zip(model.decoder.linears(), before, strict=True))
-    assert [len(v.decoder.layers) for v in made.values()] == [4] * 7 + [3, 3, 2]
+    assert [len(v.decoder.layers) for v in made.values()] == [4] * 8 + [3, 3, 2]
 
 
 def test_acceptance_length_is_tokens_per_pass():
