@@ -241,19 +241,24 @@ class Backend(ABC):
         """[tokens, in] int8 -> [tokens, out] of `dtype`: int32 accumulation, one rescale, then the bias."""
 
     def wide_int8_linear(self, x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
-        """`int8_linear` of [tokens, in] floating point that keeps 16 bits of each number, as two int8 digits.
+        """`int8_linear` of [tokens, in] floating point that keeps 12 bits of each number, as two int8 digits.
 
         One product over twice the rows reads the weight once.
         """
         return fold_digits(self.int8_linear(self.digits(x), weight, None), bias).to(self.dtype)
 
     def digits(self, x: Tensor) -> Quantized:
-        """[tokens, in] -> int8 [2 * tokens, in]: all rows rounded, then what rounding left of them, rounded too, each
-        with a scale per token."""
-        upper = self.quantize(x, ActivationQuant())
-        rest = x.float() - upper.values.float() * upper.scale[:, None]
-        lower = self.quantize(rest.to(x.dtype), ActivationQuant())
-        return Quantized(torch.cat([upper.values, lower.values]), torch.cat([upper.scale, lower.scale]))
+        """[tokens, in] -> int8 [2 * tokens, in]: each number as an integer, 16 * upper + lower, of all tokens first the
+        upper digits, -127 to 127, then the lower ones, -8 to 7.
+
+        The integer is x / scale, rounded half to even, scale = max|row| / `widest` (1 for a row of zeros); the digits'
+        scales are 16 * scale and scale."""
+        x = x.float()
+        peak = x.abs().amax(dim=-1)
+        scale = torch.where(peak > 0, peak / widest(x.shape[-1]), 1.0)
+        whole = (x / scale[:, None]).round()
+        upper = ((whole + 8) / 16).floor()
+        return Quantized(torch.cat([upper, whole - 16 * upper]).to(torch.int8), torch.cat([16 * scale, scale]))
 
     # int4, where the device has it: the other precisions do not need it.
 
@@ -410,6 +415,12 @@ class Backend(ABC):
     def synchronize(self) -> None:
         """Waits until the device has finished; a no-op where calls are synchronous. For clocks."""
         return
+
+
+def widest(inputs: int) -> int:
+    """The largest integer of `Backend.digits`: 2039, whose upper digit is 127, or, beyond 8228 inputs, what keeps every
+    sum of products with int8 weights within int32."""
+    return min(2039, (2**31 - 1) // (128 * inputs))
 
 
 def fold_digits(y: Tensor, bias: Tensor | None) -> Tensor:

@@ -39,6 +39,13 @@ class ReferenceBackend(Backend):
         y = accumulator.float() * x.scale[:, None] * scale
         return (y if bias is None else y + bias).to(self.dtype)
 
+    def wide_int8_linear(self, x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
+        values, scale = weight
+        digits = self.digits(x)
+        upper, lower = self.int8_matmul(digits.values, values).chunk(2)
+        y = (16 * upper + lower).float() * digits.scale[len(x) :, None] * scale
+        return (y if bias is None else y + bias).to(self.dtype)
+
     def int8_matmul(self, x: Tensor, weight: Tensor) -> Tensor:
         """int8 [tokens, in] by int8 [out, in] -> int32 [tokens, out], exact."""
         return torch._int_mm(x, weight.t())

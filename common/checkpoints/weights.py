@@ -26,8 +26,8 @@ class Int8Weights:
 
     static_scale float32 [1] is None for dynamic activations. Static ones may be asymmetric: x8 = x / static_scale +
     static_offset, rounded; what the offset adds to the products (offset * sum of a row of values) the bias takes off.
-    input_bias float32 [in] is added to the input before it is quantised. wide: the input keeps 16 bits, as two int8
-    digits (W8A16).
+    input_bias float32 [in] is added to the input before it is quantised. wide: the input keeps 12 bits, as two int8
+    digits (files call it W8A16).
     """
 
     values: Tensor

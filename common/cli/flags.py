@@ -91,7 +91,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--wide",
         default=",".join(DEFAULT_RECIPE.wide),
         metavar="NAMES",
-        help="linear layers of W8A8 whose inputs keep 16 bits, as two int8 numbers, some of qkv, o, gate_up, down and "
+        help="linear layers of W8A8 whose inputs keep 12 bits, as two int8 numbers, some of qkv, o, gate_up, down and "
         "lm_head, or none: the same bytes, more products (default: qkv,down,lm_head; quasar quantize: none)",
     )
     group.add_argument(

@@ -43,7 +43,7 @@ class FullLinear(Linear):
 class W8A8Linear(Linear):
     """int8 weights, one scale per output channel; int8 activations, one scale per token (or a calibrated one).
 
-    A wide layer's activations keep 16 bits, as two int8 digits. Static offsets and input biases come from checkpoints
+    A wide layer's activations keep 12 bits, as two int8 digits. Static offsets and input biases come from checkpoints
     that others have smoothed. Backends need not know these: such layers take their input in floating point and quantise
     it here.
     """

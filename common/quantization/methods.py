@@ -32,7 +32,7 @@ class Method:
     calibrates = False  # whether `layer` looks at inputs at all
     sample = 0
     moments = False
-    wide: frozenset[str] = frozenset()  # linear layers, lm_head among them, whose int8 weights run under 16-bit inputs
+    wide: frozenset[str] = frozenset()  # linear layers, lm_head among them, whose int8 weights run under 12-bit inputs
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
@@ -67,7 +67,7 @@ class W8A8(Method):
     rounding noise; smooth False leaves it out. rounding: "gptq", or "nearest". static gives activations one scale per
     tensor, from the peaks seen.
 
-    wide: linear layers whose inputs keep 16 bits, as two int8 digits. Those are not smoothed: there is nothing to move
+    wide: linear layers whose inputs keep 12 bits, as two int8 digits. Those are not smoothed: there is nothing to move
     into the weights, which are rounded the better for it."""
 
     precision = "w8a8"

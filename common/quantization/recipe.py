@@ -20,7 +20,7 @@ class Recipe:
     alpha: float | str | None = FITTED  # SmoothQuant's; None searches it per layer, FITTED fits scales to a noise model
     rounding: str = "gptq"  # of weights
     budget: float = 0.0  # share of the bytes of a pass that layers left in 16 bits may add
-    # Linear layers whose inputs keep 16 bits, as two int8 digits; lm_head's where that is int8 at all.
+    # Linear layers whose inputs keep 12 bits, as two int8 digits; lm_head's where that is int8 at all.
     wide: tuple[str, ...] = ("qkv", "down", "lm_head")
 
     def __post_init__(self) -> None:
@@ -38,7 +38,7 @@ class Recipe:
         chosen = smoothing.get(self.alpha, f"alpha {self.alpha}")
         rounded = f"weights rounded {'by GPTQ' if self.rounding == 'gptq' else 'to nearest'}"
         inner = [name for name in self.wide if name in LINEARS]
-        wide = f"16-bit inputs before {' and '.join(inner)}; " if inner else ""
+        wide = f"wide inputs before {' and '.join(inner)}; " if inner else ""
         return f"{wide}SmoothQuant, {chosen}; {rounded}"
 
     def method(self, config: ModelConfig, keep: Iterable[tuple[int, str]] = (), static: bool = False) -> W8A8:

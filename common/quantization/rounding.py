@@ -25,7 +25,7 @@ def _quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def to_int8(full: FullWeights, static_scale: Tensor | None = None, wide: bool = False) -> Int8Weights:
-    """Full-precision weights rounded to the nearest int8. wide: under 16-bit inputs."""
+    """Full-precision weights rounded to the nearest int8. wide: under 12-bit inputs."""
     assert full.hadamard is None
     values, scale = quantize_weight(full.weight)
     return Int8Weights(values, scale, full.bias, static_scale, wide=wide)
@@ -34,7 +34,7 @@ def to_int8(full: FullWeights, static_scale: Tensor | None = None, wide: bool = 
 def to_int8_gptq(
     full: FullWeights, moments: Tensor, static_scale: Tensor | None = None, wide: bool = False
 ) -> Int8Weights:
-    """Full-precision weights rounded by GPTQ, on the grid that rounding to nearest has. wide: under 16-bit inputs."""
+    """Full-precision weights rounded by GPTQ, on the grid that rounding to nearest has. wide: under 12-bit inputs."""
     assert full.hadamard is None
     weight = full.weight.float()
     peak = weight.abs().amax(dim=1)

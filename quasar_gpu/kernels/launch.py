@@ -145,14 +145,20 @@ def let_next_start(DEPENDENT: tl.constexpr):
 
 
 @triton.jit
-def round_to_int8(x):
-    """Nearest integer, half to even, of float32 well below 2^22, clamped to int8.
+def rounded(x):
+    """Nearest integer, half to even, of float32 well below 2^22, as float32.
 
     1.5 * 2^23 pushes the fraction out of the float, and the addition rounds it as asked. Works the same in the
     interpreter, where libdevice's rint does not exist.
     """
     magic = 12582912.0
-    return tl.minimum(tl.maximum((x + magic) - magic, -128.0), 127.0).to(tl.int8)
+    return (x + magic) - magic
+
+
+@triton.jit
+def round_to_int8(x):
+    """`rounded`, clamped to int8."""
+    return tl.minimum(tl.maximum(rounded(x), -128.0), 127.0).to(tl.int8)
 
 
 @triton.jit

@@ -11,7 +11,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quasar_gpu.kernels.launch import MOST_ROWS, await_inputs, jit, launch, round_to_int8, row_scale_of, silu_times
+from quasar.backends.base import widest
+from quasar_gpu.kernels.launch import (
+    MOST_ROWS,
+    await_inputs,
+    jit,
+    launch,
+    round_to_int8,
+    rounded,
+    row_scale_of,
+    silu_times,
+)
 from quasar_gpu.kernels.linear import LEAST_KEY
 
 INT8, INT4 = 127, 7  # the largest value of each
@@ -94,11 +104,11 @@ def quantize_by_peak(x: Tensor, peaks: Tensor, values: Tensor, scale: Tensor) ->
 
 
 def digits(x: Tensor, values: Tensor, scale: Tensor) -> None:
-    """x [rows, n] -> values int8 [2 * rows, n], scale float32 [2 * rows]: all rows quantised, then what that left of
-    them, rounded to x's type and quantised too (`Backend.digits`)."""
+    """x [rows, n] -> values int8 [2 * rows, n], scale float32 [2 * rows]: of all rows the upper digits of integers,
+    then the lower ones. Bit for bit the reference's (`Backend.digits`)."""
     rows, size = x.shape
     block = triton.next_power_of_2(size)
-    launch(_digits, (rows,), x, values, scale, rows, size, warps=_warps(block), BLOCK=block)
+    launch(_digits, (rows,), x, values, scale, rows, size, warps=_warps(block), WIDEST=widest(size), BLOCK=block)
 
 
 def fold_digits(y: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -226,18 +236,20 @@ def _quantize_by_peak(
 
 
 @jit(varying=("rows",))
-def _digits(x, values, scale, rows, size, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
+def _digits(
+    x, values, scale, rows, size, WIDEST: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr
+):  # fmt: skip
     row, column = tl.program_id(0), tl.arange(0, BLOCK)
     here, inside = row * size + column, column < size
-    dtype = x.dtype.element_ty
     await_inputs(DEPENDENT)
     y = tl.load(x + here, mask=inside, other=0).to(tl.float32)
-    row_scale = row_scale_of(tl.max(tl.abs(y), axis=0), 127)
-    upper = round_to_int8(tl.div_rn(y, row_scale))
-    tl.store(values + here, upper, mask=inside)
-    tl.store(scale + row, row_scale)
-    rest = (y - upper.to(tl.float32) * row_scale).to(dtype)
-    _store_row(rest, values, scale, rows + row, rows * size + here, inside, 127)
+    row_scale = row_scale_of(tl.max(tl.abs(y), axis=0), WIDEST)
+    whole = rounded(tl.div_rn(y, row_scale))
+    upper = tl.floor((whole + 8.0) * 0.0625)
+    tl.store(values + here, upper.to(tl.int8), mask=inside)
+    tl.store(values + rows * size + here, (whole - 16.0 * upper).to(tl.int8), mask=inside)
+    tl.store(scale + row, 16.0 * row_scale)
+    tl.store(scale + rows + row, row_scale)
 
 
 @jit(varying=("rows",))

@@ -71,7 +71,7 @@ def ways(
     yield "W8A8 alpha 0.5, GPTQ", W8A8(c, 0.5, rounding="gptq"), False
     default = ("qkv", "down")
     for wide in ((), ("down",), default, LINEARS):
-        words = f", 16-bit inputs before {', '.join(wide)}" if wide else ""
+        words = f", 12-bit inputs before {', '.join(wide)}" if wide else ""
         recipe = Recipe(wide=wide)
         yield f"W8A8 fitted, GPTQ{words}", recipe.method(c), False
         name = f"W8A8 fitted, GPTQ{words}, budget 2%"

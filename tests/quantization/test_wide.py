@@ -1,4 +1,4 @@
-"""Inputs that keep 16 bits as two int8 digits: what they compute, who gets them, and what files say of them."""
+"""Inputs that keep 12 bits as two int8 digits: what they compute, who gets them, and what files say of them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from quasar import QuasarError, load
 from quasar.backends import get_backend
+from quasar.backends.base import widest
 from quasar.backends.cpu import kernels
 from quasar.checkpoints import WRITERS
 from quasar.checkpoints.compressed_tensors import pack_int8, unpack_int8
@@ -33,20 +34,48 @@ TEXTS = [list(range(start, start + 40)) for start in range(0, 120, 20)]
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 17), st.integers(2, 70), st.integers(1, 50), st.booleans(), st.integers(0, 2**31))
-def test_numbers_keep_sixteen_bits(tokens: int, inputs: int, out: int, with_bias: bool, seed: int) -> None:
+def test_numbers_keep_twelve_bits(tokens: int, inputs: int, out: int, with_bias: bool, seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
     x, weight, bias = (torch.randn(s, generator=g) for s in ((tokens, inputs), (out, inputs), (out,)))
     made = replace(to_int8(FullWeights(weight, bias if with_bias else None)), wide=True)
     y = W8A8Linear(get_backend("reference"), made)(x)
     weight = made.values.float() * made.scale[:, None]
-    # Half a step of the second digit, which is 1 / 254 of the first's.
-    most = x.abs().amax(dim=1, keepdim=True) / 127 / 254 / 2 * weight.abs().sum(dim=1) * 1.01 + 1e-4
+    most = x.abs().amax(dim=1, keepdim=True) / 2039 / 2 * weight.abs().sum(dim=1) * 1.01 + 1e-4
     assert ((y - torch.nn.functional.linear(x, weight, made.bias)).abs() <= most).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 5), st.sampled_from([1, 70, 8228, 8229, 12288, 60_000]), st.integers(0, 2**31))
+def test_two_digits_are_one_integer(tokens: int, inputs: int, seed: int) -> None:
+    x = torch.randn(tokens, inputs, generator=torch.Generator().manual_seed(seed))
+    digits = get_backend("reference").digits(x)
+    upper, lower = digits.values.int().chunk(2)
+    coarse, scale = digits.scale.chunk(2)
+    whole = 16 * upper + lower
+    assert torch.equal(coarse, 16 * scale)
+    assert lower.abs().max() <= 8 and upper.abs().max() <= 127
+    assert (whole.abs().amax(dim=1) == widest(inputs)).all()
+    assert ((whole * scale[:, None] - x).abs() <= 0.501 * scale[:, None]).all()
+    assert widest(inputs) * 128 * inputs < 2**31
 
 
 @pytest.mark.skipif(not kernels.available(), reason="the C kernels are not built")
 @pytest.mark.parametrize("name", kernels.instruction_sets() if kernels.available() else [])
-@pytest.mark.parametrize("shape", [(1, 32, 64), (5, 70, 96), (33, 40, 130), (3, 16, 7)])
+@pytest.mark.parametrize("inputs", [8228, 12288])
+def test_the_largest_sums_are_exact(name: str, inputs: int) -> None:
+    x = torch.ones(7, inputs)
+    x[1:3] *= -3
+    values = torch.full((33, inputs), -128, dtype=torch.int8)
+    made = Int8Weights(values, torch.ones(33), None, wide=True)
+    expected = W8A8Linear(get_backend("reference"), made)(x)
+    torch.testing.assert_close(expected[:, 0], -128 * x.sum(dim=1))
+    with kernels.use_instruction_set(name):
+        assert torch.equal(W8A8Linear(get_backend("cpu"), made)(x), expected)
+
+
+@pytest.mark.skipif(not kernels.available(), reason="the C kernels are not built")
+@pytest.mark.parametrize("name", kernels.instruction_sets() if kernels.available() else [])
+@pytest.mark.parametrize("shape", [(1, 32, 64), (5, 70, 96), (33, 40, 130), (3, 16, 7), (70, 33, 1156)])
 def test_the_kernel_has_the_bits_of_the_reference(name: str, shape: tuple[int, int, int]) -> None:
     tokens, out, inputs = shape
     torch.manual_seed(0)
@@ -63,11 +92,13 @@ def test_the_kernel_has_the_bits_of_the_reference(name: str, shape: tuple[int, i
 
 
 @pytest.mark.skipif(not kernels.available(), reason="the C kernels are not built")
-def test_inputs_that_are_not_numbers_stay_so() -> None:
+@pytest.mark.parametrize("name", kernels.instruction_sets() if kernels.available() else [])
+def test_inputs_that_are_not_numbers_stay_so(name: str) -> None:
     x = torch.ones(2, 64)
     x[1, 3] = float("nan")
     made = replace(to_int8(FullWeights(torch.randn(32, 64), None)), wide=True)
-    y = W8A8Linear(get_backend("cpu"), made)(x)
+    with kernels.use_instruction_set(name):
+        y = W8A8Linear(get_backend("cpu"), made)(x)
     assert y[0].isfinite().all() and y[1].isnan().all()
 
 

@@ -433,7 +433,7 @@ def int8_linear(
     out, out_pointer = _output(out, m, n)
     _kernels.int8_linear(
         _pointer(x, _int8, m * k), _pointer(x_scale, _float32, m), _weight(weight), weight._scale_pointer,
-        _constant(bias, _float32, n), out_pointer, 0, m, n, k, _threads(),
+        _constant(bias, _float32, n), out_pointer, 0, m, n, k, _threads(), False,
     )  # fmt: skip
     return out
 
@@ -442,7 +442,9 @@ def int8_accumulate(x: Tensor, weight: PackedInt8) -> Tensor:
     """The exact sums `x @ weight.T` alone: int8 [m, k] -> int32 [m, n]."""
     m, n, k = x.shape[0], weight.n, weight.k
     out = torch.empty(m, n, dtype=torch.int32)
-    _kernels.int8_linear(_pointer(x, _int8, m * k), 0, _weight(weight), 0, 0, 0, out.data_ptr(), m, n, k, _threads())
+    _kernels.int8_linear(
+        _pointer(x, _int8, m * k), 0, _weight(weight), 0, 0, 0, out.data_ptr(), m, n, k, _threads(), False
+    )
     return out
 
 
@@ -522,15 +524,26 @@ def quantize_static(x: Tensor, scale: Tensor) -> Quantized:
 
 
 def wide_int8_linear(x: Tensor, weight: PackedInt8, bias: Tensor | None = None) -> Tensor:
-    """`int8_linear` of float32 [m, k] that keeps 16 bits: two int8 digits of each number, in one call over 2 m rows.
+    """`int8_linear` of float32 [m, k] that keeps 12 bits of each number (`Backend.digits`), with exact int32 sums.
 
-    The digits of a row have a scale each: the second's are what rounding to the first leaves.
+    The numbers go through one product as int16 where the instruction set takes those, else through one over 2 m rows as
+    two int8 digits each, whose sums are then put together: bit for bit the same.
     """
     m, n, k = x.shape[0], weight.n, weight.k
-    q, scale = _new((2 * m, k), _int8), _new((2 * m,))
-    _kernels.digits(_pointer(x, _float32, m * k), q.data_ptr(), scale.data_ptr(), m, k, _threads())
-    out = int8_linear(q, scale, weight)
-    _kernels.fold(out.data_ptr(), _constant(bias, _float32, n), m, n, _threads())
+    whole = _kernels.takes_int16()
+    rows = m if whole else 2 * m
+    q, scale, out = _new((rows, k), torch.int16 if whole else _int8), _new((m,)), _new((rows, n))
+    q_pointer, scale_pointer, out_pointer = q.data_ptr(), scale.data_ptr(), out.data_ptr()
+    bias_pointer = _constant(bias, _float32, n)
+    _kernels.digits(_pointer(x, _float32, m * k), q_pointer, scale_pointer, m, k, _threads())
+    if whole:
+        _kernels.int8_linear(
+            q_pointer, scale_pointer, _weight(weight), weight._scale_pointer, bias_pointer, out_pointer, 0,
+            m, n, k, _threads(), True,
+        )  # fmt: skip
+    else:
+        _kernels.int8_linear(q_pointer, 0, _weight(weight), 0, 0, 0, out_pointer, rows, n, k, _threads(), False)
+        _kernels.fold(out_pointer, scale_pointer, weight._scale_pointer, bias_pointer, m, n, _threads())
     return out[:m]
 
 

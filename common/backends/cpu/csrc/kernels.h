@@ -9,16 +9,18 @@
 #define BLOCK 32       /* outputs per block of a packed weight */
 #define MAX_THREADS 256
 #define MOST_TOP_K 64
+#define DIGIT_BITS 4   /* of the lower digit of a wide input */
+#define WIDEST 2039    /* the largest one: its upper digit, rounded, is 127 */
 
 struct int8_linear_args {
-    const int8_t *x;         /* [m, k4 * 4], zero beyond k */
+    const void *x;           /* int8, or int16 where it is wide, [m, k4 * 4], zero beyond k */
     const float *x_scale;    /* [m] */
     const uint8_t *weight;   /* packed by `layout`, zeros where padded */
     const float *w_scale;    /* [n] */
     const float *bias;       /* [n] or NULL */
     float *out;              /* [m, n], or NULL when accumulators are asked for */
     int32_t *accumulators;   /* [m, n] or NULL */
-    int64_t m, n, k4;
+    int64_t m, n, k4, wide;
 };
 
 struct float_linear_args {
@@ -72,15 +74,16 @@ struct quantize_args {
 
 struct digits_args {
     const float *x;          /* [m, k] */
-    int8_t *q;               /* [2 * m, k]: of all rows the upper digits, then of all rows the lower ones */
-    float *scale;            /* [2 * m] */
-    float *scratch;          /* [threads, k] */
+    void *q;                 /* int16 [m, k] where the set takes that, or int8 [2 * m, k]: all upper digits, all lower ones */
+    float *scale;            /* [m] */
     int64_t m, k;
 };
 
 struct fold_args {
-    float *y;                /* [2 * m, n]: the second half is added to the first */
-    const float *bias;       /* [n] or NULL: added too */
+    float *y;                /* [2 * m, n]: sums of both digits, int32, of which the first half becomes the product */
+    const float *x_scale;    /* [m] */
+    const float *w_scale;    /* [n] */
+    const float *bias;       /* [n] or NULL */
     int64_t m, n;
 };
 
@@ -206,6 +209,7 @@ struct layout {
 struct kernels {
     const char *name;
     struct layout layout;
+    int takes_int16;         /* whether int8_linear multiplies int16 inputs as well, and `digits` leaves them whole */
     task_fn int8_linear, f32_linear, bf16_linear, rounded_linear, round_bf16, embed_bf16, embed_f32, quantize, norm;
     task_fn swiglu, rope, attention, argmax, top_k, read, hadamard, add_offsets;
     task_fn digits, fold;

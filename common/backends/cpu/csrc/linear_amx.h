@@ -84,7 +84,7 @@ static void amx_int8_linear(void *data, int thread, int threads)
         const int64_t end = panel + AMX_PANEL < a->m ? panel + AMX_PANEL : a->m;
         int32_t shift[AMX_PANEL], sums[AMX_ROWS][BLOCK] __attribute__((aligned(64)));
         for (int64_t row = panel; row < end; row++) /* unsigned: the sums may pass 2^31 and come back */
-            shift[row - panel] = (int32_t)-(INT8_SHIFT * (uint32_t)sum_int8(a->x + row * inputs, inputs));
+            shift[row - panel] = (int32_t)-(INT8_SHIFT * (uint32_t)sum_int8((const int8_t *)a->x + row * inputs, inputs));
         for (int64_t block = from; block < to; block++) {
             const char *w = (const char *)a->weight + block * inputs * BLOCK;
             const int64_t column = block * BLOCK, columns = a->n - column < BLOCK ? a->n - column : BLOCK;

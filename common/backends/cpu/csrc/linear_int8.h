@@ -8,7 +8,8 @@
  *   dot products of four (VNNI)   x stays int8, weights are 128 too large, and the row's sum undoes that;
  *   pairs of int16 (AVX2)         both operands are widened, x once per call, the weights as they are read. Two
  *                                 instructions a pair, as many as `maddubs` on |x| and sign(w, x) would need with its
- *                                 `sign`, on fewer multiplier slots, and -128 is a value as any other;
+ *                                 `sign`, on fewer multiplier slots, and -128 is a value as any other. Wide inputs
+ *                                 (`digits`) come as int16 and cost the same;
  *   dot products of aarch64       both operands are signed. */
 #pragma once
 #include "simd.h"
@@ -39,6 +40,9 @@
 #define INT8_WIDTH 8
 #define INT8_INPUTS 4
 #define INT8_SHIFT 0u
+#endif
+#ifndef INT8_WIDENS
+#define INT8_WIDENS 0
 #endif
 #define INT8_PANEL 64    /* rows between two reads of the weights */
 #define INT8_CHUNK 512   /* inputs whose weights all tiles of a panel read before the next */
@@ -171,6 +175,13 @@ INLINE int32_t sum_int8(const int8_t *x, int64_t n)
     return sum;
 }
 
+/* Sums of up to VL outputs, made into those: n are left from these on. */
+INLINE vf rescale(vi sums, float x_scale, const float *w_scale, const float *bias, int64_t n)
+{
+    vf y = __builtin_convertvector(sums, vf) * splat(x_scale) * load_up_to(w_scale, n);
+    return bias ? y + load_up_to(bias, n) : y;
+}
+
 /* The sums of one row's outputs from `column` on, made into what the caller asked for. */
 INLINE void finish_int8(const struct int8_linear_args *a, int64_t row, int64_t column, int64_t columns,
                         const int32_t *sums)
@@ -180,13 +191,28 @@ INLINE void finish_int8(const struct int8_linear_args *a, int64_t row, int64_t c
         memcpy(a->accumulators + at, sums, (size_t)columns * sizeof(int32_t));
         return;
     }
-    vf x_scale = splat(a->x_scale[row]);
     for (int64_t j = 0; j < columns; j += VL) {
-        vf y = __builtin_convertvector(*(const vi_any *)(sums + j), vf) * x_scale;
-        y = y * load_up_to(a->w_scale + column + j, columns - j);
-        if (a->bias)
-            y = y + load_up_to(a->bias + column + j, columns - j);
+        const float *bias = a->bias ? a->bias + column + j : NULL;
+        vf y = rescale(*(const vi_any *)(sums + j), a->x_scale[row], a->w_scale + column + j, bias, columns - j);
         store_up_to(a->out + at + j, y, columns - j);
+    }
+}
+
+/* Both digits' sums are one sum of int32 again: exactly what the whole numbers would have given. */
+static void fold(void *data, int thread, int threads)
+{
+    const struct fold_args *a = data;
+    int64_t from, to, n = a->n;
+    share(a->m, thread, threads, &from, &to);
+    for (int64_t row = from; row < to; row++) {
+        float *upper = a->y + row * n;
+        const float *lower = upper + a->m * n;
+        for (int64_t j = 0; j < n; j += VL) {
+            /* unsigned: what is shifted may pass 2^31 and come back */
+            vi sums = (vi)(((vu)load_up_to(upper + j, n - j) << DIGIT_BITS) + (vu)load_up_to(lower + j, n - j));
+            store_up_to(upper + j, rescale(sums, a->x_scale[row], a->w_scale + j, a->bias ? a->bias + j : NULL, n - j),
+                        n - j);
+        }
     }
 }
 
@@ -226,13 +252,20 @@ INLINE void int8_outputs(const struct int8_linear_args *a, int64_t group, int64_
 }
 
 #if INT8_WIDENS
-/* x widened, [chunks][rows][INT8_CHUNK]: rows a constant apart, so that a tile needs no address for each of them. */
-static void widen_int8(const int8_t *x, int64_t stride, int64_t rows, int64_t k, int16_t *wide)
+/* Inputs [from, end) of x, int16, [chunks][rows][INT8_CHUNK]: rows a constant apart, so that a tile needs no address for
+ * each of them. */
+static void widen_int8(const struct int8_linear_args *a, int64_t first, int64_t rows, int64_t from, int64_t end,
+                       int16_t *wide)
 {
-    for (int64_t from = 0; from < k; from += INT8_CHUNK)
+    for (; from < end; from += INT8_CHUNK)
         for (int64_t r = 0; r < rows; r++, wide += INT8_CHUNK) {
-            int64_t taken = k - from < INT8_CHUNK ? k - from : INT8_CHUNK, i = 0;
-            const int8_t *source = x + r * stride + from;
+            int64_t taken = end - from < INT8_CHUNK ? end - from : INT8_CHUNK, i = 0;
+            int64_t at = (first + r) * a->k4 * 4 + from;
+            if (a->wide) {
+                memcpy(wide, (const int16_t *)a->x + at, (size_t)taken * sizeof *wide);
+                continue;
+            }
+            const int8_t *source = (const int8_t *)a->x + at;
             for (; i + 16 <= taken; i += 16)
                 _mm256_storeu_si256((void *)(wide + i),
                                     _mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)(source + i))));
@@ -250,16 +283,17 @@ INLINE void int8_panel(const struct int8_linear_args *a, int64_t first, int64_t 
     const int64_t rows = last - first, most = INT8_BUFFER / INT8_CHUNK / rows * INT8_CHUNK;
     for (int64_t k = 0; k < inputs; k += most) {
         int64_t k_end = k + most < inputs ? k + most : inputs;
-        widen_int8(a->x + first * inputs + k, inputs, rows, k_end - k, wide);
+        widen_int8(a, first, rows, k, k_end, wide);
         for (int64_t group = from; group < to; group++)
             int8_outputs(a, group, first, last, k, k_end, wide, INT8_CHUNK, rows * INT8_CHUNK, NULL);
     }
 #else
+    const int8_t *x = a->x;
     int32_t x_sum[INT8_PANEL];
     for (int64_t row = first; INT8_SHIFT && row < last; row++)
-        x_sum[row - first] = sum_int8(a->x + row * inputs, inputs);
+        x_sum[row - first] = sum_int8(x + row * inputs, inputs);
     for (int64_t group = from; group < to; group++)
-        int8_outputs(a, group, first, last, 0, inputs, a->x + first * inputs, inputs, 0, x_sum);
+        int8_outputs(a, group, first, last, 0, inputs, x + first * inputs, inputs, 0, x_sum);
 #endif
 }
 

@@ -134,19 +134,19 @@ static PyObject *run(struct call *call, int64_t cost, int64_t threads)
     Py_RETURN_NONE;
 }
 
-/* x, x_scale, weight, w_scale, bias, out, accumulators, m, n, k, threads */
-FUNCTION(py_int8_linear, 11)
-    int64_t m = INT(7), n = INT(8), k = INT(9), k4 = (k + 3) / 4;
-    const int8_t *x = ADDRESS(0);
-    int8_t *padded = NULL;
+/* x, x_scale, weight, w_scale, bias, out, accumulators, m, n, k, threads, is x int16? (where the set takes that) */
+FUNCTION(py_int8_linear, 12)
+    int64_t m = INT(7), n = INT(8), k = INT(9), k4 = (k + 3) / 4, size = INT(11) ? 2 : 1;
+    const char *x = ADDRESS(0);
+    char *padded = NULL;
     if (k % 4) {
         if (recorder)
             return PyErr_Format(PyExc_NotImplementedError, "inputs of %lld are padded anew in each pass", (long long)k);
-        if (!(padded = scratch(m * k4 * 4)))
+        if (!(padded = scratch(m * k4 * 4 * size)))
             return PyErr_NoMemory();
         for (int64_t row = 0; row < m; row++) {
-            memset(padded + (row + 1) * k4 * 4 - 4, 0, 4);
-            memcpy(padded + row * k4 * 4, x + row * k, (size_t)k);
+            memset(padded + ((row + 1) * k4 * 4 - 4) * size, 0, (size_t)(4 * size));
+            memcpy(padded + row * k4 * 4 * size, x + row * k * size, (size_t)(k * size));
         }
     }
     struct call call = {
@@ -155,6 +155,7 @@ FUNCTION(py_int8_linear, 11)
         .int8_linear = {
             .x = padded ? padded : x, .x_scale = ADDRESS(1), .weight = ADDRESS(2), .w_scale = ADDRESS(3),
             .bias = ADDRESS(4), .out = ADDRESS(5), .accumulators = ADDRESS(6), .m = m, .n = n, .k4 = k4,
+            .wide = INT(11),
         },
     };
     return run(&call, k * BLOCK, INT(10));
@@ -255,23 +256,22 @@ FUNCTION(py_quantize, 8)
 
 /* x, q, scale, m, k, threads */
 FUNCTION(py_digits, 6)
-    int64_t m = INT(3), k = INT(4);
     struct call call = {
-        .name = "digits", .task = isa->digits, .items = m,
-        .digits = {.x = ADDRESS(0), .q = ADDRESS(1), .scale = ADDRESS(2), .m = m, .k = k},
+        .name = "digits", .task = isa->digits, .items = INT(3),
+        .digits = {.x = ADDRESS(0), .q = ADDRESS(1), .scale = ADDRESS(2), .m = INT(3), .k = INT(4)},
     };
-    if (!(call.scratch = call.digits.scratch = scratch(team(m, INT(5)) * k * (int64_t)sizeof(float))))
-        return PyErr_NoMemory();
-    return run(&call, 3 * k, INT(5));
+    return run(&call, INT(4), INT(5));
 }
 
-/* y, bias, m, n, threads */
-FUNCTION(py_fold, 5)
+/* y, x_scale, w_scale, bias, m, n, threads */
+FUNCTION(py_fold, 7)
     struct call call = {
-        .name = "fold", .task = isa->fold, .items = INT(2),
-        .fold = {.y = ADDRESS(0), .bias = ADDRESS(1), .m = INT(2), .n = INT(3)},
+        .name = "fold", .task = isa->fold, .items = INT(4),
+        .fold = {
+            .y = ADDRESS(0), .x_scale = ADDRESS(1), .w_scale = ADDRESS(2), .bias = ADDRESS(3), .m = INT(4), .n = INT(5),
+        },
     };
-    return run(&call, INT(3), INT(4));
+    return run(&call, INT(5), INT(6));
 }
 
 /* x, residual, weight, eps, y, q, scale, m, k, threads */
@@ -639,6 +639,11 @@ static PyObject *py_select(PyObject *Py_UNUSED(self), PyObject *name)
     return PyErr_Format(PyExc_ValueError, "this processor cannot run the kernels for %R", name);
 }
 
+static PyObject *py_takes_int16(PyObject *Py_UNUSED(self), PyObject *Py_UNUSED(unused))
+{
+    return PyBool_FromLong(isa->takes_int16);
+}
+
 #define FAST(name, function) {name, (PyCFunction)(void (*)(void))function, METH_FASTCALL, NULL}
 
 static PyMethodDef methods[] = {
@@ -677,6 +682,7 @@ static PyMethodDef methods[] = {
     {"supported", py_supported, METH_NOARGS, NULL},
     {"compiled", py_compiled, METH_NOARGS, NULL},
     {"select", py_select, METH_O, NULL},
+    {"takes_int16", py_takes_int16, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
 

@@ -17,9 +17,8 @@ INLINE vf divide(vf x, vf scale, vf reciprocal)
 #endif
 }
 
-/* scale = max(max|x| / limit, smallest normal float), q = x / scale rounded half to even: the true division, so that
- * it is bit for bit what plain PyTorch computes. A NaN in the row makes its scale NaN. */
-INLINE float quantize_row(const float *x, int8_t *q, int64_t n, float limit)
+/* max(max|x| / limit, smallest normal float); NaN where the row has one. */
+INLINE float row_scale(const float *x, int64_t n, float limit)
 {
     /* Without their sign bit floats order as integers do, NaN above infinity. */
     vi top = {0}, no_sign = splat_int(0x7fffffff);
@@ -34,9 +33,17 @@ INLINE float quantize_row(const float *x, int8_t *q, int64_t n, float limit)
     float absmax;
     memcpy(&absmax, &bits, 4);
     float scale = absmax / limit;
-    scale = scale < FLT_MIN ? FLT_MIN : scale;
+    return scale < FLT_MIN ? FLT_MIN : scale;
+}
+
+/* q = x / scale rounded half to even, by the row's scale: the true division, so that it is bit for bit what plain PyTorch
+ * computes. Returns the scale. */
+INLINE float quantize_row(const float *x, int8_t *q, int64_t n, float limit)
+{
+    const float scale = row_scale(x, n, limit);
     vf scales = splat(scale), reciprocal = splat(1.0f / scale);
-    for (i = 0; i + VL <= n; i += VL)
+    int64_t i = 0;
+    for (; i + VL <= n; i += VL)
         *(vb_any *)(q + i) = narrow(round_to_int(divide(load(x + i), scales, reciprocal)));
     if (i < n) {
         vb tail = narrow(round_to_int(divide(load_part(x + i, n - i), scales, reciprocal)));
@@ -143,35 +150,41 @@ static void quantize(void *data, int thread, int threads)
     }
 }
 
-/* A number in 16 bits as two int8: what rounding to the first leaves is rounded to the second, each by a row's own scale. */
+/* Each number as an integer of 12 bits, or fewer for so many inputs that a sum of products with int8 would not fit int32;
+ * whole where int8_linear takes that, or as an upper digit of 8 bits and a lower one of 4. */
 static void digits(void *data, int thread, int threads)
 {
     const struct digits_args *a = data;
-    int64_t from, to, m = a->m, k = a->k;
+    const int64_t m = a->m, k = a->k, most = INT32_MAX / (128 * k), limit = most < WIDEST ? most : WIDEST;
+    int64_t from, to;
     share(m, thread, threads, &from, &to);
     for (int64_t row = from; row < to; row++) {
-        const float *x = a->x + row * k;
-        const int8_t *q = a->q + row * k;
-        float *rest = a->scratch + thread * k, scale = quantize_row(x, a->q + row * k, k, 127.0f);
-        for (int64_t i = 0; i < k; i++)
-            rest[i] = x[i] - (float)q[i] * scale;
-        a->scale[row] = scale;
-        a->scale[m + row] = quantize_row(rest, a->q + (m + row) * k, k, 127.0f);
-    }
-}
-
-static void fold(void *data, int thread, int threads)
-{
-    const struct fold_args *a = data;
-    int64_t from, to, n = a->n;
-    share(a->m, thread, threads, &from, &to);
-    for (int64_t row = from; row < to; row++) {
-        float *upper = a->y + row * n;
-        const float *lower = upper + a->m * n;
-        for (int64_t i = 0; i < n; i++)
-            upper[i] += lower[i];
-        for (int64_t i = 0; a->bias && i < n; i++)
-            upper[i] += a->bias[i];
+        const float *x = a->x + row * k, scale = a->scale[row] = row_scale(x, k, (float)limit);
+        const vf scales = splat(scale), reciprocal = splat(1.0f / scale);
+        for (int64_t i = 0; i < k; i += VL) {
+            vi whole = round_to_int(divide(load_up_to(x + i, k - i), scales, reciprocal));
+            size_t n = (size_t)(k - i < VL ? k - i : VL);
+#if INT8_WIDENS
+            __m128i words = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)whole),
+                                            _mm256_extracti128_si256((__m256i)whole, 1));
+            int16_t *q = (int16_t *)a->q + row * k + i;
+            if (n == VL)
+                _mm_storeu_si128((void *)q, words);
+            else
+                memcpy(q, &words, n * sizeof *q);
+#else
+            vi upper = (whole + (1 << DIGIT_BITS >> 1)) >> DIGIT_BITS;
+            vb high = narrow(upper), low = narrow(whole - (upper << DIGIT_BITS));
+            int8_t *q = (int8_t *)a->q + row * k + i;
+            if (n == VL) {
+                *(vb_any *)q = high;
+                *(vb_any *)(q + m * k) = low;
+            } else {
+                memcpy(q, &high, n);
+                memcpy(q + m * k, &low, n);
+            }
+#endif
+        }
     }
 }
 
