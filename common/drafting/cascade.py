@@ -7,6 +7,7 @@ ones do. The block's length follows the rule for rows as every draft's does: whe
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 from quasar.backends.base import Slot
@@ -14,7 +15,7 @@ from quasar.drafting.decoder_drafter import PREFILL_FROM, FollowedText
 from quasar.drafting.survival import SurvivalTable
 from quasar.models.runtime import PROMPT_ROWS, Runtime
 from quasar.speculation.choice import TokenChooser
-from quasar.speculation.draft import Draft, Drafter
+from quasar.speculation.draft import Draft, Drafter, TopRow
 from quasar.speculation.rows import RowRule
 from quasar.speculation.sampling import Sampling
 from quasar.speculation.verifier import Verifier, Window
@@ -66,7 +67,9 @@ class CascadeDrafter(Drafter):
             chooser.index = len(self._tokens) + len(ahead) - self._prompt_tokens
             window = Window(self._followed.slot, uncached, chooser, proposed.first(count))
             with self._runtime.lock:
+                costs, begin = self._runtime.costs, time.perf_counter()
                 verdict = self._verifier.step([window])[0]
+                costs.learn(len(uncached) + count, time.perf_counter() - begin)
             if self._drafter is not None:
                 self._drafter.observe(proposed, count, verdict.own)
             self._own_passes += 1
@@ -87,9 +90,7 @@ class CascadeDrafter(Drafter):
     def expected_survival(self, most: int) -> list[float]:
         return self._survival.chain("cascade", 0, most)[0]
 
-    def observe(
-        self, draft: Draft, verified: int, own: Sequence[int], top: Sequence[Sequence[int]] | None = None
-    ) -> None:
+    def observe(self, draft: Draft, verified: int, own: Sequence[int], top: Sequence[TopRow] | None = None) -> None:
         self._survival.learn(draft.outcomes(verified, own))
 
     def seconds_per_token(self) -> float:

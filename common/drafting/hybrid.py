@@ -18,16 +18,17 @@ from quasar.drafting.evidence import (
     LAST,
     MATCH,
     ORDER,
-    PAIR,
     RANKS,
+    RECYCLED,
+    RECYCLED_ORDER,
     RUNNERS_UP,
-    SINGLE,
-    UNKNOWN,
+    SHARES,
     Key,
 )
 from quasar.drafting.memory import DraftMemory
+from quasar.drafting.recycling import Row, row_of
 from quasar.drafting.successors import Context, Successors
-from quasar.speculation.draft import Draft, Drafter
+from quasar.speculation.draft import Draft, Drafter, TopRow
 
 LIKELY = 8  # so many of the latest continuations of one match are considered
 HOPELESS = 0.008  # survival below which a candidate is not worth a row of any pass
@@ -52,7 +53,7 @@ class HybridDrafter(Drafter):
         self.top_k = min(top_k, RUNNERS_UP)
         self._own = Successors(ORDER)
         self._evidence = self._memory.evidence(False, self.top_k > 0)
-        self._last_row: Sequence[int] = ()  # the verifier's best tokens where the last committed one came
+        self._last_row: Row = {}  # the verifier's best tokens where the last committed one came
         earlier = self._memory.corpus if corpus else None
         self._corpus = None if earlier is None else earlier.follower()
 
@@ -109,24 +110,23 @@ class HybridDrafter(Drafter):
             self._branch(waiting, room, alive, here, place, True)
         return draft
 
-    def observe(
-        self, draft: Draft, verified: int, own: Sequence[int], top: Sequence[Sequence[int]] | None = None
-    ) -> None:
+    def observe(self, draft: Draft, verified: int, own: Sequence[int], top: Sequence[TopRow] | None = None) -> None:
         self._evidence.learn(outcomes(draft, verified, own))
         if top is not None and self.top_k:
             self._recycle(draft, verified, own, top)
 
-    def _recycle(self, draft: Draft, verified: int, own: Sequence[int], top: Sequence[Sequence[int]]) -> None:
-        text, recycled, tokens, parents = self._own.tokens, self._memory.recycled, draft.tokens, draft.parents
-        for row in range(-1, verified):
-            if row < 0:
-                last, before = text[-1], text[-2] if len(text) > 1 else -1
-            else:
-                parent = parents[row]
-                last, before = tokens[row], tokens[parent] if parent >= 0 else text[-1]
-            recycled.take(before, last, top[row + 1])
+    def _recycle(self, draft: Draft, verified: int, own: Sequence[int], top: Sequence[TopRow]) -> None:
+        recycled, tokens, parents = self._memory.recycled, draft.tokens, draft.parents
+        behind = [self._own.tokens[-RECYCLED_ORDER:]]  # of each row, the last committed token's first
+        rows = [row_of(top[0])]
+        recycled.take(behind[0], rows[0])
+        for row in range(verified):
+            behind.append([*behind[parents[row] + 1], tokens[row]][-RECYCLED_ORDER:])
+            rows.append(row_of(top[row + 1]))
+            if rows[-1]:
+                recycled.take(behind[-1], rows[-1])
         path = draft.accepted(verified, own)
-        self._last_row = top[path[-1] + 1 if path else 0]
+        self._last_row = rows[path[-1] + 1 if path else 0]
 
     def _advice(
         self, earlier: Context | None, ahead: list[int], committed_end: bool
@@ -136,19 +136,13 @@ class HybridDrafter(Drafter):
         if earlier is not None:
             advice.append(_named_by_corpus(self._corpus.successors, earlier))
         if self.top_k:
-            text = self._own.tokens
-            last = ahead[-1] if ahead else text[-1]
-            before = ahead[-2] if len(ahead) > 1 else text[len(ahead) - 2] if len(text) + len(ahead) > 1 else -1
-            recycled = self._memory.recycled
-            if (best := recycled.pairs.get((before, last))) is not None:
-                group = PAIR
-            elif (best := recycled.singles.get(last)) is not None:
-                group = SINGLE
-            else:
-                group, best = UNKNOWN, ()
-            advice.append(((group,), {token: (group + 1 + rank,) for rank, token in enumerate(best)}))
+            text = (self._own.tokens[-RECYCLED_ORDER:] + ahead)[-RECYCLED_ORDER:]
+            order, row = self._memory.recycled.behind(text)
+            group = RECYCLED + order * SHARES
+            advice.append(((group,), {token: (group + share,) for token, share in row.items()}))
             if not committed_end and self._last_row:
-                named = {token: (LAST + 1 + rank,) for rank, token in enumerate(self._last_row) if token != last}
+                last = text[-1]
+                named = {token: (LAST + share,) for token, share in self._last_row.items() if token != last}
                 advice.append(((LAST,), named))
         return advice
 
@@ -277,9 +271,9 @@ def outcomes(draft: Draft, verified: int, own: Sequence[int]) -> Iterator[tuple[
 def _source(features: tuple[int, ...]) -> str:
     """Which source names a token that no match in the text names."""
     for feature in features[3:]:
-        if CORPUS_MATCH <= feature < PAIR and (feature - CORPUS_MATCH) % (ORDER + 1):
+        if CORPUS_MATCH <= feature < RECYCLED and (feature - CORPUS_MATCH) % (ORDER + 1):
             return "corpus"
-        if PAIR < feature < UNKNOWN and feature != SINGLE:
+        if RECYCLED <= feature < LAST and (feature - RECYCLED) % SHARES:
             return "recycled"
         if feature > LAST:
             return "logits"

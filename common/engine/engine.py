@@ -29,6 +29,7 @@ PROMPT_SECONDS = 0.1  # for so long a prompt's rows may hold decoding sequences 
 _LEAST_PROMPT_ROWS = 16
 _LONGEST_DRAFT = 15  # candidates of one sequence, where the settings set no cap
 _LONGEST_BLOCK = 31  # tokens that a cascade confirms at once
+_DRAFT_SHARE = 0.01  # of the time that a drafter may take without being right
 _LONGEST_REST = 16  # steps for which a drafter that never helps is not asked
 _SHARED_PREFIX = 32  # tokens from which on a prompt waits for another that is about to hold its prefix
 _CAPACITY_STEP = 64  # slots are this much roomier than needed, so that the next prompt may fit them
@@ -411,7 +412,8 @@ class Engine:
                 drafter.observe(draft, len(window.draft), verdict.own, verdict.top)
                 if not draft.tokens or window.draft.tokens or drafter.takes_passes:
                     request.rest_after_miss = 1 if verdict.accepted else request.rest_after_miss
-                elif draft.tokens[0] != verdict.tokens[0]:  # nothing paid, and rightly: ask less often
+                elif draft.tokens[0] != verdict.tokens[0] and stats.seconds_draft > _DRAFT_SHARE * stats.seconds_decode:
+                    # Nothing paid, and rightly, and asking takes its time: ask less often.
                     request.rest_after_miss = min(2 * request.rest_after_miss, _LONGEST_REST)
                     request.draft_rest = request.rest_after_miss - 1
             drafter.extend(request.tokens[known:])
@@ -427,7 +429,9 @@ class Engine:
         if rows > MOST_ROWS:
             self._prompt_row_seconds = pass_seconds / rows
         elif self.runtime.costs_known:
-            self._around.append(seconds - self.runtime.costs(rows))
+            self._around.append(seconds - pass_seconds)
+            if all(window.chooser is not None for window in windows):
+                self.runtime.costs.learn(rows, pass_seconds)
 
     def _retire(self, request: Request, error: BaseException | None = None) -> None:
         """Ends a request; its slot stays for the prompts that begin as it did."""

@@ -11,7 +11,7 @@ from quasar.backends.base import Batch, Segment, Slot
 from quasar.models.runtime import Runtime
 from quasar.speculation.acceptance import accept
 from quasar.speculation.choice import TokenChooser
-from quasar.speculation.draft import Draft
+from quasar.speculation.draft import Draft, TopRow
 from quasar.speculation.sampling import noise_state
 
 UNKNOWN = -1  # the own token of a row that nobody asked for
@@ -36,7 +36,7 @@ class Verdict:
     tokens: list[int] = field(default_factory=list)  # committed: the accepted candidates and the target's own last one
     accepted: list[int] = field(default_factory=list)  # candidates, as indices
     own: list[int] = field(default_factory=list)  # [drafted + 1] the target's token in each place, or UNKNOWN
-    top: list[list[int]] | None = None  # [drafted + 1][top_k]
+    top: list[TopRow] | None = None  # [drafted + 1][top_k]
     logprobs: list[tuple[float, list[tuple[int, float]]]] | None = (
         None  # of each committed token: its own, alternatives
     )
@@ -115,7 +115,9 @@ def _judge(window: Window, logits: Tensor, argmax: list[int] | None, top_k: Call
     window.slot.commit([*range(uncached), *(uncached + row for row in path)])
     verdict = Verdict(tokens, path, own)
     if window.top_k:
-        verdict.top = top_k(logits, window.top_k).tolist()
+        best = top_k(logits, window.top_k)
+        shares = logits.gather(1, best).softmax(dim=1)
+        verdict.top = [list(zip(*row, strict=True)) for row in zip(best.tolist(), shares.tolist(), strict=True)]
     if window.logprobs is not None:
         verdict.logprobs = [
             logprobs_of(logits[row + 1], token, window.logprobs) for row, token in zip([-1, *path], tokens, strict=True)

@@ -73,3 +73,30 @@ def test_costs_are_interpolated_and_extrapolated():
     costs = PassCosts({1: 1.0, 3: 2.0, 5: 6.0})
     assert [costs(rows) for rows in (1, 2, 3, 4, 5, 7)] == [1.0, 1.5, 2.0, 4.0, 6.0, 10.0]
     assert PassCosts({1: 2.0})(9) == 2.0
+
+
+def test_costs_follow_the_passes_that_really_ran():
+    true = PassCosts({1: 9.0, 8: 12.0, 16: 15.0, 64: 40.0})
+    for wrong in ([25.0, 25.5, 26.0, 60.0], [15.0, 45.0, 46.0, 50.0], [6.0, 7.0, 8.0, 90.0]):
+        costs = PassCosts(dict(zip((1, 8, 16, 64), wrong, strict=True)))
+        for n in range(80):
+            rows = (1, 8, 9, 14)[n % 4]
+            costs.learn(rows, true(rows) * (1 if n % 7 else 3))  # some are disturbed
+        for rows in (1, 8, 16):
+            assert costs(rows) == pytest.approx(true(rows), rel=0.25)
+
+
+def test_rows_that_were_never_tried_are_tried_one_day():
+    costs = PassCosts({1: 1.0, 8: 4.0})
+    candidates = draft(*[0.3] * 7)
+    assert RULE.candidates([candidates], 1, costs) == [0]
+    for _ in range(300):
+        costs.learn(1, 1.0)
+    assert RULE.candidates([candidates], 1, costs) != [0]
+
+
+def test_rows_for_drafts_that_are_never_right_are_never_tried():
+    costs = PassCosts({1: 1.0, 8: 1.1})
+    for _ in range(2000):
+        assert RULE.candidates([draft(*[0.012] * 7)], 1, costs) == [0]
+        costs.learn(1, 1.0)
