@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import exp, log
+from typing import Any
 
 from quasar.drafting.evidence import (
     CORPUS_HOW,
@@ -30,6 +31,10 @@ from quasar.drafting.recycling import Row, row_of
 from quasar.drafting.successors import Context, Successors
 from quasar.speculation.draft import Draft, Drafter, TopRow
 
+# What a source but the text says of a place: the features of tokens that it does not name, what it names, and from
+# which feature on a name's number counts (-1: a name has its features themselves).
+Advice = tuple[tuple[int, ...], Mapping[int, Any], int]
+
 LIKELY = 8  # so many of the latest continuations of one match are considered
 HOPELESS = 0.008  # survival below which a candidate is not worth a row of any pass
 _LAST_COUNT, _LAST_FREQUENCY = len(COUNT_BUCKET) - 1, len(FREQUENCY_BUCKET) - 1
@@ -53,12 +58,17 @@ class HybridDrafter(Drafter):
         self.top_k = min(top_k, RUNNERS_UP)
         self._own = Successors(ORDER)
         self._evidence = self._memory.evidence(False, self.top_k > 0)
+        self._tail: list[int] = []  # the last committed tokens
         self._last_row: Row = {}  # the verifier's best tokens where the last committed one came
         earlier = self._memory.corpus if corpus else None
         self._corpus = None if earlier is None else earlier.follower()
 
     def extend(self, tokens: Sequence[int]) -> None:
+        if not tokens:
+            return
         self._own.extend(tokens)
+        self._tail = self._own.tokens[-RECYCLED_ORDER:]
+        self._last_row = {token: share for token, share in self._last_row.items() if token != self._tail[-1]}
         if self._corpus is not None:
             self._corpus.extend(tokens)
 
@@ -117,7 +127,7 @@ class HybridDrafter(Drafter):
 
     def _recycle(self, draft: Draft, verified: int, own: Sequence[int], top: Sequence[TopRow]) -> None:
         recycled, tokens, parents = self._memory.recycled, draft.tokens, draft.parents
-        behind = [self._own.tokens[-RECYCLED_ORDER:]]  # of each row, the last committed token's first
+        behind = [self._tail]  # of each row, the last committed token's first
         rows = [row_of(top[0])]
         recycled.take(behind[0], rows[0])
         for row in range(verified):
@@ -128,22 +138,18 @@ class HybridDrafter(Drafter):
         path = draft.accepted(verified, own)
         self._last_row = rows[path[-1] + 1 if path else 0]
 
-    def _advice(
-        self, earlier: Context | None, ahead: list[int], committed_end: bool
-    ) -> list[tuple[tuple[int, ...], dict[int, tuple[int, ...]]]]:
-        """Of each source but the text: features of the tokens that it does not name, and of those that it names."""
-        advice = []
+    def _advice(self, earlier: Context | None, ahead: list[int], committed_end: bool) -> list[Advice]:
+        """Of each source but the text."""
+        advice: list[Advice] = []
         if earlier is not None:
-            advice.append(_named_by_corpus(self._corpus.successors, earlier))
+            advice.append((*_named_by_corpus(self._corpus.successors, earlier), -1))
         if self.top_k:
-            text = (self._own.tokens[-RECYCLED_ORDER:] + ahead)[-RECYCLED_ORDER:]
+            text = ahead if len(ahead) >= RECYCLED_ORDER else self._tail + ahead
             order, row = self._memory.recycled.behind(text)
             group = RECYCLED + order * SHARES
-            advice.append(((group,), {token: (group + share,) for token, share in row.items()}))
+            advice.append(((group,), row, group))
             if not committed_end and self._last_row:
-                last = text[-1]
-                named = {token: (LAST + share,) for token, share in self._last_row.items() if token != last}
-                advice.append(((LAST,), named))
+                advice.append(((LAST,), self._last_row, LAST))
         return advice
 
     def _branch(self, waiting: list[tuple], room: int, alive: float, parent: int, place: tuple, inside: bool) -> None:
@@ -164,11 +170,15 @@ class HybridDrafter(Drafter):
         base = 0.0
         helped: dict[int, float] = {}  # what the other sources add to a token's log-odds, beyond `base`
         advice = self._advice(earlier, ahead, inside) if earlier is not None or self.top_k else ()
-        for absent, named in advice:
+        for absent, named, group in advice:
             silent = 0.0
             for feature in absent:
                 silent += weights[feature]
             base += silent
+            if group >= 0:
+                for token, share in named.items():
+                    helped[token] = helped.get(token, 0.0) + weights[group + share] - silent
+                continue
             for token, features in named.items():
                 odds = -silent
                 for feature in features:
@@ -217,8 +227,11 @@ class HybridDrafter(Drafter):
                     odds += helped[token]
                 if odds > least:
                     features = (match, how, frequency)
-                    for absent, named in advice:
-                        features += named.get(token, absent)
+                    for absent, named, group in advice:
+                        if token not in named:
+                            features += absent
+                        else:
+                            features += named[token] if group < 0 else (group + named[token],)
                     serial -= 1
                     insort(waiting, (alive / (1 + exp(-odds)), serial, parent, token, features, order))
                     if len(waiting) > room:
