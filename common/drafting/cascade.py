@@ -2,7 +2,8 @@
 
 Seen from the full-precision verifier, speculative decoding in W8A8 is one more drafter: it proposes a block of tokens,
 and one pass in full precision verifies them all. Both sample with the same noise, so sampled blocks agree as greedy
-ones do. The block's length follows the rule for rows as every draft's does: where it does not pay, decoding is plain.
+ones do. The block's length follows the rule for rows as every draft's does: where it does not pay, full precision
+verifies the drafts of the quantised model's drafter itself, or decoding is plain.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from quasar.speculation.rows import RowRule
 from quasar.speculation.sampling import Sampling
 from quasar.speculation.verifier import Verifier, Window
 
+_FIRST_BLOCKS = 2  # whose time says little: passes run for the first time
+_FADING = 0.9  # of what earlier blocks took, with each
 _LONGEST_INNER = 15  # candidates of the inner drafter in one pass of the quantised model
 
 
@@ -38,8 +41,9 @@ class CascadeDrafter(Drafter):
         self._tokens: list[int] = []
         self._prompt_tokens = 0
         self._survival = SurvivalTable(lambda source, match, depth: 0.95)
-        self._drafted_tokens = 0
         self._own_passes = 0
+        self._was_free = False  # whether the latest draft took no passes
+        self._seconds = self._blocks = self._block_tokens = 0.0  # of drafting, the latest blocks above all
 
     def extend(self, tokens: Sequence[int]) -> None:
         if not self._tokens:
@@ -47,14 +51,40 @@ class CascadeDrafter(Drafter):
         self._tokens.extend(tokens)
         if self._drafter is not None:
             self._drafter.extend(tokens)
+        if len(self._tokens) == self._prompt_tokens:  # now rather than in the first draft
+            self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Takes the text into the slot, where it is more than a pass may take beside its draft."""
         uncached = self._followed.uncached(self._tokens, ())[:-1]
-        if len(uncached) >= PREFILL_FROM:  # a prompt, now rather than in the first draft
+        if len(uncached) >= PREFILL_FROM:
             with self._runtime.lock:
                 self._runtime.prefill(self._followed.slot, uncached, logits_to_keep=0)
             self._followed.held += uncached
             self._own_passes += -(-len(uncached) // PROMPT_ROWS)
 
+    @property
+    def top_k(self) -> int:  # type: ignore[override]
+        """What the quantised model's drafter wants to know."""
+        return 0 if self._drafter is None else self._drafter.top_k
+
+    def propose_free(self, most: int) -> Draft:
+        """The quantised model's drafter may as well draft for full precision."""
+        self._was_free = self._drafter is not None and not self._drafter.takes_passes
+        return self._drafter.propose(most) if self._drafter is not None and self._was_free else Draft()
+
     def propose(self, most: int, pending: Sequence[int] = ()) -> Draft:
+        begin = time.perf_counter()
+        draft = self._propose_block(most, pending)
+        self._blocks += 1
+        if self._blocks > _FIRST_BLOCKS:
+            self._seconds = _FADING * self._seconds + time.perf_counter() - begin
+            self._block_tokens = _FADING * self._block_tokens + len(draft)
+        return draft
+
+    def _propose_block(self, most: int, pending: Sequence[int]) -> Draft:
+        self._was_free = False
+        self._catch_up()
         tokens: list[int] = []
         while len(tokens) < most:
             ahead = [*pending, *tokens]
@@ -65,17 +95,16 @@ class CascadeDrafter(Drafter):
             proposed, count = self._inner_draft(room, ahead, len(uncached))
             chooser = TokenChooser(self._sampling)
             chooser.index = len(self._tokens) + len(ahead) - self._prompt_tokens
-            window = Window(self._followed.slot, uncached, chooser, proposed.first(count))
+            window = Window(self._followed.slot, uncached, chooser, proposed.first(count), self.top_k)
             with self._runtime.lock:
                 costs, begin = self._runtime.costs, time.perf_counter()
                 verdict = self._verifier.step([window])[0]
                 costs.learn(len(uncached) + count, time.perf_counter() - begin)
             if self._drafter is not None:
-                self._drafter.observe(proposed, count, verdict.own)
+                self._drafter.observe(proposed, count, verdict.own, verdict.top)
             self._own_passes += 1
             self._followed.held += [*uncached, *verdict.tokens[:-1]]
             tokens += verdict.tokens
-        self._drafted_tokens += len(tokens)
         return Draft.chain(tokens, *self._survival.chain("cascade", 0, len(tokens)))
 
     def _inner_draft(self, room: int, ahead: Sequence[int], rows: int) -> tuple[Draft, int]:
@@ -91,14 +120,17 @@ class CascadeDrafter(Drafter):
         return self._survival.chain("cascade", 0, most)[0]
 
     def observe(self, draft: Draft, verified: int, own: Sequence[int], top: Sequence[TopRow] | None = None) -> None:
-        self._survival.learn(draft.outcomes(verified, own))
+        if self._was_free and self._drafter is not None:
+            self._drafter.observe(draft, verified, own, top)
+        elif draft.tokens:
+            self._survival.learn(draft.outcomes(verified, own))
 
     def seconds_per_token(self) -> float:
-        """Of the quantised model's passes; at first a modest guess: every draft of one is right."""
-        if self._drafted_tokens < 8:
-            drafted = 0 if self._drafter is None else 1
-            return self._runtime.costs(drafted + 1) / (drafted + 1)
-        return self._runtime.costs(2) * self._own_passes / self._drafted_tokens
+        """Of drafting; at first a modest guess: every draft of the quantised model's drafter is right."""
+        if self._block_tokens:
+            return self._seconds / self._block_tokens
+        drafted = 0 if self._drafter is None else 1
+        return self._runtime.costs(drafted + 1) / (drafted + 1)
 
     @property
     def passes(self) -> int:  # type: ignore[override]

@@ -37,6 +37,7 @@ Advice = tuple[tuple[int, ...], Mapping[int, Any], int]
 
 LIKELY = 8  # so many of the latest continuations of one match are considered
 HOPELESS = 0.008  # survival below which a candidate is not worth a row of any pass
+CERTAIN = 0.999  # the most that survival is believed to be
 _LAST_COUNT, _LAST_FREQUENCY = len(COUNT_BUCKET) - 1, len(FREQUENCY_BUCKET) - 1
 
 
@@ -58,7 +59,9 @@ class HybridDrafter(Drafter):
         self.top_k = min(top_k, RUNNERS_UP)
         self._own = Successors(ORDER)
         self._evidence = self._memory.evidence(False, self.top_k > 0)
+        self._trust = _Trust()
         self._tail: list[int] = []  # the last committed tokens
+        self._behind: list[int] = []  # the last tokens in front of the latest draft
         self._last_row: Row = {}  # the verifier's best tokens where the last committed one came
         earlier = self._memory.corpus if corpus else None
         self._corpus = None if earlier is None else earlier.follower()
@@ -67,7 +70,7 @@ class HybridDrafter(Drafter):
         if not tokens:
             return
         self._own.extend(tokens)
-        self._tail = self._own.tokens[-RECYCLED_ORDER:]
+        self._tail = self._behind = self._own.tokens[-RECYCLED_ORDER:]
         self._last_row = {token: share for token, share in self._last_row.items() if token != self._tail[-1]}
         if self._corpus is not None:
             self._corpus.extend(tokens)
@@ -91,6 +94,7 @@ class HybridDrafter(Drafter):
             if corpus is not None:
                 earlier = corpus.follow(earlier, token)
             ahead.append(token)
+        self._behind = (self._tail + ahead)[-RECYCLED_ORDER:]
         root = (context, earlier, ahead, -1)
         places: list[tuple] = []  # of each candidate: the contexts behind it, the tokens ahead, its depth
         waiting: list[tuple] = []  # (survival, serial, parent, token, features, match), the best last
@@ -118,16 +122,18 @@ class HybridDrafter(Drafter):
             place = (context, earlier, [*ahead, token], depth + 1)
             places.append(place)
             self._branch(waiting, room, alive, here, place, True)
+        draft.survival = [min(self._trust.factor * s, CERTAIN) for s in survival]
         return draft
 
     def observe(self, draft: Draft, verified: int, own: Sequence[int], top: Sequence[TopRow] | None = None) -> None:
         self._evidence.learn(outcomes(draft, verified, own))
+        self._trust.learn(draft, own[0])
         if top is not None and self.top_k:
             self._recycle(draft, verified, own, top)
 
     def _recycle(self, draft: Draft, verified: int, own: Sequence[int], top: Sequence[TopRow]) -> None:
         recycled, tokens, parents = self._memory.recycled, draft.tokens, draft.parents
-        behind = [self._tail]  # of each row, the last committed token's first
+        behind = [self._behind]  # of each row, the last committed token's first
         rows = [row_of(top[0])]
         recycled.take(behind[0], rows[0])
         for row in range(verified):
@@ -241,6 +247,28 @@ class HybridDrafter(Drafter):
                         if ratio >= 1:
                             return
                         least = log(ratio / (1 - ratio))
+
+
+class _Trust:
+    """How much more or less often candidates of one sequence are right than was expected of late.
+
+    The weights move too slowly to notice text that candidates of a few per cent each are never right in.
+    """
+
+    FADING, PRIOR, LEAST, MOST = 0.98, 2.0, 0.05, 1.5
+
+    def __init__(self) -> None:
+        self.factor = 1.0  # that survival is multiplied by
+        self._expected = self._right = 0.0
+
+    def learn(self, draft: Draft, own: int) -> None:
+        """own: the token that came where the draft begins."""
+        first = [(s, t) for s, t, p in zip(draft.survival, draft.tokens, draft.parents, strict=True) if p < 0]
+        if first:
+            self._expected = self.FADING * self._expected + sum(s for s, _ in first) / self.factor
+            self._right = self.FADING * self._right + any(token == own for _, token in first)
+            factor = (self._right + self.PRIOR) / (self._expected + self.PRIOR)
+            self.factor = min(max(factor, self.LEAST), self.MOST)
 
 
 def _named_by_corpus(earlier: Successors, context: Context) -> tuple[tuple[int, ...], dict[int, tuple[int, ...]]]:

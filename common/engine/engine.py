@@ -333,10 +333,13 @@ class Engine:
             forced = settings.grammar.forced()[:most]
             if forced:  # they must come: candidates that cost a row and no risk
                 return Draft.chain(forced, [1.0] * len(forced), [("grammar", 0, 0)] * len(forced))
+        draft = Draft()
         if drafter.takes_passes and (settings.gamma is None or self.lossless):
-            others = len(self._running) - 1
-            most = self._rule.chain(drafter.expected_survival(most), self._seconds, drafter.seconds_per_token(), others)
-        draft = drafter.propose(most) if most else Draft()
+            others, expected = len(self._running) - 1, drafter.expected_survival(most)
+            draft = drafter.propose_free(min(most, settings.gamma or _LONGEST_DRAFT))
+            most = self._rule.chain(expected, self._seconds, drafter.seconds_per_token(), others, draft)
+        if most:
+            draft = drafter.propose(most)
         if settings.grammar is not None:
             draft = _valid(draft, settings.grammar)
         request.result.stats.seconds_draft += time.perf_counter() - clock

@@ -43,14 +43,16 @@ class RowRule:
         seconds: Callable[[int], float],
         seconds_per_candidate: float,
         others: int = 0,
+        free: Draft | None = None,
     ) -> int:
         """How long a chain to draft where each candidate takes a pass of the drafter.
 
         survival [longest]: of its candidates; seconds: of a verification over so many rows; others: sequences in its
-        pass, which wait for the draft too.
+        pass, which wait for the draft too; free: what could be verified instead, without passes of the drafter.
         """
+        taken = 0 if free is None else self.candidates([free], 1 + others, seconds)[0]
         tokens = 1.0 + others
-        best_rate, best = tokens / seconds(1 + others), 0
+        best_rate, best = (tokens + sum(free.survival[:taken] if free else ())) / seconds(1 + others + taken), 0
         for length, chance in enumerate(survival, 1):
             tokens += chance
             rate = tokens / (seconds(1 + others + length) + length * seconds_per_candidate)
@@ -76,5 +78,6 @@ class FixedRows(RowRule):
         seconds: Callable[[int], float],
         seconds_per_candidate: float,
         others: int = 0,
+        free: Draft | None = None,
     ) -> int:
         return min(self._count, len(survival))

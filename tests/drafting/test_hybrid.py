@@ -114,6 +114,15 @@ def test_survival_follows_what_comes_true():
     assert drafter.propose(4).survival[0] > 2 * low
 
 
+def test_text_that_is_never_right_is_soon_believed_to_be_so():
+    drafter = HybridDrafter()
+    drafter.extend([n % 7 for n in range(40)])
+    first = sum(drafter.propose(7).survival)
+    for n in range(30):
+        drafter.observe(drafter.propose(7), 0, [1000 + n])
+    assert sum(drafter.propose(7).survival) < 0.3 * first
+
+
 def test_bounds_hold_after_learning():
     evidence = Evidence(prior_weights(False, False))
     for n in range(200):

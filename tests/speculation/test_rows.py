@@ -64,6 +64,12 @@ def test_a_chain_that_costs_passes_is_as_long_as_it_pays():
     assert RULE.chain([0.9**i for i in range(1, 9)], FLAT, seconds_per_candidate=0.4, others=8) == 0
 
 
+def test_what_is_free_may_pay_better_than_a_chain():
+    survival = [0.9**i for i in range(1, 9)]
+    assert RULE.chain(survival, FLAT, seconds_per_candidate=0.4, free=draft(0.9, 0.8, 0.7)) == 0
+    assert RULE.chain(survival, FLAT, seconds_per_candidate=0.1, free=draft(0.2, 0.1)) > 0
+
+
 def test_fixed_rows_do_not_look_at_costs():
     assert FixedRows(2).candidates([draft(0.1, 0.1, 0.1), draft(0.9)], 2, STEEP) == [2, 1]
     assert FixedRows(4).chain([0.5] * 3, STEEP, 100.0) == 3
