@@ -8,9 +8,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from quasar.errors import QuasarError
 from quasar.evaluation.peers.transformers import transformers_model
 from quasar.evaluation.speed import Step, context_ids
 from quasar.models.config import ModelConfig
+
+_BIASED = ("q_proj.weight", "k_proj.weight", "v_proj.weight")  # Qwen2 has biases there, Llama none
 
 
 def llama_cpp_step(config: ModelConfig, folder: Path | None, context: int, most_rows: int) -> Step:
@@ -26,6 +29,8 @@ def llama_cpp_step(config: ModelConfig, folder: Path | None, context: int, most_
         loading = llama_cpp.llama_model_default_params()
         loading.use_mmap = False  # the file goes; and its pages would be read from it, not from memory
         model = llama_cpp.llama_model_load_from_file(str(file).encode(), loading)
+    if not model:
+        raise QuasarError("--peer llama.cpp: it does not load this model")
     settings = llama_cpp.llama_context_default_params()
     settings.n_ctx = context + most_rows
     settings.n_batch = settings.n_ubatch = max(context, most_rows)
@@ -58,6 +63,8 @@ def write_gguf(config: ModelConfig, folder: Path | None, file: Path) -> None:
     import gguf
 
     arch = gguf.MODEL_ARCH.QWEN3 if config.qk_norm else gguf.MODEL_ARCH.PANGU_EMBED
+    if not config.qk_norm and not config.output_bias:
+        arch = gguf.MODEL_ARCH.QWEN2  # not LLAMA, which rotates other pairs of values
     q8 = gguf.GGMLQuantizationType.Q8_0
     writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[arch])
     writer.add_context_length(config.max_position_embeddings)
@@ -82,6 +89,8 @@ def write_gguf(config: ModelConfig, folder: Path | None, file: Path) -> None:
             writer.add_tensor(new_name, data)
         else:
             writer.add_tensor(new_name, gguf.quantize(data, q8), raw_dtype=q8)
+        if arch == gguf.MODEL_ARCH.QWEN2 and not config.attention_bias and name.endswith(_BIASED):
+            writer.add_tensor(new_name.replace(".weight", ".bias"), np.zeros(len(data), np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
