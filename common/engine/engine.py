@@ -433,7 +433,7 @@ class Engine:
             self._prompt_row_seconds = pass_seconds / rows
         elif self.runtime.costs_known:
             self._around.append(seconds - pass_seconds)
-            if all(window.chooser is not None for window in windows):
+            if all(window.chooser is not None and len(window.uncached_tokens) == 1 for window in windows):
                 self.runtime.costs.learn(rows, pass_seconds)
 
     def _retire(self, request: Request, error: BaseException | None = None) -> None:
