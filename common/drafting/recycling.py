@@ -22,7 +22,7 @@ class Recycled:
     context and the order of the runners-up; more context and their shares tell more.
     """
 
-    MOST = 200_000  # contexts of each length; the oldest go
+    MOST = 50_000  # contexts of each length; the oldest go. Some 700 bytes each
 
     def __init__(self) -> None:
         self._rows: list[dict[tuple[int, ...], Row]] = [{} for _ in range(RECYCLED_ORDER)]
