@@ -319,7 +319,8 @@ class Backend(ABC):
         """[tokens, vocab] -> int64 [tokens], the first of equals."""
         return logits.argmax(dim=-1)
 
-    top_k_begins_with_argmax = False  # also where tokens are equally probable
+    # Whether top_k takes next to nothing, and begins with the argmax also where tokens are equally probable.
+    cheap_top_k = False
 
     def top_k(self, logits: Tensor, k: int) -> Tensor:
         """[tokens, vocab] -> int64 [tokens, k]: the most probable tokens, best first."""

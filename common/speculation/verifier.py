@@ -56,7 +56,7 @@ class Verifier:
         best = argmax = None
         if len({window.top_k for window in windows}) == 1 and windows[0].top_k:
             best = self._runtime.backend.top_k(logits, windows[0].top_k)
-        if best is not None and self._runtime.backend.top_k_begins_with_argmax:
+        if best is not None and self._runtime.backend.cheap_top_k:
             argmax = best[:, 0].tolist()
         elif any(window.chooser is not None and window.chooser.takes_argmax for window in windows):
             argmax = self._runtime.backend.argmax(logits).tolist()
