@@ -9,6 +9,7 @@ from math import exp, log
 ROWS_TIMED = (1, 2, 4, 8, 16, 32, 64)  # rows that are timed; between them costs are interpolated
 _SECONDS, _ROUNDS = 0.06, 50  # spent on each size, whichever comes first, unless one pass takes longer
 _WARM_UP = 2  # passes of each size: the first pays for allocations and compilation, the second for capturing a graph
+_LITTLE = 0.5  # what the first timing of a size weighs, in passes
 _LEAST_ROW = 0.02  # of a pass, by which each further row counts at least: a flat measurement is noise, and would keep
 # rows for drafts that are never right
 
@@ -21,7 +22,7 @@ class PassCosts:
     is tried. A pass may be slow by accident but not fast: upwards the steps are small.
     """
 
-    RATE, MOST_UP, MOST_DOWN = 0.05, 0.5, 1.0
+    RATE, MOST_UP, MOST_DOWN = 0.05, 0.4, 1.0
     FORGETTING, FADING = 0.001, 0.98  # each pass: of larger sizes' seconds, of other sizes' passes
 
     def __init__(self, seconds: dict[int, float]) -> None:
@@ -44,7 +45,7 @@ class PassCosts:
         """Takes what a pass took."""
         error = min(max(log(seconds / self(rows)), -self.MOST_DOWN), self.MOST_UP)
         nearest = min(range(len(self._sizes)), key=lambda i: abs(log(self._sizes[i] / rows)))
-        step = error * max(self.RATE, 1 / (2 + self._passes[nearest]))
+        step = error * max(self.RATE, 1 / (3 + self._passes[nearest]))
         for i, passes in enumerate(self._passes):
             if i == nearest:
                 self._learnt[i] *= exp(step)
@@ -52,16 +53,21 @@ class PassCosts:
             else:
                 self._learnt[i] *= exp(step / (1 + passes) - self.FORGETTING * (i > nearest))
                 self._passes[i] = passes * self.FADING
-        self._seconds = rising(self._sizes, self._learnt)
+        self._seconds = rising(self._sizes, self._learnt, [_LITTLE + passes for passes in self._passes])
         self._learnt = [max(0.8 * s, own) for s, own in zip(self._seconds, self._learnt, strict=True)]
 
 
-def rising(sizes: Sequence[int], seconds: Sequence[float]) -> list[float]:
-    """More rows never cost less, and each at least a little more."""
-    found = list(seconds[:1])
-    for size, measured in zip(sizes[1:], seconds[1:], strict=True):
-        found.append(max(measured, found[-1], found[0] * (1 + _LEAST_ROW * (size - sizes[0]))))
-    return found
+def rising(sizes: Sequence[int], seconds: Sequence[float], weights: Sequence[float]) -> list[float]:
+    """More rows never cost less: sizes in the wrong order share their weighted mean. And each row costs a little."""
+    blocks: list[tuple[float, float, int]] = []  # seconds, weight, sizes
+    for block in zip(seconds, weights, [1] * len(sizes), strict=True):
+        while blocks and blocks[-1][0] > block[0]:
+            before = blocks.pop()
+            weight = before[1] + block[1]
+            block = ((before[0] * before[1] + block[0] * block[1]) / weight, weight, before[2] + block[2])
+        blocks.append(block)
+    found = [mean for mean, _, count in blocks for _ in range(count)]
+    return [max(s, found[0] * (1 + _LEAST_ROW * (size - sizes[0]))) for size, s in zip(sizes, found, strict=True)]
 
 
 def measure(timed: Callable[[int], float], sizes: Sequence[int]) -> PassCosts:
@@ -75,5 +81,6 @@ def measure(timed: Callable[[int], float], sizes: Sequence[int]) -> PassCosts:
         rounds.append([timed(size) for size in sizes])
         spent += sum(rounds[-1])
     fastest = [min(times) for times in zip(*rounds, strict=True)]
-    fastest[0] = min(fastest)
-    return PassCosts(dict(zip(sizes, rising(sizes, fastest), strict=True)))
+    # A pass may be slow by accident but not fast, and fewer rows never cost more.
+    fastest = [min(fastest[i:]) for i in range(len(fastest))]
+    return PassCosts(dict(zip(sizes, rising(sizes, fastest, fastest), strict=True)))

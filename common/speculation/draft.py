@@ -88,6 +88,10 @@ class Drafter(ABC):
         pending: tokens that stand behind the committed ones but may yet be taken back.
         """
 
+    def propose_free(self, most: int) -> Draft:
+        """What a drafter that takes passes can propose without any."""
+        return Draft()
+
     def observe(self, draft: Draft, verified: int, own: Sequence[int], top: Sequence[TopRow] | None = None) -> None:
         """Learns from a pass, before `extend` brings the tokens that it committed.
 
