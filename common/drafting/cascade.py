@@ -99,7 +99,8 @@ class CascadeDrafter(Drafter):
             with self._runtime.lock:
                 costs, begin = self._runtime.costs, time.perf_counter()
                 verdict = self._verifier.step([window])[0]
-                costs.learn(len(uncached) + count, time.perf_counter() - begin)
+                if self._runtime.settled:
+                    costs.learn(len(uncached) + count, time.perf_counter() - begin)
             if self._drafter is not None:
                 self._drafter.observe(proposed, count, verdict.own, verdict.top)
             self._own_passes += 1
@@ -126,11 +127,10 @@ class CascadeDrafter(Drafter):
             self._survival.learn(draft.outcomes(verified, own))
 
     def seconds_per_token(self) -> float:
-        """Of drafting; at first a modest guess: every draft of the quantised model's drafter is right."""
+        """Of drafting; at first a guess: passes of four rows bring 1.5 tokens."""
         if self._block_tokens:
             return self._seconds / self._block_tokens
-        drafted = 0 if self._drafter is None else 1
-        return self._runtime.costs(drafted + 1) / (drafted + 1)
+        return self._runtime.costs(1) if self._drafter is None else self._runtime.costs(4) / 1.5
 
     @property
     def passes(self) -> int:  # type: ignore[override]

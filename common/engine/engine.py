@@ -433,7 +433,8 @@ class Engine:
             self._prompt_row_seconds = pass_seconds / rows
         elif self.runtime.costs_known:
             self._around.append(seconds - pass_seconds)
-            if all(window.chooser is not None and len(window.uncached_tokens) == 1 for window in windows):
+            single = all(window.chooser is not None and len(window.uncached_tokens) == 1 for window in windows)
+            if single and self.runtime.settled:
                 self.runtime.costs.learn(rows, pass_seconds)
 
     def _retire(self, request: Request, error: BaseException | None = None) -> None:

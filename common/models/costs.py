@@ -22,7 +22,7 @@ class PassCosts:
     is tried. A pass may be slow by accident but not fast: upwards the steps are small.
     """
 
-    RATE, MOST_UP, MOST_DOWN = 0.05, 0.4, 1.0
+    RATE, MOST_UP, MOST_DOWN = 0.05, 0.2, 1.0
     FORGETTING, FADING = 0.001, 0.98  # each pass: of larger sizes' seconds, of other sizes' passes
 
     def __init__(self, seconds: dict[int, float]) -> None:
