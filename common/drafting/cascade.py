@@ -17,12 +17,13 @@ from quasar.drafting.survival import SurvivalTable
 from quasar.models.runtime import PROMPT_ROWS, Runtime
 from quasar.speculation.choice import TokenChooser
 from quasar.speculation.draft import Draft, Drafter, TopRow
-from quasar.speculation.rows import RowRule
+from quasar.speculation.rows import RowRule, filled
 from quasar.speculation.sampling import Sampling
 from quasar.speculation.verifier import Verifier, Window
 
 _FIRST_BLOCKS = 2  # whose time says little: passes run for the first time
 _FADING = 0.9  # of what earlier blocks took, with each
+_DOUBT = 4.0  # candidates that the first expectation weighs
 _LONGEST_INNER = 15  # candidates of the inner drafter in one pass of the quantised model
 
 
@@ -43,6 +44,8 @@ class CascadeDrafter(Drafter):
         self._survival = SurvivalTable(lambda source, match, depth: 0.95)
         self._own_passes = 0
         self._was_free = False  # whether the latest draft took no passes
+        self._trust = 1.0  # that survival is multiplied by
+        self._expected = self._right = 0.0  # candidates of the latest blocks that survive
         self._seconds = self._blocks = self._block_tokens = 0.0  # of drafting, the latest blocks above all
 
     def extend(self, tokens: Sequence[int]) -> None:
@@ -75,7 +78,7 @@ class CascadeDrafter(Drafter):
 
     def propose(self, most: int, pending: Sequence[int] = ()) -> Draft:
         begin = time.perf_counter()
-        draft = self._propose_block(most, pending)
+        draft = self._propose_block(filled(1 + most) - 1, pending)
         self._blocks += 1
         if self._blocks > _FIRST_BLOCKS:
             self._seconds = _FADING * self._seconds + time.perf_counter() - begin
@@ -106,7 +109,8 @@ class CascadeDrafter(Drafter):
             self._own_passes += 1
             self._followed.held += [*uncached, *verdict.tokens[:-1]]
             tokens += verdict.tokens
-        return Draft.chain(tokens, *self._survival.chain("cascade", 0, len(tokens)))
+        survival, keys = self._survival.chain("cascade", 0, len(tokens))
+        return Draft.chain(tokens, [self._trust * s for s in survival], keys)
 
     def _inner_draft(self, room: int, ahead: Sequence[int], rows: int) -> tuple[Draft, int]:
         """What the quantised model's drafter proposes, and how many of its candidates to verify."""
@@ -118,13 +122,17 @@ class CascadeDrafter(Drafter):
         return draft, RowRule().candidates([draft], rows, self._runtime.costs)[0]
 
     def expected_survival(self, most: int) -> list[float]:
-        return self._survival.chain("cascade", 0, most)[0]
+        return [self._trust * s for s in self._survival.chain("cascade", 0, most)[0]]
 
     def observe(self, draft: Draft, verified: int, own: Sequence[int], top: Sequence[TopRow] | None = None) -> None:
         if self._was_free and self._drafter is not None:
             self._drafter.observe(draft, verified, own, top)
         elif draft.tokens:
             self._survival.learn(draft.outcomes(verified, own))
+            # Text is easy in places: where candidates agree they agree at length, and their survival is overrated.
+            self._expected = _FADING * self._expected + sum(draft.survival[:verified]) / self._trust
+            self._right = _FADING * self._right + len(draft.accepted(verified, own))
+            self._trust = min((self._right + _DOUBT) / (self._expected + _DOUBT), 1.0)
 
     def seconds_per_token(self) -> float:
         """Of drafting; at first a guess: passes of four rows bring 1.5 tokens."""

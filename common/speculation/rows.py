@@ -2,6 +2,8 @@
 
 Every running sequence gets its next token. Further rows go to the candidates most likely to survive, over all sequences
 together, as long as that brings more tokens per second than the rows cost. Where nothing pays, decoding is plain.
+Candidates fill a pass up to one of a few sizes: each size has a first pass that is captured, and takes several times as
+long as the others.
 """
 
 from __future__ import annotations
@@ -13,6 +15,12 @@ from quasar.speculation.draft import Draft
 
 PUBLISHED_GAMMA = 5  # candidates a pass in the papers' experiments
 MOST_ROWS = 64  # of drafts and next tokens in one pass
+SIZES = (2, 4, *range(8, MOST_ROWS + 1, 8))  # of passes with drafts
+
+
+def filled(rows: int) -> int:
+    """The largest of SIZES up to so many rows; the rows themselves where there is none."""
+    return max((size for size in SIZES if size <= rows), default=rows)
 
 
 class RowRule:
@@ -30,6 +38,8 @@ class RowRule:
         tokens = float(len(drafts))
         for taken, (negative, _) in enumerate(ranked[: max(0, most - rows)], 1):
             tokens -= negative
+            if rows + taken not in SIZES:
+                continue
             rate = tokens / seconds(rows + taken)
             if rate > best_rate:
                 best_rate, best = rate, taken
