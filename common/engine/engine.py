@@ -28,6 +28,7 @@ from quasar.speculation.verifier import Verdict, Verifier, Window
 PROMPT_SECONDS = 0.1  # for so long a prompt's rows may hold decoding sequences up, in each pass
 _LEAST_PROMPT_ROWS = 16
 _LONGEST_DRAFT = 15  # candidates of one sequence, where the settings set no cap
+_SHORT_DRAFT, _SHORT_DRAFTS = 7, 8  # so few candidates are asked for so many times where no more were verified
 _LONGEST_BLOCK = 31  # tokens that a cascade confirms at once
 _DRAFT_SHARE = 0.02  # of the time that a drafter may take without being right
 _LONGEST_REST = 4  # steps for which a drafter that never helps is not asked
@@ -328,6 +329,9 @@ class Engine:
             request.draft_rest -= 1
             return Draft()
         most = min(_longest(settings), request.room)
+        if request.short_drafts and settings.gamma is None and not drafter.takes_passes:
+            request.short_drafts -= 1
+            most = min(most, _SHORT_DRAFT)
         clock = time.perf_counter()
         if settings.grammar is not None:
             forced = settings.grammar.forced()[:most]
@@ -373,6 +377,9 @@ class Engine:
         else:
             chosen = self._rule.candidates(proposed, base, self._seconds, max(MOST_ROWS, base))
         count = dict(zip((r for r, _ in decoding), chosen, strict=True))
+        for request, draft in decoding:
+            if count[request] <= _SHORT_DRAFT < len(draft):
+                request.short_drafts = _SHORT_DRAFTS
         windows = []
         for request, draft in zip(list(requests), list(drafts), strict=True):  # both get shorter on the way
             assert request.slot is not None

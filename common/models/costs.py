@@ -17,13 +17,14 @@ _LEAST_ROW = 0.02  # of a pass, by which each further row counts at least: a fla
 class PassCosts:
     """Seconds of a pass over so many rows.
 
-    The first timings may fall on a bad moment. So every pass moves the size nearest to it, and the others the less the
-    more passes they had themselves. A larger size that has had none for long is slowly believed to be cheaper, until it
-    is tried. A pass may be slow by accident but not fast: upwards the steps are small.
+    The first timings may fall on a bad moment. So every pass moves the size nearest to it; where it was far from what
+    was expected, it is the machine that changed, and all sizes move. A size that has had no pass for long is slowly
+    believed to be cheaper, until it is tried. A pass may be slow by accident but not fast: upwards the steps are small.
     """
 
     RATE, MOST_UP, MOST_DOWN = 0.05, 0.2, 1.0
-    FORGETTING, FADING = 0.001, 0.98  # each pass: of larger sizes' seconds, of other sizes' passes
+    FAR = 0.18  # in log seconds
+    FORGETTING, FADING = 0.001, 0.98  # each pass, of the other sizes: of their seconds, of their passes
 
     def __init__(self, seconds: dict[int, float]) -> None:
         """seconds: by rows, at least one entry; beyond the largest the last slope goes on."""
@@ -51,7 +52,7 @@ class PassCosts:
                 self._learnt[i] *= exp(step)
                 self._passes[i] = passes + 1
             else:
-                self._learnt[i] *= exp(step / (1 + passes) - self.FORGETTING * (i > nearest))
+                self._learnt[i] *= exp((step if abs(error) > self.FAR else 0) - self.FORGETTING)
                 self._passes[i] = passes * self.FADING
         self._seconds = rising(self._sizes, self._learnt, [_LITTLE + passes for passes in self._passes])
         self._learnt = [max(0.8 * s, own) for s, own in zip(self._seconds, self._learnt, strict=True)]
