@@ -232,6 +232,7 @@ def _cache_settings(
 ) -> dict[str, Any]:
     """All that quantised weights depend on, beside the checkpoint."""
     here = Path(__file__).parent
+    models = [here / "models" / name for name in ("loader.py", "weights_cache.py")]
     return {
         "config": repr(config),
         "method": "w8a8" if precision == "w8a8" else "int4",  # w4a4 is w4a16 with other activations
@@ -240,7 +241,7 @@ def _cache_settings(
         "device": [backend.name, str(backend.dtype), str(backend.linear_dtype)],
         "texts": texts,
         "measured": measured,
-        "code": source_digest([here / "quantization", here / "checkpoints", here / "models" / "loader.py"]),
+        "code": source_digest([here / "quantization", here / "checkpoints", *models]),
     }
 
 

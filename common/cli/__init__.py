@@ -9,7 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from quasar.errors import QuasarError
+from quasar.cli import streams
+from quasar.errors import QuasarError, shorten
 from quasar.memory import out_of_memory_in_one_line
 
 _EPILOG = """examples:
@@ -48,7 +49,13 @@ def main(argv: Sequence[str] | None = None, default_device: str | None = None) -
 
     default_device replaces "auto" where the command line names no device.
     """
+    streams.prepare()
     parser = build_parser()
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        streams.check_arguments(argv)
+    except QuasarError as error:
+        parser.error(str(error))
     args = parser.parse_args(argv)
     if default_device is not None and getattr(args, "device", None) == "auto":
         args.device = default_device
@@ -68,4 +75,9 @@ def main(argv: Sequence[str] | None = None, default_device: str | None = None) -
         # The reader (head, less) has what it wanted; keep the interpreter's own flush at exit quiet too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a path of a flag that nothing else looked at: too long a name, no permission
+        if error.filename is None:
+            raise
+        print(f"quasar {args.command}: {shorten(str(error.filename))}: {error.strerror}", file=sys.stderr)
+        return 2
     return code or 0

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from quasar.cli import flags
 from quasar.engine.engine import Engine
 from quasar.errors import QuasarError
+from quasar.reading import parse_json, read_lines
 
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 
@@ -64,7 +65,8 @@ def run(args: argparse.Namespace) -> None:
 
         async def answer_all() -> None:
             async for line in answers(app, requests[done:], args.max_sequences):
-                file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+                # Half a surrogate pair, which JSON can say, is written as JSON says it.
+                file.write(json.dumps(line, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
                 file.flush()
                 progress.update()
 
@@ -77,10 +79,7 @@ def run(args: argparse.Namespace) -> None:
 
 def read_requests(path: Path) -> list[dict[str, Any]]:
     """The lines of a file; one that is no request becomes {"custom_id", "problem"}. QuasarError: no such file."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise QuasarError(f"{path}: cannot be read ({error})") from None
+    lines = read_lines(path)
     requests = [_request(line, number) for number, line in enumerate(lines, 1) if line.strip()]
     if not requests:
         raise QuasarError(
@@ -91,8 +90,8 @@ def read_requests(path: Path) -> list[dict[str, Any]]:
 
 def _request(line: str, number: int) -> dict[str, Any]:
     try:
-        fields = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        fields = parse_json(line)
+    except ValueError as error:
         return {"custom_id": f"line-{number}", "problem": f"line {number} is no JSON ({error})"}
     if not isinstance(fields, dict):
         return {"custom_id": f"line-{number}", "problem": f"line {number} should be an object"}
@@ -168,8 +167,13 @@ async def _answer(app: Any, request: dict[str, Any]) -> dict[str, Any]:
 
 
 async def post(app: Any, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    """Asks an ASGI application (asgi.readthedocs.io) without a network: status and JSON of the answer."""
-    content = json.dumps(body).encode()
+    """Asks an ASGI application: status and JSON of the answer."""
+    status, answer = await ask(app, path, json.dumps(body).encode())
+    return status, json.loads(answer)
+
+
+async def ask(app: Any, path: str, content: bytes) -> tuple[int, bytes]:
+    """Asks an ASGI application (asgi.readthedocs.io) without a network: status and content of the answer."""
     scope = {
         "type": "http",
         "asgi": {"version": "3.0"},
@@ -206,4 +210,4 @@ async def post(app: Any, path: str, body: dict[str, Any]) -> tuple[int, dict[str
             parts.append(message.get("body", b""))
 
     await app(scope, receive, send)
-    return status, json.loads(b"".join(parts))
+    return status, b"".join(parts)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from quasar.cli import flags
+from quasar.cli import flags, streams
 from quasar.engine.settings import GenerationSettings, Result, TokenEvent
 from quasar.errors import QuasarError
 from quasar.models.chat import render_chat, splitter_for
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
 def line_reader() -> Callable[[], str]:
     """Asks for a message: with editing and history on a terminal, else a line at a time. EOFError ends."""
     if not sys.stdin.isatty():
-        return _plain_line
+        return streams.read_line
     try:
         from prompt_toolkit import PromptSession
         from prompt_toolkit.history import FileHistory, InMemoryHistory
@@ -121,13 +121,6 @@ def line_reader() -> Callable[[], str]:
         enable_open_in_editor=True,
     )
     return lambda: session.prompt("> ")
-
-
-def _plain_line() -> str:
-    line = sys.stdin.readline()
-    if not line:
-        raise EOFError
-    return line.rstrip("\n")
 
 
 @dataclass

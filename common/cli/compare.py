@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import replace
 from typing import Any
 
-from quasar.cli import flags
+from quasar.cli import flags, streams
 from quasar.cli.generate import as_json
 from quasar.drafting import DEFAULT_DRAFT
 from quasar.evaluation.decode import SCHEMES
@@ -44,14 +43,11 @@ def run(args: argparse.Namespace) -> None:
     ]
     baseline = results[0][3].token_ids
     if args.json:
-        print(
-            json.dumps(
-                {
-                    title: as_json(result, model, used) | {"agreement": agreement(result.token_ids, baseline)}
-                    for title, model, used, result in results
-                },
-                ensure_ascii=False,
-            )
+        streams.print_json(
+            {
+                title: as_json(result, model, used) | {"agreement": agreement(result.token_ids, baseline)}
+                for title, model, used, result in results
+            }
         )
         return
     print(table(results))

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from quasar.backends import DEVICES, KV_DEFAULT
+from quasar.cli import streams
 from quasar.drafting import DEFAULT_DRAFT, DRAFTS
 from quasar.drafting.memory import DraftMemory
 from quasar.drafting.store import CorpusStore, tokenizer_fingerprint
@@ -20,6 +21,7 @@ from quasar.models.config import DUMMY_SHAPES
 from quasar.models.model import DEFAULT_MODEL, DUMMY_PREFIX, Model
 from quasar.quantization.methods import FITTED
 from quasar.quantization.recipe import ROUNDINGS, Recipe
+from quasar.reading import read_text
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -269,15 +271,12 @@ def prompt_ids(args: argparse.Namespace, model: Model) -> list[int]:
 
 def _prompt_text(args: argparse.Namespace) -> str:
     if args.prompt_file is not None:
-        try:
-            return Path(args.prompt_file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise QuasarError(f"--prompt-file {args.prompt_file}: cannot be read as text ({error})") from None
+        return read_text(Path(args.prompt_file), f"--prompt-file {args.prompt_file}")
     if args.prompt not in (None, "-"):
         return args.prompt
     if args.prompt is None and sys.stdin.isatty():
         raise QuasarError('no prompt; give one, as quasar generate "def main():", or pipe it in')
-    return sys.stdin.read()
+    return streams.read_all()
 
 
 def recipe_of(args: argparse.Namespace) -> Recipe:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import asdict
 from typing import Any
 
-from quasar.cli import flags
+from quasar.cli import flags, streams
 from quasar.errors import QuasarError
 from quasar.generation import Generation, GenerationSettings, Result, generate
 from quasar.models.chat import Pieces, ReasoningSplitter, splitter_for
@@ -55,7 +54,7 @@ def answer(args: argparse.Namespace, model: Model, settings: GenerationSettings,
         printed = as_json(generation.result(), model, settings)
         if args.chat:
             printed |= answer_of(printed["text"], splitter)
-        print(json.dumps(printed, ensure_ascii=False))
+        streams.print_json(printed)
         return
     if args.stream:
         stream(generation, splitter)

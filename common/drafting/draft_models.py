@@ -49,9 +49,10 @@ def _skipping(model: Model, skipped: int) -> Decoder:
 
 def calibration_ids(model: Model) -> list[list[int]]:
     """A few built-in prompts as token ids; arbitrary ids for random weights."""
+    most = min(_PROMPT_TOKENS, model.config.max_position_embeddings)
     if model.tokenizer is None:
-        return [list(range(64))]
-    return [model.encode(text)[:_PROMPT_TOKENS] for text in read_texts(ASSETS / "calibration.jsonl")[:_PROMPTS]]
+        return [list(range(min(64, most, model.config.vocab_size)))]
+    return [model.encode(text)[:most] for text in read_texts(ASSETS / "calibration.jsonl")[:_PROMPTS]]
 
 
 def _other_model(model: Model, path: str) -> Decoder:

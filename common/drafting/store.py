@@ -20,6 +20,7 @@ from typing import IO, Any
 
 from quasar.drafting.corpus import MOST_TOKENS, Corpus
 from quasar.errors import QuasarError
+from quasar.reading import parse_json
 
 _FORMAT = 1
 _HEAD = struct.Struct("<II")  # tokens, CRC-32 of their bytes
@@ -94,7 +95,7 @@ class CorpusStore(Corpus):
             _replace(path, json.dumps({"format": _FORMAT, "tokenizer": fingerprint}).encode() + b"\n")
             return
         try:
-            about = json.loads(path.read_text(encoding="utf-8"))
+            about = parse_json(path.read_text(encoding="utf-8"))
             known, tokenizer = about["format"], about["tokenizer"]
         except (ValueError, KeyError, TypeError):
             raise QuasarError(f"--draft-store {self._folder}: {path} is corrupt; name another folder") from None

@@ -12,6 +12,7 @@ from quasar.drafting.suffix_automaton import ROOT, SuffixAutomaton
 from quasar.drafting.survival import SurvivalTable
 from quasar.errors import QuasarError
 from quasar.models.model import Model
+from quasar.reading import parse_json, read_lines
 from quasar.speculation.draft import Draft, Drafter, TopRow
 
 # A match of n tokens is trusted for TRUST * n more (the paper's alpha), as far as the counts give the path at least
@@ -30,10 +31,7 @@ class SuffixStore:
     def __init__(self, path: Path, vocab_size: int) -> None:
         """Reads the file if it is there. Raises QuasarError on anything but lists of this vocabulary's ids."""
         self.automaton, self._path = SuffixAutomaton(), path
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        except (OSError, UnicodeDecodeError) as error:
-            raise QuasarError(f"--draft suffix:{path}: cannot be read ({error})") from None
+        lines = read_lines(path, f"--draft suffix:{path}") if path.exists() else []
         if not path.parent.is_dir():
             raise QuasarError(f"--draft suffix:{path}: there is no folder {path.parent} to keep it in")
         for number, line in enumerate(lines, 1):
@@ -52,7 +50,7 @@ class SuffixStore:
 
 def _ids(line: str, vocab_size: int, where: str) -> list[int]:
     try:
-        ids = json.loads(line)
+        ids = parse_json(line)
     except ValueError:
         ids = None
     if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < vocab_size for i in ids):

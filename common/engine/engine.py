@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import deque
@@ -10,13 +11,12 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from quasar.backends.base import Slot
 from quasar.drafting import DraftTarget, new_drafter
 from quasar.drafting.corpus import Corpus
 from quasar.drafting.memory import DraftMemory
-from quasar.engine.prefix_cache import PrefixCache, common_prefix
 from quasar.engine.sequence import Handle, Listener, Request
 from quasar.engine.settings import GenerationSettings, Result
+from quasar.engine.slots import Held, SlotPool
 from quasar.errors import QuasarError
 from quasar.memory import gigabytes, host_memory
 from quasar.models.model import Model
@@ -32,8 +32,6 @@ _SHORT_DRAFT, _SHORT_DRAFTS = 7, 8  # so few candidates are asked for so many ti
 _LONGEST_BLOCK = 31  # tokens that a cascade confirms at once
 _DRAFT_SHARE = 0.02  # of the time that a drafter may take without being right
 _LONGEST_REST = 4  # steps for which a drafter that never helps is not asked
-_SHARED_PREFIX = 32  # tokens from which on a prompt waits for another that is about to hold its prefix
-_CAPACITY_STEP = 64  # slots are this much roomier than needed, so that the next prompt may fit them
 _HOST_SHARE = 0.4  # of free host memory that keys and values may take where nothing else is said
 
 
@@ -82,20 +80,22 @@ class Engine:
         self.max_sequences = max_sequences
         self.lossless = lossless
         self.runtime: Runtime = model.target_runtime(lossless)
-        self.kv_bytes_limit = kv_bytes if kv_bytes is not None else int(_HOST_SHARE * host_memory())
+        self._slots = SlotPool(
+            self.runtime, max_sequences, kv_bytes if kv_bytes is not None else int(_HOST_SHARE * host_memory())
+        )
         self.draft_memory = DraftMemory(Corpus()) if draft_memory is None else draft_memory
         self._verifier = Verifier(self.runtime)
         self._rule = row_rule or RowRule()
-        self._prefixes = PrefixCache()
         self._running: list[Request] = []
         self._waiting: deque[Request] = deque()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._own_thread = own_thread
+        self._process = os.getpid()
         self._closing = self._closed = False
         self._around: deque[float] = deque([0.0], maxlen=9)  # seconds of a step beyond its pass
         self._prompt_row_seconds = 0.0
-        self._stats = EngineStats(kv_bytes_limit=self.kv_bytes_limit)
+        self._stats = EngineStats(kv_bytes_limit=self._slots.bytes_limit)
 
     # From any thread.
 
@@ -120,13 +120,15 @@ class Engine:
             raise QuasarError(f"lossless={settings.lossless}: the engine was made with lossless={self.lossless}")
         ids = self.model.encode(prompt, chat) if isinstance(prompt, str) else list(prompt)
         request = Request(self.model, ids, settings)
-        needed = self._bytes_for(request.capacity)
-        if needed > self.kv_bytes_limit:
+        needed = self._slots.bytes_for(request.capacity)
+        if needed > self._slots.bytes_limit:
             raise QuasarError(
                 f"{request.capacity} tokens of context need {gigabytes(needed)} of keys and values; the engine has "
-                f"{gigabytes(self.kv_bytes_limit)}; ask for fewer new tokens, or give it more memory"
+                f"{gigabytes(self._slots.bytes_limit)}; ask for fewer new tokens, or give it more memory"
             )
         handle = Handle(request, self._wake, on_events)
+        if self._own_thread and self._process != os.getpid():
+            raise QuasarError("this process was forked off the one whose thread runs this engine; make an engine here")
         with self._changed:
             if self._closing:
                 raise QuasarError("the engine is shutting down")
@@ -152,8 +154,8 @@ class Engine:
         with self._changed:
             s = self._stats
             s.running, s.waiting = len(self._running), len(self._waiting)
-            s.prefix_queried_tokens, s.prefix_cached_tokens = self._prefixes.queried_tokens, self._prefixes.found_tokens
-            s.kv_bytes = self._prefixes.nbytes + sum(r.slot.nbytes for r in self._running if r.slot is not None)
+            s.prefix_queried_tokens, s.prefix_cached_tokens = self._slots.queried_tokens, self._slots.found_tokens
+            s.kv_bytes = self._slots.nbytes + sum(r.slot.nbytes for r in self._running if r.slot is not None)
             return EngineStats(**vars(s))
 
     def shutdown(self, wait_seconds: float = 0.0) -> None:
@@ -231,23 +233,28 @@ class Engine:
                     return
                 request = self._waiting[0]
             try:
-                if self._prefix_is_coming(request) or not self._find_slot(request):
+                held = [Held(r.slot, r.tokens, r.prefilling) for r in self._running if r.slot is not None]
+                if self._slots.prefix_is_coming(request.tokens, held):
+                    return
+                request.slot = self._slots.take(request.tokens, request.capacity, held)
+                if request.slot is None:
                     return
                 self._start(request)
             except Exception as error:
                 request.finish(error)
                 if request.slot is not None:
                     request.slot.rewind(0)
-                    self._prefixes.put(request.slot, [])
+                    self._slots.put(request.slot, [])
             with self._changed:
                 self._waiting.popleft()
                 if not request.done:
                     self._running.append(request)
 
     def _start(self, request: Request) -> None:
-        request.admitted = time.perf_counter()
-        request.result.stats.weight_bytes_per_pass = self.runtime.decoder.weight_bytes_per_pass
         assert request.slot is not None
+        request.admitted = time.perf_counter()
+        request.result.stats.cached_tokens = request.slot.length
+        request.result.stats.weight_bytes_per_pass = self.runtime.decoder.weight_bytes_per_pass
         target = DraftTarget(
             self.model,
             request.slot,
@@ -259,60 +266,6 @@ class Engine:
         request.drafter = new_drafter(request.settings.draft, target)
         if request.drafter is not None:
             request.drafter.extend(request.tokens)
-
-    def _prefix_is_coming(self, request: Request) -> bool:
-        """Whether a running prompt is about to hold more of this one's prefix than any slot does."""
-        prompt = request.tokens[:-1]
-        _, here = self._prefixes.longest(prompt)
-        here = max([here, *(min(common_prefix(prompt, r.tokens), r.slot.length) for r in self._running if r.slot)])
-        coming = max((common_prefix(prompt, r.tokens) for r in self._running if r.prefilling), default=0)
-        return coming >= here + _SHARED_PREFIX
-
-    def _find_slot(self, request: Request) -> bool:
-        """Takes over or copies the longest prefix that a slot holds; False where memory has to become free first."""
-        prompt = request.tokens[:-1]  # the last token's logits are wanted
-        idle, idle_length = self._prefixes.longest(prompt)
-        source, length = idle, idle_length
-        for other in self._running:
-            shared = min(common_prefix(prompt, other.tokens), other.slot.length) if other.slot is not None else 0
-            if shared > length:
-                source, length = other.slot, shared
-        if idle is not None and idle_length == length and idle.capacity >= request.capacity:
-            request.slot = self._prefixes.take(idle)
-            request.slot.rewind(length)
-        else:
-            slot = self._new_slot(request.capacity, keep=source)
-            if slot is None:
-                return False
-            if source is not None and length:
-                slot.share_prefix(source, length)
-            request.slot = slot
-        self._prefixes.queried_tokens += len(prompt)
-        self._prefixes.found_tokens += length
-        request.result.stats.cached_tokens = length
-        return True
-
-    def _new_slot(self, capacity: int, keep: Slot | None) -> Slot | None:
-        """An empty slot: an idle one of fitting size or a new one, for which old ones go; `keep` stays if it can."""
-        slots = len(self._running) + len(self._prefixes)
-        idle = self._prefixes.with_capacity(capacity)
-        if idle is not None and idle is not keep and slots >= self.max_sequences:
-            self._prefixes.take(idle).rewind(0)
-            return idle
-        roomy = min(-(-capacity // _CAPACITY_STEP) * _CAPACITY_STEP, self.runtime.config.max_position_embeddings)
-        needed = self._bytes_for(roomy)
-        used = self._prefixes.nbytes + sum(r.slot.nbytes for r in self._running if r.slot is not None)
-        while len(self._prefixes) and (used + needed > self.kv_bytes_limit or slots >= self.max_sequences):
-            oldest = self._prefixes.oldest()
-            assert oldest is not None
-            used -= self._prefixes.take(oldest).nbytes
-            slots -= 1
-        if used + needed > self.kv_bytes_limit and self._running:
-            return None
-        return self.runtime.new_slot(roomy)
-
-    def _bytes_for(self, capacity: int) -> int:
-        return self.runtime.kv_bytes_per_position * capacity
 
     def _take_turns(self) -> list[Request]:
         """The requests of the next pass: all that decode, and prompts first come, first served."""
@@ -452,7 +405,7 @@ class Engine:
         if request.slot is not None:
             if error is not None:
                 request.slot.rewind(0)  # what a failed pass left there is unknown
-            self._prefixes.put(request.slot, request.tokens)
+            self._slots.put(request.slot, request.tokens)
             request.slot = None
         request.finish(error)
 

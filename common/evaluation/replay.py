@@ -5,7 +5,6 @@ Greedy verification keeps exactly the candidates that equal the model's own answ
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, Protocol
 from quasar.drafting.free import new_free_drafter
 from quasar.drafting.memory import DraftMemory
 from quasar.errors import QuasarError
+from quasar.reading import parse_json, read_text
 from quasar.speculation.draft import Draft, TopRow
 
 _FORMATS = (
@@ -151,16 +151,13 @@ def together(results: Sequence[Replayed]) -> list[Replayed]:
 def read_log(path: str, tokenizer: Callable[[], Tokenizer | None]) -> list[Logged]:
     """Reads a log; `tokenizer` is asked for only where it holds text. Raises QuasarError on anything else."""
     file = Path(path)
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise QuasarError(f"{path}: cannot be read as text ({error})") from None
+    text = read_text(file)
     if file.suffix == ".txt":
         ids = _encode(text, tokenizer, path)
         log = [Logged(ids[:1], ids[1:])]
     else:
         log = []
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 log += _answers(line, f"{path}:{number}", tokenizer)
     log = [logged for logged in log if len(logged.answer) > 1]
@@ -171,7 +168,7 @@ def read_log(path: str, tokenizer: Callable[[], Tokenizer | None]) -> list[Logge
 
 def _answers(line: str, where: str, tokenizer: Callable[[], Tokenizer | None]) -> list[Logged]:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except ValueError as error:
         raise QuasarError(f"{where}: is not JSON ({error}); each line should be {_FORMATS}") from None
     if not isinstance(record, dict):

@@ -16,6 +16,7 @@ from quasar.errors import QuasarError
 from quasar.generation import GenerationSettings, Result, generate
 from quasar.models.chat import render_chat
 from quasar.models.model import Model
+from quasar.reading import parse_json, read_lines
 
 
 @dataclass(frozen=True)
@@ -118,10 +119,7 @@ def read_questions(path: Path, per_category: int | None = None) -> list[Question
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
     questions = []
     for file in files:
-        try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise QuasarError(f"--tasks {file}: cannot be read as text ({error})") from None
+        lines = read_lines(file, f"--tasks {file}")
         questions += [_question(line, f"{file}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
     if not questions:
         raise QuasarError(
@@ -138,7 +136,7 @@ def read_questions(path: Path, per_category: int | None = None) -> list[Question
 
 def _question(line: str, where: str) -> Question:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
         turns = row["turns"]
         if isinstance(turns, list) and turns and all(isinstance(turn, str) and turn for turn in turns):
             return Question(row["question_id"], str(row["category"]), turns)
@@ -247,7 +245,8 @@ def write_answers(run: TaskRun, folder: Path) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         for scheme, answers in run.answers.items():
             path = folder / f"{scheme}.jsonl"
-            path.write_text("".join(json.dumps(a, ensure_ascii=False) + "\n" for a in answers), encoding="utf-8")
+            lines = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+            path.write_bytes(lines.encode(errors="backslashreplace"))
             written.append(path)
     except OSError as error:
         raise QuasarError(f"--answers {folder}: cannot be written ({error})") from None

@@ -81,33 +81,35 @@ def quantize_checkpoint(
     check_shapes(config, found.weights.source)
     sequences, measured = calibration_and_heldout(config, found.tokenizer, calibration, heldout)
     work = Workspace(output, _identity(folder, settings, sequences, measured, backend))
-    figures = work.figures
-    if figures is not None:
+    with work.alone():
+        figures = work.figures
+        if figures is not None:
+            work.finish()
+            return Fidelity(**figures)
+        work.require_space(quantized_bytes(config, settings.scheme.partition("-")[0], settings.lm_head))
+        kept = _kept(found, settings, work, sequences, options.progress)
+        report(f"method: {settings.how()}")
+        if settings.recipe.budget:
+            report(describe(kept, pass_bytes(config)))
+        method = settings.method(config, [(each.layer, each.name) for each in kept])
+        # Before the weights, so that config.json comes when all else that a loader wants is there.
+        if folder.is_file():
+            _write_tokenizer(found, work)
+        else:
+            work.copy_from(folder)
+        fidelity = _Export(found, settings, work, method, sequences, measured).run(options.progress)
+        try:
+            require_agreement(model, fidelity, settings.scheme.partition("-")[0], force=force)
+        except QuasarError:
+            work.discard()
+            raise
+        of = "Quasar's built-in prompts" if calibration is None else "the file named in the command"
+        calibrated = f"{sum(map(len, sequences))} tokens of {of}"
+        card = model_card(model, folder, settings, fidelity, command, settings.how(), calibrated, kept)
+        work.write_text("README.md", card)
+        work.complete(asdict(fidelity))
         work.finish()
-        return Fidelity(**figures)
-    work.require_space(quantized_bytes(config, settings.scheme.partition("-")[0], settings.lm_head))
-    kept = _kept(found, settings, work, sequences, options.progress)
-    report(f"method: {settings.how()}")
-    if settings.recipe.budget:
-        report(describe(kept, pass_bytes(config)))
-    method = settings.method(config, [(each.layer, each.name) for each in kept])
-    fidelity = _Export(found, settings, work, method, sequences, measured).run(options.progress)
-    try:
-        require_agreement(model, fidelity, settings.scheme.partition("-")[0], force=force)
-    except QuasarError:
-        work.discard()
-        raise
-    if folder.is_file():
-        _write_tokenizer(found, work)
-    else:
-        work.copy_from(folder)
-    of = "Quasar's built-in prompts" if calibration is None else "the file named in the command"
-    calibrated = f"{sum(map(len, sequences))} tokens of {of}"
-    card = model_card(model, folder, settings, fidelity, command, settings.how(), calibrated, kept)
-    work.write_text("README.md", card)
-    work.complete(asdict(fidelity))
-    work.finish()
-    return fidelity
+        return fidelity
 
 
 def _write_tokenizer(found: Checkpoint, work: Workspace) -> None:

@@ -60,6 +60,26 @@ class Workspace:
                 f"{self.folder} was begun with another {' and '.join(other)}; remove it, or repeat that command"
             )
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Raises QuasarError while another process writes into the folder."""
+        try:
+            import fcntl
+        except ImportError:  # no such locks on this system
+            yield
+            return
+        opened = os.open(self.folder, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise QuasarError(
+                    f"{self.folder}: another process writes into it; wait for that one, or name another --output"
+                ) from None
+            yield
+        finally:
+            os.close(opened)
+
     @property
     def figures(self) -> dict[str, Any] | None:
         """What `complete` was given, by a run that was killed after it."""

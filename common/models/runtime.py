@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -28,6 +30,7 @@ class Runtime:
         self.lock = threading.RLock()
         self._passes = CapturedPasses(decoder.backend, decoder)
         self._costs: PassCosts | None = None
+        _runtimes.add(self)
 
     @property
     def backend(self) -> Backend:
@@ -99,3 +102,18 @@ class Runtime:
             return time.perf_counter() - clock
 
         return measure(timed, sizes)
+
+
+_runtimes: weakref.WeakSet[Runtime] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    """A forked process has one thread: OpenMP's team is gone, and a lock that another thread held never opens."""
+    if _runtimes:
+        torch.set_num_threads(1)
+    for runtime in list(_runtimes):
+        runtime.lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

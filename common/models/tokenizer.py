@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from quasar.checkpoints.folder import read_json
 from quasar.errors import QuasarError, shorten
 from quasar.models.chat_template import ChatTemplate
+from quasar.reading import is_text
 
 if TYPE_CHECKING:
     import tokenizers
@@ -35,6 +36,10 @@ _KNOWN_CLASSES = (
     "Qwen3Tokenizer",
     "TokenizersBackend",
 )
+
+
+# What shows only at the first text: fields of a wrong type, and a vocabulary that has no token for what it has not.
+_PROBE = "a text, 1 \u2603\n"
 
 
 class Tokenizer:
@@ -66,7 +71,12 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, with the begin token where the checkpoint wants one."""
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        try:
+            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError:
+            if is_text(text):
+                raise
+            raise QuasarError(f"{shorten(ascii(text))}: half a surrogate pair is no text") from None
 
     def decode(self, ids: Sequence[int] | int, skip_special_tokens: bool = False, **_ignored: Any) -> str:
         """The text of token ids."""
@@ -257,6 +267,10 @@ def _from_tokenizer_json(folder: Path, config: dict[str, Any]) -> Tokenizer:
             special.get("bos_token") if config.get("add_bos_token", True) else None,
             special.get("eos_token") if config.get("add_eos_token", False) else None,
         )
+    try:
+        backend.encode(_PROBE)
+    except Exception as error:  # a bare one
+        raise QuasarError(f"{folder}: no usable tokenizer ({_first_line(error)})") from None
     return Tokenizer(backend, str(folder), special, _template_of(folder, config))
 
 
@@ -311,7 +325,9 @@ def _from_transformers(folder: Path, trust_remote_code: bool) -> PreTrainedToken
     # It warns that it has no such model as PanguEmbedded: only the tokenizer is asked for.
     transformers_logging.set_verbosity_error()
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+        made = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+        made.encode(_PROBE)
+        return made
     except Exception as error:  # the tokenizers library raises bare Exceptions on files that it cannot parse
         if "trust_remote_code" in str(error):
             raise QuasarError(

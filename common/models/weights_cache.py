@@ -29,6 +29,7 @@ from torch import Tensor
 from quasar.checkpoints import weights as kinds
 from quasar.checkpoints.weights import HeadWeights, LayerWeights, LinearWeights
 from quasar.errors import QuasarError
+from quasar.reading import parse_json
 
 DEFAULT_GIGABYTES = 20.0
 _ENTRY = "entry.json"
@@ -102,7 +103,7 @@ class WeightsCache:
             if path.parent.name.startswith("."):
                 continue
             with contextlib.suppress(OSError, ValueError):
-                about = json.loads(path.read_text(encoding="utf-8"))["about"]
+                about = _read_entry(path.parent)["about"]
                 found.append(Entry(path.parent.name, path.parent, about, _bytes_in(path.parent), path.stat().st_mtime))
         return sorted(found, key=lambda entry: entry.used)
 
@@ -136,8 +137,12 @@ class WeightsCache:
     def _sweep(self) -> None:
         for path in self.folder.glob(".*"):
             with contextlib.suppress(OSError):
-                if path.is_dir() and path.stat().st_mtime < time.time() - _ABANDONED_SECONDS:
+                if path.stat().st_mtime >= time.time() - _ABANDONED_SECONDS:
+                    continue
+                if path.is_dir():
                     shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink()
 
     def _digest(self, path: Path) -> str:
         """sha256 of a file, remembered by its place, size and times: a large checkpoint is not read at every start."""
@@ -156,7 +161,7 @@ class WeightsCache:
 
     def _states(self) -> dict[str, list[Any]]:
         try:
-            states = json.loads((self.folder / _STATES).read_text(encoding="utf-8"))
+            states = parse_json((self.folder / _STATES).read_text(encoding="utf-8"))
             return {k: v for k, v in states.items() if isinstance(v, list) and len(v) == 4}
         except (OSError, ValueError, AttributeError):
             return {}
@@ -193,7 +198,7 @@ class CacheWriter:
             return
         try:
             entry = {"about": about, "parts": self._parts, "digests": self._digests}
-            _write_whole(self._folder / _ENTRY, json.dumps(entry, indent=1))
+            _write_whole(self._folder / _ENTRY, json.dumps(entry | {"digest": _digest_of(entry)}, indent=1))
             target = self._cache.folder / self._key
             shutil.rmtree(target, ignore_errors=True)
             self._folder.rename(target)
@@ -225,7 +230,7 @@ class CachedWeights:
     """An entry as a source of weights: each part is checked and mapped when it is asked for."""
 
     def __init__(self, folder: Path, place: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> None:
-        entry = json.loads((folder / _ENTRY).read_text(encoding="utf-8"))
+        entry = _read_entry(folder)
         self.folder, self.place, self.about = folder, place, entry["about"]
         self._parts, digests = entry["parts"], entry["digests"]
         for part, digest in digests.items():
@@ -289,6 +294,18 @@ def _restored(kind: Any, at: str, tensors: dict[str, Tensor], described: dict[st
             value = _restored(getattr(kinds, value["class"]), f"{name}.", tensors, described)
         values[field.name] = value
     return kind(**values)
+
+
+def _read_entry(folder: Path) -> dict[str, Any]:
+    """What a finished entry says of itself. Raises ValueError where it does not say what was written."""
+    entry = parse_json((folder / _ENTRY).read_text(encoding="utf-8"))
+    if not isinstance(entry, dict) or entry.pop("digest", None) != _digest_of(entry):
+        raise ValueError(f"{_ENTRY} has another checksum than when it was written")
+    return entry
+
+
+def _digest_of(entry: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()
 
 
 def _same(tensor: Tensor, other: Tensor) -> bool:

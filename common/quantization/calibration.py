@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from quasar.checkpoints.weights import LINEARS
 from quasar.errors import QuasarError
 from quasar.models.decoder import DecoderLayer
 from quasar.models.linear import FullLinear
+from quasar.reading import parse_json, read_lines
 
 
 @dataclass
@@ -102,18 +102,12 @@ def observing(layer: DecoderLayer, sample: int = 0, moments: bool = False) -> It
 
 def read_texts(path: Path) -> list[str]:
     """Texts of a JSONL file, one object a line: `text`, `prompt`, `inputs_pretokenized`, or `turns` (joined)."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise QuasarError(f"{path}: no such file; it should be JSONL with a text, prompt or turns field") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise QuasarError(f"{path}: cannot be read as text ({error})") from None
     texts = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:
             raise QuasarError(f"{path}:{number}: not JSON; each line should be one JSON object") from None
         text = _text_of(row)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from quasar.errors import QuasarError
 from quasar.models.decoder import Decoder
 from quasar.models.fidelity import Fidelity
 
@@ -52,7 +53,9 @@ def held_out(sequences: Sequence[Sequence[int]], vocab: int, positions: int, tok
         if budget <= 0:
             break
     if not kept:
-        raise ValueError("fidelity needs a sequence of at least two tokens")
+        raise QuasarError(
+            "a quantised model is measured on texts of two tokens or more, and there are none; see --heldout"
+        )
     return kept
 
 

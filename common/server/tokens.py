@@ -53,7 +53,7 @@ def _byte_alphabet() -> dict[str, int]:
 
 def backend_of(tokenizer: Any) -> Any:
     """The `tokenizers` object within a tokenizer, ours or transformers'; None where it is made of Python code."""
-    return getattr(tokenizer, "backend", None) or getattr(tokenizer, "backend_tokenizer", None)
+    return getattr(tokenizer, "backend_tokenizer", None)
 
 
 class LogprobHold:

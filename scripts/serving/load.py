@@ -1,6 +1,6 @@
 """Clients from outside, over HTTP, for any OpenAI-compatible server. Needs nothing but Python.
 
-    python scripts/serving/load.py figures URL [--clients 1,4,16] [--requests 32] [--max-tokens 64]
+    python scripts/serving/load.py figures URL [--prompts FILE] [--clients 1,4,16] [--requests 32] [--max-tokens 64]
     python scripts/serving/load.py soak URL [--requests 1000] [--seconds 0] [--pid PID]
 
 `figures` measures requests/s, tokens/s, time to first token and between tokens. `soak` mixes greedy and sampled,
@@ -24,6 +24,23 @@ from statistics import median
 from typing import Any
 from urllib.parse import urlsplit
 
+FORMS = [
+    "What is {}? Answer a child.",
+    "Write a short poem about {}.",
+    "Why do people study {}? Give three reasons.",
+    "Write a letter to a friend in which you tell how you learnt about {}.",
+    "Plan a lesson of one hour about {} for a class of ten-year-olds.",
+    "Name two common mistakes that people make about {}, and correct them.",
+    "Tell a story of one paragraph in which {} matters.",
+    "Compare {} with cooking, in five sentences.",
+    "Write a Python dictionary with four facts about {}.",
+    "Somebody says that {} is boring. Answer politely.",
+]
+SUBJECTS = [
+    "gravity", "the sea", "electricity", "bread", "bridges", "sleep", "chess", "the moon", "volcanoes", "money",
+    "bees", "maps",
+]  # fmt: skip
+QUESTIONS = [form.format(SUBJECTS[(i + j) % 12]) for j in range(12) for i, form in enumerate(FORMS)]  # none twice
 TOPICS = ["stack", "queue", "parser", "cache", "matrix", "date", "file", "socket", "tree", "graph", "counter", "lock"]
 
 
@@ -84,9 +101,9 @@ def prompt(dice: random.Random) -> str:
 
 
 def measure(
-    url: str, key: str | None, clients: int, requests: int, tokens: int, temperature: float
+    url: str, key: str | None, questions: list[str], clients: int, tokens: int, temperature: float
 ) -> dict[str, float]:
-    """Streams completions from so many clients at once; seconds as a client sees them."""
+    """Streams answers to so many clients at once; seconds as a client sees them."""
     model = served(url, key)
     first: list[float] = []
     between: list[float] = []
@@ -96,11 +113,12 @@ def measure(
     def work(numbers: range) -> None:
         client = Client(url, key)
         for number in numbers:
-            wish = {"model": model, "prompt": prompt(random.Random(number)), "max_tokens": tokens, "stream": True}
+            messages = [{"role": "user", "content": questions[number]}]
+            wish = {"model": model, "messages": messages, "max_tokens": tokens, "stream": True}
             wish |= {"temperature": temperature, "seed": number, "stream_options": {"include_usage": True}}
             wish |= {"ignore_eos": True}
             begin = time.perf_counter()
-            answer = client.post("/v1/completions", wish)
+            answer = client.post("/v1/chat/completions", wish)
             if answer.status != 200:
                 raise SystemExit(f"{url}: {answer.status} {answer.read()[:300]!r}")
             times: list[float] = []
@@ -109,7 +127,7 @@ def measure(
                 if not line.startswith(b"data: {"):
                     continue
                 chunk = json.loads(line[6:])
-                if any(choice.get("text") for choice in chunk.get("choices") or ()):
+                if any((choice.get("delta") or {}).get("content") for choice in chunk.get("choices") or ()):
                     times.append(time.perf_counter())
                 used = (chunk.get("usage") or {}).get("completion_tokens", used)
             with lock:
@@ -122,11 +140,11 @@ def measure(
 
     begin = time.perf_counter()
     with ThreadPoolExecutor(clients) as pool:
-        list(pool.map(work, [range(i, requests, clients) for i in range(clients)]))
+        list(pool.map(work, [range(i, len(questions), clients) for i in range(clients)]))
     seconds = time.perf_counter() - begin
     return {
         "clients": clients,
-        "requests_per_second": requests / seconds,
+        "requests_per_second": len(questions) / seconds,
         "tokens_per_second": sum(counted) / seconds,
         "first_token_p50_ms": 1e3 * median(first),
         "first_token_p99_ms": 1e3 * _high(first),
@@ -140,11 +158,20 @@ def _high(values: list[float]) -> float:
 
 
 def figures(args: argparse.Namespace) -> None:
-    measure(args.url, args.key, 2, 4, 8, args.temperature)  # what the first requests pay for is not the server's speed
-    rows = [
-        measure(args.url, args.key, clients, max(args.requests, 2 * clients), args.max_tokens, args.temperature)
-        for clients in map(int, args.clients.split(","))
-    ]
+    questions = QUESTIONS
+    if args.prompts:
+        lines = [json.loads(line) for line in Path(args.prompts).read_text().splitlines() if line.strip()]
+        questions = [line["turns"][0] if "turns" in line else line["prompt"] for line in lines]
+    each = [int(n) for n in args.clients.split(",")]
+    needed, count = len(each) * args.requests + 4, args.requests
+    if needed > len(questions):  # none comes twice: an answer that was given before would be drafted whole
+        raise SystemExit(f"--requests {count}: {needed} questions are needed; there are {len(questions)}")
+    # What the first requests pay for is not the server's speed.
+    measure(args.url, args.key, questions[-4:], 2, 8, args.temperature)
+    rows = []
+    for i, n in enumerate(each):
+        some = questions[i * count : (i + 1) * count]
+        rows.append(measure(args.url, args.key, some, n, args.max_tokens, args.temperature))
     names = list(rows[0])
     print("| " + " | ".join(name.replace("_", " ") for name in names) + " |")
     print("|" + " ---: |" * len(names))
@@ -268,6 +295,7 @@ def main() -> None:
         each.add_argument("--requests", type=int, default=32 if run is figures else 1000)
         each.set_defaults(run=run)
         if run is figures:
+            each.add_argument("--prompts", help="JSONL with prompt or turns (default: built-in questions)")
             each.add_argument("--clients", default="1,4,16")
             each.add_argument("--max-tokens", type=int, default=64)
             each.add_argument("--temperature", type=float, default=0.0)

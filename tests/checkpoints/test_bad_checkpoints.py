@@ -1,21 +1,17 @@
-"""What is wrong with a checkpoint is one clear line; and no folder, however spoiled, is a traceback."""
+"""What is wrong with a checkpoint is one clear line. Spoiled at random: tests/fuzz."""
 
 from __future__ import annotations
 
 import json
-import random
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from quasar import QuasarError, load
+from quasar import QuasarError
 from quasar.backends.reference import ReferenceBackend
 from quasar.checkpoints import open_checkpoint
 from quasar.cli.inspect import report
@@ -186,6 +182,15 @@ def test_shards(golden: Callable[[str], Path], edit_json: Callable[..., None], t
     assert "tensor model.layers.0.input_layernorm.weight is missing" in refusal(sharded)
 
 
+def test_an_index_that_names_no_possible_file(golden: Callable[[str], Path]) -> None:
+    folder = golden("small-qwen3")
+    where = {"weight_map": {"model.norm.weight": "x" * 5000}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(where))
+    message = refusal(folder)
+    assert "no such file; the checkpoint's index names it" in message
+    assert len(message) < 1000
+
+
 def test_an_index_that_names_an_absent_tensor(golden: Callable[[str], Path], edit: Callable[..., None]) -> None:
     folder = golden("msmodelslim-dynamic")
     edit(folder, {f"{O_PROJ}.weight_scale": None})
@@ -204,63 +209,3 @@ def test_static_scales_that_differ_in_one_fused_layer(golden: Callable[[str], Pa
     asymmetric = golden("msmodelslim-static")
     edit(asymmetric, {"model.layers.0.self_attn.q_proj.input_scale": lambda t: t * 2})
     assert "projections of one input must quantise it the same way" in refusal(asymmetric)
-
-
-SPOILED = ("small-qwen3", "llm-compressor", "llm-compressor-static", "msmodelslim-static-fp16", "msmodelslim-mix")
-VALUES = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(-3, 300),
-    st.sampled_from([2**31, 2**63, 10**400, 1e308, float("inf"), -0.5]),
-    st.text(max_size=8),
-    st.lists(st.integers(0, 9), max_size=3),
-    st.dictionaries(st.text(max_size=4), st.none(), max_size=2),
-)
-
-
-def spoil_json(value: Any, new: Any, chooser: random.Random) -> Any:
-    """Replaces or removes something somewhere inside."""
-    keys = list(value) if isinstance(value, dict) else list(range(len(value))) if isinstance(value, list) else []
-    if not keys:
-        return new
-    key = chooser.choice(keys)
-    if isinstance(value[key], (dict, list)) and value[key] and chooser.random() < 0.8:
-        value[key] = spoil_json(value[key], new, chooser)
-    elif isinstance(value, dict) and chooser.random() < 0.2:
-        del value[key]
-    else:
-        value[key] = new
-    return value
-
-
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(name=st.sampled_from(SPOILED), seed=st.integers(0, 2**32), new=VALUES, kind=st.integers(0, 3), data=st.binary())
-def test_no_spoiled_folder_is_a_traceback(name: str, seed: int, new: Any, kind: int, data: bytes) -> None:
-    """Sizes such as 2 ** 63 would show an allocation that the file does not justify."""
-    chooser = random.Random(seed)
-    with tempfile.TemporaryDirectory() as parent:
-        folder = Path(shutil.copytree(GOLDEN / name, Path(parent) / name))
-        path = chooser.choice(sorted(folder.iterdir()))
-        if kind and path.suffix == ".json":
-            try:
-                path.write_text(json.dumps(spoil_json(json.loads(path.read_text()), new, chooser)))
-            except ValueError:  # more digits than Python prints
-                return
-        else:
-            content = bytearray(path.read_bytes())
-            # Mostly in the header, where it matters.
-            at = chooser.randrange(min(len(content), chooser.choice([9, 4000, len(content)])))
-            spoiled = {0: content[:at], 1: data + content, 2: content[:at] + data + content[at:]}.get(kind)
-            if spoiled is None:
-                content[at] = chooser.randrange(256)
-                spoiled = content
-            path.write_bytes(bytes(spoiled))
-        _, problem = report(folder)
-        try:
-            load(folder, device="reference")
-        except QuasarError as error:
-            assert str(problem) == str(error), "inspect and load decide alike"
-            assert "\n" not in str(error)
-            assert len(str(error)) < 1500
-        else:
-            assert problem is None

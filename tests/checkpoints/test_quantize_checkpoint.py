@@ -277,6 +277,24 @@ def test_refusals(small: Callable[[str], Path], tmp_path: Path) -> None:
         export(small("qwen3"), tmp_path / "other", scheme="w4")
 
 
+def test_two_at_once_into_one_folder(
+    small: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second is refused, and takes nothing from the first."""
+    export(small("qwen3"), tmp_path / "whole")
+    layer = exporting._Export._layer
+
+    def meanwhile(self: object, step: int, states: object) -> object:
+        with pytest.raises(QuasarError, match=r"out\.partial: another process writes into it"):
+            export(small("qwen3"), tmp_path / "out")
+        return layer(self, step, states)
+
+    monkeypatch.setattr(exporting._Export, "_layer", meanwhile)
+    export(small("qwen3"), tmp_path / "out")
+    names = [path.name for path in (tmp_path / "whole").iterdir() if path.name != "README.md"]
+    assert all((tmp_path / "out" / n).read_bytes() == (tmp_path / "whole" / n).read_bytes() for n in names)
+
+
 def test_the_index_is_complete_and_the_description_names_every_tensor(
     small: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -60,7 +60,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(run, tmp_path):
 
 def test_bad_files_and_outputs(run, tmp_path, capsys):
     assert main(["batch", str(tmp_path / "none"), "--output", str(tmp_path / "o")]) == 2
-    assert "none: cannot be read" in capsys.readouterr().err
+    assert "none: no such file" in capsys.readouterr().err
     (tmp_path / "out.jsonl.partial").write_text('{"custom_id": "other"}\n')
     assert run(line("a"))[0] == 2
     assert "holds answers to other requests" in capsys.readouterr().err

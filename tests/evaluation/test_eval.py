@@ -139,7 +139,7 @@ def test_what_is_no_question(tmp_path, line):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["tasks", "--tasks", "/no/where"], "/no/where: cannot be read"),
+        (["tasks", "--tasks", "/no/where"], "/no/where: no such file"),
         (["tasks", "--tasks", ".", "--schemes", "magic"], "--schemes magic is unknown; use some of plain-full"),
         (["fidelity", "--drafts", "ngram,magic"], "--draft magic is unknown"),
         (["fidelity", "--prompts", "/no/file"], "/no/file: no such file"),

@@ -143,7 +143,7 @@ def test_bad_flags_are_one_line(tmp_path, capsys, argv, message):
 
 def test_a_file_that_is_not_there_is_one_line(capsys):
     assert main(["eval", "replay", "nowhere.jsonl"]) == 2
-    assert "nowhere.jsonl: cannot be read" in capsys.readouterr().err
+    assert "nowhere.jsonl: no such file" in capsys.readouterr().err
 
 
 def test_a_corpus_is_built_from_files(tmp_path, capsys):

@@ -113,6 +113,7 @@ def test_several_templates_by_name(folder):
         ({"chat_template": [{"name": 1}]}, "it should be a text"),
         ({"eos_token": 7}, "eos_token is 7; it should be a text"),
         ({"added_tokens_decoder": [1]}, "added_tokens_decoder should map ids"),
+        ({"tokenizer_class": "NoSuchTokenizer", "model_max_length": "long"}, "no usable tokenizer"),
     ],
 )
 def test_configs_that_do_not_fit(folder, fields, message):
