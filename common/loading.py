@@ -24,7 +24,7 @@ from quasar.models.sharing import share
 from quasar.models.weights_cache import WeightsCache, source_digest
 from quasar.quantization.budget import choose_kept, describe
 from quasar.quantization.calibration import read_texts
-from quasar.quantization.methods import FITTED, W8A8, Method, best_int4
+from quasar.quantization.methods import FITTED, Method, best_int4
 from quasar.quantization.recipe import DEFAULT_RECIPE, Recipe, pass_bytes
 from quasar.quantization.stream import quantized_decoder
 from quasar.quantization.texts import calibration_and_heldout
@@ -111,6 +111,7 @@ def quantize(
     alpha: float | str | None = FITTED,
     rounding: str = "gptq",
     budget: float = 0.0,
+    wide: Sequence[str] = DEFAULT_RECIPE.wide,
     force: bool = False,
     progress: bool = False,
 ) -> Fidelity | None:
@@ -118,8 +119,9 @@ def quantize(
 
     prompts are texts to calibrate on, heldout texts to measure on (None: built-in ones). For w8a8 alpha is
     SmoothQuant's migration strength ("fitted": scales fitted to a model of rounding noise; None: searched per layer),
-    rounding of weights is "gptq" or "nearest", and the inputs whose rounding costs most stay in 16 bits as long as they
-    add no more than `budget` (0.02: 2 %) to the bytes of a pass. lm_head "w8a8" makes that layer int8 too. keep_full
+    rounding of weights is "gptq" or "nearest"; inputs of the linear layers `wide` keep 16 bits, and the linear layers
+    whose rounding costs most stay in 16 bits altogether, as long as they add no more than `budget` (0.02: 2 %) to the
+    bytes of a pass. lm_head "w8a8" makes that layer int8 too. keep_full
     keeps the full-precision decoder in `model.full`. Raises QuasarError if the result is garbage, unless force.
     Returns None for a model without a tokenizer, which has no text to be measured on.
     """
@@ -135,7 +137,7 @@ def quantize(
         precision=precision,
         lm_head=lm_head,
         heldout=heldout,
-        recipe=Recipe(alpha, rounding, budget),
+        recipe=Recipe(alpha, rounding, budget, tuple(wide)),
         force=force,
         progress=progress,
     )
@@ -185,13 +187,13 @@ def _quantized(
     if precision != "w8a8":
         method: Method = best_int4(config, weights, backend)
     else:
-        method = W8A8(config, recipe.alpha, rounding=recipe.rounding)
+        method = recipe.method(config)
         budget = int(recipe.budget * pass_bytes(config))
         if budget:
             kept = choose_kept(config, weights, backend, method, texts, budget, progress)
             log.info("%s", describe(kept, pass_bytes(config)))
             keep = [(each.layer, each.name) for each in kept]
-            method = W8A8(config, recipe.alpha, rounding=recipe.rounding, keep=keep)
+            method = recipe.method(config, keep)
     try:
         decoder, fidelity = quantized_decoder(
             config, weights, backend, method, texts, measured, lm_head, progress, keep=writer

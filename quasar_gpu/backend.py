@@ -50,12 +50,16 @@ from quasar_gpu.slots import PagedSlot, PagePool
 
 @dataclass(frozen=True)
 class Product:
-    """A linear layer's result [rows, outputs], to be computed: `run(out, epilogue)` launches it."""
+    """A linear layer's result [rows, outputs], to be computed: `run(out, epilogue)` launches it.
+
+    fuses: whether an epilogue may be asked for; without, it is None.
+    """
 
     backend: CudaBackend
     rows: int
     outputs: int
     run: Callable[[Tensor, linear_kernels.Epilogue], None]
+    fuses: bool = True
 
     def __add__(self, other: Tensor) -> Tensor:
         """For whoever runs a layer by itself and adds the residual stream."""
@@ -145,6 +149,31 @@ class CudaBackend(Backend):
 
         return Product(self, rows.shape[0], values.shape[0], run)
 
+    def wide_int8_linear(self, x: Tensor, weight: Any, bias: Tensor | None) -> Any:
+        (weights, weight_scale), (rows, inputs), x = weight, x.shape, x.contiguous()
+        outputs = weights.shape[0]
+
+        def both(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            """For two digits of each row."""
+            if rows <= MOST_ROWS:
+                return self._buffers.take((2 * rows, *shape), dtype)
+            return torch.empty((2 * rows, *shape), dtype=dtype, device=self.device)
+
+        digits, scale = both((inputs,), torch.int8), both((), torch.float32)
+        row_kernels.digits(x, digits, scale)
+
+        def run(out: Tensor, _epilogue: linear_kernels.Epilogue) -> None:
+            y = both((outputs,), torch.float32)
+            if rows > MOST_ROWS:
+                torch.mul(padded_int_mm(digits, weights).float().mul_(scale[:, None]), weight_scale, out=y)
+            else:
+                for part in (slice(0, MOST_ROWS), slice(MOST_ROWS, 2 * rows)):
+                    if part.start < 2 * rows:
+                        linear_kernels.int8_linear(digits[part], scale[part], weights, weight_scale, None, y[part])
+            row_kernels.fold_digits(y, bias, out)
+
+        return Product(self, rows, outputs, run, fuses=False)
+
     def int4_linear(self, x: Tensor | Quantized, weight: Any, bias: Tensor | None) -> Any:
         values, scale = (x.values, x.scale) if isinstance(x, Quantized) else (x, None)
 
@@ -220,7 +249,7 @@ class CudaBackend(Backend):
 
     def swiglu(self, gate_up: Tensor | Product, quant: ActivationQuant | None) -> Tensor | Quantized:
         """A product gets it as its end, and the norm before the product made `_peaks` ready."""
-        if isinstance(gate_up, Product) and gate_up.rows <= MOST_ROWS:
+        if isinstance(gate_up, Product) and gate_up.fuses and gate_up.rows <= MOST_ROWS:
             y = self._new((gate_up.rows, gate_up.outputs // 2), self.dtype)
             gate_up.run(y, linear_kernels.SwiGLU(self._peaks))
             return y if quant is None else self._quantize_with_peaks(y, quant)
@@ -313,6 +342,11 @@ class CudaBackend(Backend):
         y = lm_head(x)
         if y.rows > MOST_ROWS:
             return self.result(y, torch.float32)
+        if not y.fuses:
+            logits = self.result(y, torch.float32)
+            self._keys[: y.rows] = linear_kernels.keys_of(logits.argmax(dim=-1))  # a graph holds these operations too
+            self._best = weakref.ref(logits), self._keys, None
+            return logits
         most = WINDOW if y.rows <= WINDOW else MOST_ROWS
         logits = self._buffers.take((most, y.outputs), torch.float32)[: y.rows]
         y.run(logits, linear_kernels.Best(self._keys))

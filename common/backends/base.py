@@ -240,6 +240,21 @@ class Backend(ABC):
     def int8_linear(self, x: Quantized, weight: Any, bias: Tensor | None) -> Tensor:
         """[tokens, in] int8 -> [tokens, out] of `dtype`: int32 accumulation, one rescale, then the bias."""
 
+    def wide_int8_linear(self, x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
+        """`int8_linear` of [tokens, in] floating point that keeps 16 bits of each number, as two int8 digits.
+
+        One product over twice the rows reads the weight once.
+        """
+        return fold_digits(self.int8_linear(self.digits(x), weight, None), bias).to(self.dtype)
+
+    def digits(self, x: Tensor) -> Quantized:
+        """[tokens, in] -> int8 [2 * tokens, in]: all rows rounded, then what rounding left of them, rounded too, each
+        with a scale per token."""
+        upper = self.quantize(x, ActivationQuant())
+        rest = x.float() - upper.values.float() * upper.scale[:, None]
+        lower = self.quantize(rest.to(x.dtype), ActivationQuant())
+        return Quantized(torch.cat([upper.values, lower.values]), torch.cat([upper.scale, lower.scale]))
+
     # int4, where the device has it: the other precisions do not need it.
 
     int4_offsets = False  # whether `int4_weight` takes offsets
@@ -319,6 +334,9 @@ class Backend(ABC):
         """[tokens, vocab] -> int64 [tokens], the first of equals."""
         return logits.argmax(dim=-1)
 
+    # Whether top_k takes next to nothing, and begins with the argmax also where tokens are equally probable.
+    cheap_top_k = False
+
     def top_k(self, logits: Tensor, k: int) -> Tensor:
         """[tokens, vocab] -> int64 [tokens, k]: the most probable tokens, best first."""
         return logits.topk(k, dim=-1).indices
@@ -395,3 +413,9 @@ class Backend(ABC):
     def synchronize(self) -> None:
         """Waits until the device has finished; a no-op where calls are synchronous. For clocks."""
         return
+
+
+def fold_digits(y: Tensor, bias: Tensor | None) -> Tensor:
+    """The product of `Backend.digits`, [2 * tokens, out], -> [tokens, out]: both digits together, then the bias."""
+    upper, lower = y.chunk(2)
+    return upper + lower if bias is None else upper + lower + bias

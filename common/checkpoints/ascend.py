@@ -1,6 +1,7 @@
 """The Ascend format, as msModelSlim writes and vLLM-Ascend and MindIE read it.
 
-`quant_model_description.json` maps every tensor to FLOAT, W8A8 (static), W8A8_DYNAMIC or W8A8_MIX;
+`quant_model_description.json` maps every tensor to FLOAT, W8A8 (static), W8A8_DYNAMIC, W8A8_MIX or
+W8A16;
 `quant_model_weight_*.safetensors` hold them. A projection has
 
     W8A8_DYNAMIC  weight int8 [n, k], weight_scale and weight_offset [n, 1], bias [n] if it has one
@@ -8,6 +9,7 @@
                   (x8 W^T + quant_bias), where quant_bias holds the layer's bias and takes the offset's share off
     W8A8_MIX      both: dynamic for prefill and static for decoding on a separate decoding server; elsewhere, and
                   here, dynamic throughout
+    W8A16         the tensors of W8A8_DYNAMIC, under 16-bit inputs
 
 deq_scale is float32, or, where the model is not bfloat16, int64 that holds a float32's bits. Smoothing that shifts
 channels (anti_method m4) leaves `*_layernorm.bias`, which is added to a norm's output, and biases on projections that
@@ -17,6 +19,7 @@ the architecture gives none.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,15 @@ from quasar.checkpoints.weights import FullWeights, Int8Weights, LinearWeights
 from quasar.errors import QuasarError
 
 _DESCRIPTION = "quant_model_description.json"
-_TYPES = ("FLOAT", "W8A8", "W8A8_DYNAMIC", "W8A8_MIX")
+_TYPES = ("FLOAT", "W8A8", "W8A8_DYNAMIC", "W8A8_MIX", "W8A16")
+# Projections by the linear layer they are fused into.
+_PROJECTIONS = {
+    "qkv": ("q_proj", "k_proj", "v_proj"),
+    "o": ("o_proj",),
+    "gate_up": ("gate_proj", "up_proj"),
+    "down": ("down_proj",),
+    "lm_head": ("lm_head",),
+}
 _STATIC_ONLY = ("input_scale", "input_offset", "deq_scale", "quant_bias")
 
 
@@ -68,7 +79,8 @@ class AscendFolder(SafetensorsFolder):
             return self._static(name, values)
         self.skip(*(f"{name}.{part}" for part in _STATIC_ONLY))
         scale = self._scale(f"{name}.weight_scale", (out, 1), (out,)).contiguous()
-        return Int8Weights(values, scale, self.get(f"{name}.bias", (out,)) if bias else None)
+        own = self.get(f"{name}.bias", (out,)) if bias else None
+        return Int8Weights(values, scale, own, wide=kind == "W8A16")
 
     def _static(self, name: str, values: Tensor) -> Int8Weights:
         out = len(values)
@@ -115,7 +127,9 @@ class AscendWriter:
     format = "ascend"
     schemes = ("w8a8", "w8a8-static")
 
-    def __init__(self, scheme: str, quantized_lm_head: bool) -> None:
+    def __init__(self, scheme: str, quantized_lm_head: bool, wide: Sequence[str] = ()) -> None:
+        """wide: linear layers that are W8A16."""
+        self._wide = {projection for name in wide for projection in _PROJECTIONS[name]}
         self._kind = "W8A8" if scheme == "w8a8-static" else "W8A8_DYNAMIC"
         stem = f"quant_model_weight_{self._kind.lower()}"
         self.shard = stem + "-{:05d}-of-{:05d}.safetensors"
@@ -151,7 +165,9 @@ class AscendWriter:
 
         def kind(name: str) -> str:
             layer, _, part = name.rpartition(".")
-            return self._kind if layer in int8 and part != "bias" else "FLOAT"
+            if layer not in int8 or part == "bias":
+                return "FLOAT"
+            return "W8A16" if layer.rpartition(".")[2] in self._wide else self._kind
 
         types = {name: kind(name) for name in tensors}
         if config.get("tie_word_embeddings"):

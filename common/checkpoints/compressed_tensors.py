@@ -1,16 +1,19 @@
-"""compressed-tensors, as llm-compressor writes and vLLM reads it: int-quantized W8A8 and pack-quantized W4A16.
+"""compressed-tensors, as llm-compressor writes and vLLM reads it: int-quantized W8A8, pack-quantized W8A16 and W4A16.
 
 config.json carries `quantization_config`: groups of layers with one scheme each, and a list of layers to ignore. Each
 int8 projection has `weight` int8 [out, in] and `weight_scale` [out, 1]; static activations add `input_scale` [1], and
 `input_zero_point` [1] where they are asymmetric. An int4 projection has `weight_packed` int32 [out, in / 8], eight
 values + 8 in a word, lowest bits first, `weight_scale` [out, in / group], `weight_shape`, and where it is asymmetric
-`weight_zero_point` int32 [out / 8, in / group], packed along the outputs. Where the compressed-tensors package is
-installed, its own QuantizationConfig has to accept what is read and written here.
+`weight_zero_point` int32 [out / 8, in / group], packed along the outputs. W8A16 has `weight_packed` int32
+[out, in / 4] of values + 128, `weight_scale` [out, 1] and `weight_shape`. A group may name a format of its own; then
+the checkpoint's is mixed-precision. Where the compressed-tensors package is installed, its own QuantizationConfig has
+to accept what is read and written here.
 """
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +26,25 @@ from quasar.checkpoints.weights import FullWeights, Int4Weights, Int8Weights, Li
 from quasar.errors import QuasarError
 
 _INT8, _INT4 = "int-quantized", "pack-quantized"
+_MIXED = "mixed-precision"
 _FORMATS = (_INT8, "naive-quantized", _INT4)  # the second is the name of the first in early releases
 _PER_WORD = 8  # int4 values in an int32
+_BYTES = 4  # int8 values in an int32
 _PATTERN_SECONDS = 0.1
 _ANY_LINEAR = "Linear"
 _GROUP_SIZES = (32, 64, 128)
+# Projections by the linear layer they are fused into, and by the fused layer's own name in vLLM.
+_PROJECTIONS = {
+    "qkv": r"re:.*\.(q|k|v|qkv)_proj$",
+    "o": r"re:.*\.o_proj$",
+    "gate_up": r"re:.*\.(gate|up|gate_up)_proj$",
+    "down": r"re:.*\.down_proj$",
+    "lm_head": "lm_head",
+}
 
 
 class CompressedTensorsFolder(SafetensorsFolder):
-    """A compressed-tensors checkpoint whose quantised layers are W8A8 or W4A16."""
+    """A compressed-tensors checkpoint whose quantised layers are W8A8, W8A16 or W4A16."""
 
     format = "compressed-tensors"
     is_quantized = True
@@ -47,6 +60,8 @@ class CompressedTensorsFolder(SafetensorsFolder):
             return self._full(name, out, inputs, bias)
         if scheme.group:
             return self._packed(name, out, inputs, bias, scheme)
+        if scheme.wide:
+            return self._wide(name, out, inputs, bias)
         values = self._int8(name, out, inputs)
         per_tensor = ((1,), (), (1, 1))
         scale = self._scale(f"{name}.weight_scale", *(((out, 1), (out,)) if scheme.per_channel else per_tensor))
@@ -78,10 +93,19 @@ class CompressedTensorsFolder(SafetensorsFolder):
         own = self.get(f"{name}.bias", (out,)) if bias else None
         return Int4Weights(values, scale.bfloat16(), offset, own)
 
+    def _wide(self, name: str, out: int, inputs: int, bias: bool) -> Int8Weights:
+        if inputs % _BYTES:
+            raise QuasarError(f"{self._where}: the {inputs} inputs of {name} do not fill words of {_BYTES}")
+        self.skip(f"{name}.weight_shape")
+        words = self._words(f"{name}.weight_packed", out, inputs // _BYTES)
+        scale = self._scale(f"{name}.weight_scale", (out, 1), (out,)).contiguous()
+        own = self.get(f"{name}.bias", (out,)) if bias else None
+        return Int8Weights(unpack_int8(words), scale, own, wide=True)
+
     def _words(self, name: str, *shape: int) -> Tensor:
         words = self.read(name, shape)
         if words.dtype != torch.int32:
-            raise QuasarError(f"{self.files[name]}: tensor {name} is {str(words.dtype)[6:]}; packed int4 is int32")
+            raise QuasarError(f"{self.files[name]}: tensor {name} is {str(words.dtype)[6:]}; packed values are int32")
         return words
 
     def _offset(self, name: str, asymmetric: bool, *shapes: tuple[int, ...]) -> float:
@@ -97,20 +121,21 @@ class CompressedTensorsFolder(SafetensorsFolder):
 
 
 class _Scheme:
-    """How one group of layers is quantised; QuasarError unless it is W8A8 or W4A16. group: inputs that share a scale,
-    0 for W8A8."""
+    """How one group of layers is quantised; QuasarError unless it is W8A8, W8A16 or W4A16. group: inputs that share a
+    scale, 0 for int8. wide: W8A16."""
 
     def __init__(self, where: str, group: dict[str, Any], layout: str) -> None:
         weights, inputs = group.get("weights"), group.get("input_activations")
         self.group = 0
+        self.wide = False
         if layout == _INT4:
-            self._read_int4(where, weights, inputs)
+            self._read_packed(where, weights, inputs)
             return
         _integers(where, "weights", weights)
         if weights.get("strategy") not in ("channel", "tensor") or not weights.get("symmetric", True):
             raise QuasarError(f"{where}: weights should be symmetric, by channel or tensor; Quasar runs W8A8")
         if inputs is None:
-            raise QuasarError(f"{where}: weights only are quantised (W8A16); Quasar runs W8A8, with int8 activations")
+            raise QuasarError(f"{where}: weights only are quantised (W8A16), which has the format {_INT4}")
         _integers(where, "input_activations", inputs)
         if group.get("output_activations") is not None:
             raise QuasarError(f"{where}: output_activations are not supported; they should be null")
@@ -124,7 +149,13 @@ class _Scheme:
                 f"dynamic {inputs.get('dynamic', False)}, symmetric {not self.asymmetric}, by {strategy}"
             )
 
-    def _read_int4(self, where: str, weights: Any, inputs: Any) -> None:
+    def _read_packed(self, where: str, weights: Any, inputs: Any) -> None:
+        if isinstance(weights, dict) and weights.get("num_bits") == 8:
+            _integers(where, "weights", weights)
+            if weights.get("strategy") != "channel" or not weights.get("symmetric", True) or inputs is not None:
+                raise QuasarError(f"{where}: packed int8 weights should be symmetric, by channel, under 16-bit inputs")
+            self.wide = True
+            return
         _integers(where, "weights", weights, 4)
         size = weights.get("group_size")
         if weights.get("strategy") != "group" or size not in _GROUP_SIZES:
@@ -143,6 +174,19 @@ def unpack_int4(words: Tensor, rows: int) -> Tensor:
     return ((words[:, :, None] >> shifts) & 15).sub(8).to(torch.int8).reshape(rows, -1)
 
 
+def unpack_int8(words: Tensor) -> Tensor:
+    """int32 [rows, words] -> int8 [rows, 4 * words]."""
+    shifts = torch.arange(0, 32, 8, dtype=torch.int32)
+    return ((words[:, :, None] >> shifts) & 255).sub(128).to(torch.int8).reshape(len(words), -1)
+
+
+def pack_int8(values: Tensor) -> Tensor:
+    """int8 [rows, 4 * words] -> int32 [rows, words] of values + 128, the first in the lowest bits."""
+    shifts = torch.arange(0, 32, 8)
+    words = ((values.long() + 128).view(len(values), -1, _BYTES) << shifts).sum(dim=-1)
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+
+
 def pack_int4(values: Tensor) -> Tensor:
     """int8 [rows, n] between -8 and 7 -> int32 [rows, ceil(n / 8)], filled up with zero bits."""
     rows, n = values.shape
@@ -157,7 +201,7 @@ def _integers(where: str, what: str, fields: Any, bits: int = 8) -> None:
     if not isinstance(fields, dict) or fields.get("num_bits") != bits or fields.get("type", "int") != "int":
         described = fields if not isinstance(fields, dict) else f"{fields.get('type', 'int')}{fields.get('num_bits')}"
         raise QuasarError(
-            f"{where}: {what} are {described}; Quasar runs W8A8 (int-quantized) and W4A16 (pack-quantized)"
+            f"{where}: {what} are {described}; Quasar runs W8A8 (int-quantized), W8A16 and W4A16 (pack-quantized)"
         )
 
 
@@ -167,7 +211,7 @@ class _Groups:
     def __init__(self, where: Path, fields: dict[str, Any]) -> None:
         self._where = where
         layout = fields.get("format")
-        if layout not in _FORMATS:
+        if layout not in (*_FORMATS, _MIXED):
             raise QuasarError(f"{where}: format {layout!r} is not supported; Quasar reads {' and '.join(_FORMATS)}")
         for name in ("kv_cache_scheme", "sparsity_config", "transform_config"):
             if fields.get(name):
@@ -182,7 +226,11 @@ class _Groups:
             if not isinstance(group, dict):
                 raise QuasarError(f"{where}: config group {name} should be an object")
             targets = self._names(f"targets of {name}", group.get("targets") or [])
-            self._schemes.append((targets, _Scheme(f"{where}: config group {name}", group, layout)))
+            of = f"{where}: config group {name}"
+            own = group.get("format") or layout
+            if own not in _FORMATS:
+                raise QuasarError(f"{of}: format {own!r} is not supported; Quasar reads {' and '.join(_FORMATS)}")
+            self._schemes.append((targets, _Scheme(of, group, own)))
 
     def scheme(self, layer: str) -> _Scheme | None:
         """None for a layer that stays in full precision."""
@@ -232,12 +280,20 @@ class CompressedTensorsWriter:
     shard = "model-{:05d}-of-{:05d}.safetensors"
     index = "model.safetensors.index.json"
 
-    def __init__(self, scheme: str, quantized_lm_head: bool, group: int = 128, symmetric: bool = True) -> None:
-        """group and symmetric: of the int4 weights of w4a16."""
+    def __init__(
+        self,
+        scheme: str,
+        quantized_lm_head: bool,
+        group: int = 128,
+        symmetric: bool = True,
+        wide: Sequence[str] = (),
+    ) -> None:
+        """group and symmetric: of the int4 weights of w4a16. wide: linear layers of w8a8 that are W8A16."""
         self._scheme = scheme
         self._lm_head = quantized_lm_head
         self._group = group
         self._symmetric = symmetric
+        self._wide = wide
 
     def linear(self, name: str, weights: LinearWeights, dtype: torch.dtype) -> dict[str, Tensor]:
         """The tensors of one projection; dtype is the checkpoint's. Raises QuasarError for zero points that are not
@@ -247,6 +303,12 @@ class CompressedTensorsWriter:
             return tensors | {f"{name}.weight": weights.weight.to(dtype)}
         if isinstance(weights, Int4Weights):
             return tensors | self._int4(name, weights)
+        if weights.wide:
+            return tensors | {
+                f"{name}.weight_packed": pack_int8(weights.values),
+                f"{name}.weight_scale": weights.scale[:, None],
+                f"{name}.weight_shape": torch.tensor(weights.values.shape),
+            }
         tensors |= {f"{name}.weight": weights.values, f"{name}.weight_scale": weights.scale[:, None]}
         if weights.static_scale is not None:
             tensors[f"{name}.input_scale"] = weights.static_scale
@@ -290,11 +352,18 @@ class CompressedTensorsWriter:
             "input_activations": inputs,
             "output_activations": None,
         }
+        layout = _INT4 if self._scheme == "w4a16" else _INT8
+        groups = {"group_0": group}
+        if self._wide:
+            names = [name for name in self._wide if name != "lm_head" or self._lm_head]
+            wide = {"targets": [_PROJECTIONS[name] for name in names], "input_activations": None, "format": _INT4}
+            groups = {"group_0": group | {"format": layout}, "group_1": group | wide}
+            layout = _MIXED
         return {
             "quant_method": "compressed-tensors",
-            "format": _INT4 if self._scheme == "w4a16" else _INT8,
+            "format": layout,
             "quantization_status": "compressed",
-            "config_groups": {"group_0": group},
+            "config_groups": groups,
             "ignore": ignore + ([] if self._lm_head else ["lm_head"]),
             "kv_cache_scheme": None,
         }

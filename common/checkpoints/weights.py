@@ -26,7 +26,8 @@ class Int8Weights:
 
     static_scale float32 [1] is None for dynamic activations. Static ones may be asymmetric: x8 = x / static_scale +
     static_offset, rounded; what the offset adds to the products (offset * sum of a row of values) the bias takes off.
-    input_bias float32 [in] is added to the input before it is quantised.
+    input_bias float32 [in] is added to the input before it is quantised. wide: the input keeps 16 bits, as two int8
+    digits (W8A16).
     """
 
     values: Tensor
@@ -35,6 +36,7 @@ class Int8Weights:
     static_scale: Tensor | None = None
     static_offset: float = 0.0
     input_bias: Tensor | None = None
+    wide: bool = False
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from quasar.generation import GenerationSettings
 from quasar.loading import texts_or_default
 from quasar.models.model import ASSETS, Model
 from quasar.quantization.calibration import read_texts
-from quasar.quantization.texts import TEXT_TOKENS
+from quasar.quantization.texts import calibration_and_heldout
 
 _DRAFTS = ["ngram", "suffix", "self:skip=1", "self:w4a4"]
 
@@ -79,6 +79,7 @@ def add_parser(subparsers: Any) -> None:
         action=argparse.BooleanOptionalAction,
         help="put questions into the model's chat template (default: where it has one)",
     )
+    bench.add_argument("--warm", action="store_true", help="let earlier questions teach later ones, as a server does")
     bench.add_argument("--answers", metavar="DIR", help="write answers there, one JSONL file per scheme")
     bench.set_defaults(run=run_tasks)
     replay.add_parser(kinds)
@@ -101,10 +102,9 @@ def run_fidelity(args: argparse.Namespace) -> None:
     if args.prompts is not None:
         prompts = [model.encode(text, args.chat) for text in read_texts(Path(args.prompts))]
     prompts = [ids[: args.prompt_tokens] for ids in prompts[: args.limit]]
-    calibration = texts_or_default(args.calibration) or read_texts(ASSETS / "calibration.jsonl")
-    calibration_ids = [model.encode(text)[:TEXT_TOKENS] for text in calibration]
+    calibration_ids, _ = calibration_and_heldout(model.config, model.tokenizer, texts_or_default(args.calibration))
     rows = []
-    with tqdm(total=10, unit="verifier", disable=not sys.stderr.isatty(), leave=False) as bar:
+    with tqdm(total=11, unit="verifier", disable=not sys.stderr.isatty(), leave=False) as bar:
         measured = fidelity.measure_fidelity(
             model, texts, prompts, calibration_ids, args.drafts, settings, bar.set_description
         )
@@ -161,7 +161,7 @@ def run_tasks(args: argparse.Namespace) -> None:
     if args.chat is None:
         args.chat = any(m.tokenizer is not None and bool(m.tokenizer.chat_template) for m in models.values())
     with tqdm(total=len(questions), unit="question", disable=not sys.stderr.isatty(), leave=False) as bar:
-        run = tasks.run_tasks(models, schemes, questions, settings, bar.update, chat=args.chat)
+        run = tasks.run_tasks(models, schemes, questions, settings, bar.update, args.chat, args.warm)
     rows = run.rows()
     about = _about_tasks(args, next(iter(models.values())), questions)
     print(f"{about}\n\n{tasks_table(rows)}")

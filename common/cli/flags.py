@@ -20,7 +20,7 @@ from quasar.models.chat import THINK_MODES
 from quasar.models.config import DUMMY_SHAPES
 from quasar.models.model import DEFAULT_MODEL, DUMMY_PREFIX, Model
 from quasar.quantization.methods import FITTED
-from quasar.quantization.recipe import ROUNDINGS, Recipe
+from quasar.quantization.recipe import DEFAULT_RECIPE, ROUNDINGS, Recipe
 from quasar.reading import read_text
 
 
@@ -88,10 +88,17 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--rounding", choices=ROUNDINGS, default="gptq", help="of int8 weights (default: %(default)s)")
     group.add_argument(
+        "--wide",
+        default=",".join(DEFAULT_RECIPE.wide),
+        metavar="NAMES",
+        help="linear layers of W8A8 whose inputs keep 16 bits, as two int8 numbers, some of qkv, o, gate_up, down and "
+        "lm_head, or none: the same bytes, more products (default: qkv,down,lm_head; quasar quantize: none)",
+    )
+    group.add_argument(
         "--budget",
         default="0%",
         metavar="P",
-        help="leave the inputs whose rounding costs most in 16 bits; a pass may read P more bytes for it, as "
+        help="leave the layers whose rounding costs most in 16 bits; a pass may read P more bytes for it, as "
         "2%% (default: 0%%)",
     )
     group.add_argument("--force", action="store_true", help="go on with a quantised model that measures as garbage")
@@ -281,7 +288,12 @@ def _prompt_text(args: argparse.Namespace) -> str:
 
 def recipe_of(args: argparse.Namespace) -> Recipe:
     """How W8A8 is made."""
-    return Recipe(_alpha(args.alpha), args.rounding, _share(args.budget))
+    return Recipe(_alpha(args.alpha), args.rounding, _share(args.budget), _names(args.wide))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """Names with commas between, or none."""
+    return () if text == "none" else tuple(text.split(","))
 
 
 def _alpha(text: str) -> float | str | None:

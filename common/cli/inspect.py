@@ -120,6 +120,8 @@ def _kind(linear: Linear) -> str:
     if isinstance(linear, W4A16Linear):
         return "w4a16"
     assert isinstance(linear, W8A8Linear)
+    if linear.wide:
+        return "w8a16"
     kind = "w8a8" if linear.static_scale is None else "w8a8-static"
     extras = [
         *(["asymmetric activations"] if linear.static_offset else []),

@@ -47,7 +47,8 @@ def add_parser(subparsers: Any) -> None:
         "--engine", choices=ENGINES, default="quasar", help="who quantises (default: quasar); the other runs the tool"
     )
     flags.add_model_flags(parser)
-    parser.set_defaults(run=run)
+    # Every program that reads these formats runs W8A8; W8A16 fewer.
+    parser.set_defaults(run=run, wide="none")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -84,6 +85,7 @@ def _refuse_what_the_tool_decides(args: argparse.Namespace) -> None:
         ("--alpha", args.alpha, FITTED),
         ("--rounding", args.rounding, "gptq"),
         ("--budget", args.budget, "0%"),
+        ("--wide", args.wide, "none"),
         ("--scheme", args.scheme, args.scheme if args.scheme != "w4a16" else "w8a8"),
     ):
         if value != default:

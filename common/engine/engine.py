@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from quasar.backends.base import Slot
 from quasar.drafting import DraftTarget, new_drafter
 from quasar.drafting.corpus import Corpus
 from quasar.drafting.memory import DraftMemory
-from quasar.engine.prefix_cache import PrefixCache, common_prefix
 from quasar.engine.sequence import Handle, Listener, Request
 from quasar.engine.settings import GenerationSettings, Result
+from quasar.engine.slots import Held, SlotPool
 from quasar.errors import QuasarError
 from quasar.memory import gigabytes, host_memory
 from quasar.models.model import Model
@@ -29,10 +28,10 @@ from quasar.speculation.verifier import Verdict, Verifier, Window
 PROMPT_SECONDS = 0.1  # for so long a prompt's rows may hold decoding sequences up, in each pass
 _LEAST_PROMPT_ROWS = 16
 _LONGEST_DRAFT = 15  # candidates of one sequence, where the settings set no cap
+_SHORT_DRAFT, _SHORT_DRAFTS = 7, 8  # so few candidates are asked for so many times where no more were verified
 _LONGEST_BLOCK = 31  # tokens that a cascade confirms at once
-_LONGEST_REST = 16  # steps for which a drafter that never helps is not asked
-_SHARED_PREFIX = 32  # tokens from which on a prompt waits for another that is about to hold its prefix
-_CAPACITY_STEP = 64  # slots are this much roomier than needed, so that the next prompt may fit them
+_DRAFT_SHARE = 0.02  # of the time that a drafter may take without being right
+_LONGEST_REST = 4  # steps for which a drafter that never helps is not asked
 _HOST_SHARE = 0.4  # of free host memory that keys and values may take where nothing else is said
 
 
@@ -81,11 +80,12 @@ class Engine:
         self.max_sequences = max_sequences
         self.lossless = lossless
         self.runtime: Runtime = model.target_runtime(lossless)
-        self.kv_bytes_limit = kv_bytes if kv_bytes is not None else int(_HOST_SHARE * host_memory())
+        self._slots = SlotPool(
+            self.runtime, max_sequences, kv_bytes if kv_bytes is not None else int(_HOST_SHARE * host_memory())
+        )
         self.draft_memory = DraftMemory(Corpus()) if draft_memory is None else draft_memory
         self._verifier = Verifier(self.runtime)
         self._rule = row_rule or RowRule()
-        self._prefixes = PrefixCache()
         self._running: list[Request] = []
         self._waiting: deque[Request] = deque()
         self._changed = threading.Condition()
@@ -95,7 +95,7 @@ class Engine:
         self._closing = self._closed = False
         self._around: deque[float] = deque([0.0], maxlen=9)  # seconds of a step beyond its pass
         self._prompt_row_seconds = 0.0
-        self._stats = EngineStats(kv_bytes_limit=self.kv_bytes_limit)
+        self._stats = EngineStats(kv_bytes_limit=self._slots.bytes_limit)
 
     # From any thread.
 
@@ -120,11 +120,11 @@ class Engine:
             raise QuasarError(f"lossless={settings.lossless}: the engine was made with lossless={self.lossless}")
         ids = self.model.encode(prompt, chat) if isinstance(prompt, str) else list(prompt)
         request = Request(self.model, ids, settings)
-        needed = self._bytes_for(request.capacity)
-        if needed > self.kv_bytes_limit:
+        needed = self._slots.bytes_for(request.capacity)
+        if needed > self._slots.bytes_limit:
             raise QuasarError(
                 f"{request.capacity} tokens of context need {gigabytes(needed)} of keys and values; the engine has "
-                f"{gigabytes(self.kv_bytes_limit)}; ask for fewer new tokens, or give it more memory"
+                f"{gigabytes(self._slots.bytes_limit)}; ask for fewer new tokens, or give it more memory"
             )
         handle = Handle(request, self._wake, on_events)
         if self._own_thread and self._process != os.getpid():
@@ -154,8 +154,8 @@ class Engine:
         with self._changed:
             s = self._stats
             s.running, s.waiting = len(self._running), len(self._waiting)
-            s.prefix_queried_tokens, s.prefix_cached_tokens = self._prefixes.queried_tokens, self._prefixes.found_tokens
-            s.kv_bytes = self._prefixes.nbytes + sum(r.slot.nbytes for r in self._running if r.slot is not None)
+            s.prefix_queried_tokens, s.prefix_cached_tokens = self._slots.queried_tokens, self._slots.found_tokens
+            s.kv_bytes = self._slots.nbytes + sum(r.slot.nbytes for r in self._running if r.slot is not None)
             return EngineStats(**vars(s))
 
     def shutdown(self, wait_seconds: float = 0.0) -> None:
@@ -233,23 +233,28 @@ class Engine:
                     return
                 request = self._waiting[0]
             try:
-                if self._prefix_is_coming(request) or not self._find_slot(request):
+                held = [Held(r.slot, r.tokens, r.prefilling) for r in self._running if r.slot is not None]
+                if self._slots.prefix_is_coming(request.tokens, held):
+                    return
+                request.slot = self._slots.take(request.tokens, request.capacity, held)
+                if request.slot is None:
                     return
                 self._start(request)
             except Exception as error:
                 request.finish(error)
                 if request.slot is not None:
                     request.slot.rewind(0)
-                    self._prefixes.put(request.slot, [])
+                    self._slots.put(request.slot, [])
             with self._changed:
                 self._waiting.popleft()
                 if not request.done:
                     self._running.append(request)
 
     def _start(self, request: Request) -> None:
-        request.admitted = time.perf_counter()
-        request.result.stats.weight_bytes_per_pass = self.runtime.decoder.weight_bytes_per_pass
         assert request.slot is not None
+        request.admitted = time.perf_counter()
+        request.result.stats.cached_tokens = request.slot.length
+        request.result.stats.weight_bytes_per_pass = self.runtime.decoder.weight_bytes_per_pass
         target = DraftTarget(
             self.model,
             request.slot,
@@ -261,60 +266,6 @@ class Engine:
         request.drafter = new_drafter(request.settings.draft, target)
         if request.drafter is not None:
             request.drafter.extend(request.tokens)
-
-    def _prefix_is_coming(self, request: Request) -> bool:
-        """Whether a running prompt is about to hold more of this one's prefix than any slot does."""
-        prompt = request.tokens[:-1]
-        _, here = self._prefixes.longest(prompt)
-        here = max([here, *(min(common_prefix(prompt, r.tokens), r.slot.length) for r in self._running if r.slot)])
-        coming = max((common_prefix(prompt, r.tokens) for r in self._running if r.prefilling), default=0)
-        return coming >= here + _SHARED_PREFIX
-
-    def _find_slot(self, request: Request) -> bool:
-        """Takes over or copies the longest prefix that a slot holds; False where memory has to become free first."""
-        prompt = request.tokens[:-1]  # the last token's logits are wanted
-        idle, idle_length = self._prefixes.longest(prompt)
-        source, length = idle, idle_length
-        for other in self._running:
-            shared = min(common_prefix(prompt, other.tokens), other.slot.length) if other.slot is not None else 0
-            if shared > length:
-                source, length = other.slot, shared
-        if idle is not None and idle_length == length and idle.capacity >= request.capacity:
-            request.slot = self._prefixes.take(idle)
-            request.slot.rewind(length)
-        else:
-            slot = self._new_slot(request.capacity, keep=source)
-            if slot is None:
-                return False
-            if source is not None and length:
-                slot.share_prefix(source, length)
-            request.slot = slot
-        self._prefixes.queried_tokens += len(prompt)
-        self._prefixes.found_tokens += length
-        request.result.stats.cached_tokens = length
-        return True
-
-    def _new_slot(self, capacity: int, keep: Slot | None) -> Slot | None:
-        """An empty slot: an idle one of fitting size or a new one, for which old ones go; `keep` stays if it can."""
-        slots = len(self._running) + len(self._prefixes)
-        idle = self._prefixes.with_capacity(capacity)
-        if idle is not None and idle is not keep and slots >= self.max_sequences:
-            self._prefixes.take(idle).rewind(0)
-            return idle
-        roomy = min(-(-capacity // _CAPACITY_STEP) * _CAPACITY_STEP, self.runtime.config.max_position_embeddings)
-        needed = self._bytes_for(roomy)
-        used = self._prefixes.nbytes + sum(r.slot.nbytes for r in self._running if r.slot is not None)
-        while len(self._prefixes) and (used + needed > self.kv_bytes_limit or slots >= self.max_sequences):
-            oldest = self._prefixes.oldest()
-            assert oldest is not None
-            used -= self._prefixes.take(oldest).nbytes
-            slots -= 1
-        if used + needed > self.kv_bytes_limit and self._running:
-            return None
-        return self.runtime.new_slot(roomy)
-
-    def _bytes_for(self, capacity: int) -> int:
-        return self.runtime.kv_bytes_per_position * capacity
 
     def _take_turns(self) -> list[Request]:
         """The requests of the next pass: all that decode, and prompts first come, first served."""
@@ -331,15 +282,21 @@ class Engine:
             request.draft_rest -= 1
             return Draft()
         most = min(_longest(settings), request.room)
+        if request.short_drafts and settings.gamma is None and not drafter.takes_passes:
+            request.short_drafts -= 1
+            most = min(most, _SHORT_DRAFT)
         clock = time.perf_counter()
         if settings.grammar is not None:
             forced = settings.grammar.forced()[:most]
             if forced:  # they must come: candidates that cost a row and no risk
                 return Draft.chain(forced, [1.0] * len(forced), [("grammar", 0, 0)] * len(forced))
+        draft = Draft()
         if drafter.takes_passes and (settings.gamma is None or self.lossless):
-            others = len(self._running) - 1
-            most = self._rule.chain(drafter.expected_survival(most), self._seconds, drafter.seconds_per_token(), others)
-        draft = drafter.propose(most) if most else Draft()
+            others, expected = len(self._running) - 1, drafter.expected_survival(most)
+            draft = drafter.propose_free(min(most, settings.gamma or _LONGEST_DRAFT))
+            most = self._rule.chain(expected, self._seconds, drafter.seconds_per_token(), others, draft)
+        if most:
+            draft = drafter.propose(most)
         if settings.grammar is not None:
             draft = _valid(draft, settings.grammar)
         request.result.stats.seconds_draft += time.perf_counter() - clock
@@ -373,6 +330,9 @@ class Engine:
         else:
             chosen = self._rule.candidates(proposed, base, self._seconds, max(MOST_ROWS, base))
         count = dict(zip((r for r, _ in decoding), chosen, strict=True))
+        for request, draft in decoding:
+            if count[request] <= _SHORT_DRAFT < len(draft):
+                request.short_drafts = _SHORT_DRAFTS
         windows = []
         for request, draft in zip(list(requests), list(drafts), strict=True):  # both get shorter on the way
             assert request.slot is not None
@@ -415,7 +375,8 @@ class Engine:
                 drafter.observe(draft, len(window.draft), verdict.own, verdict.top)
                 if not draft.tokens or window.draft.tokens or drafter.takes_passes:
                     request.rest_after_miss = 1 if verdict.accepted else request.rest_after_miss
-                elif draft.tokens[0] != verdict.tokens[0]:  # nothing paid, and rightly: ask less often
+                elif draft.tokens[0] != verdict.tokens[0] and stats.seconds_draft > _DRAFT_SHARE * stats.seconds_decode:
+                    # Nothing paid, and rightly, and asking takes its time: ask less often.
                     request.rest_after_miss = min(2 * request.rest_after_miss, _LONGEST_REST)
                     request.draft_rest = request.rest_after_miss - 1
             drafter.extend(request.tokens[known:])
@@ -431,7 +392,10 @@ class Engine:
         if rows > MOST_ROWS:
             self._prompt_row_seconds = pass_seconds / rows
         elif self.runtime.costs_known:
-            self._around.append(seconds - self.runtime.costs(rows))
+            self._around.append(seconds - pass_seconds)
+            single = all(window.chooser is not None and len(window.uncached_tokens) == 1 for window in windows)
+            if single and self.runtime.settled:
+                self.runtime.costs.learn(rows, pass_seconds)
 
     def _retire(self, request: Request, error: BaseException | None = None) -> None:
         """Ends a request; its slot stays for the prompts that begin as it did."""
@@ -441,7 +405,7 @@ class Engine:
         if request.slot is not None:
             if error is not None:
                 request.slot.rewind(0)  # what a failed pass left there is unknown
-            self._prefixes.put(request.slot, request.tokens)
+            self._slots.put(request.slot, request.tokens)
             request.slot = None
         request.finish(error)
 

@@ -47,8 +47,9 @@ def verifiers(model: Model, calibration: Sequence[Sequence[int]]) -> Iterator[tu
         return variant(method.precision, decoder)
 
     yield "full", variant("full", model.decoder)
-    c, recipe = model.config, DEFAULT_RECIPE
-    yield "w8a8", quantized(W8A8(c, recipe.alpha, rounding=recipe.rounding))
+    c = model.config
+    yield "w8a8", quantized(DEFAULT_RECIPE.method(c))
+    yield "w8a8, int8 inputs throughout", quantized(replace(DEFAULT_RECIPE, wide=()).method(c))
     yield "w8a8 as published", quantized(W8A8(c, 0.5))
     yield "w8a8 without SmoothQuant", quantized(W8A8(c, smooth=False))
     zeros = Int4(c, group=32, symmetric=False, rotated=False, rounding="gptq", whole_zeros=True)

@@ -238,7 +238,7 @@ def _identity(
 ) -> dict[str, Any]:
     """What has to be the same for an interrupted run to go on."""
     files = [folder] if folder.is_file() else sorted([*folder.glob("*.safetensors"), folder / "config.json"])
-    return asdict(settings) | {
+    return json.loads(json.dumps(asdict(settings))) | {  # as it will be read back: lists, not tuples
         "model": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files],
         "calibration": hashlib.sha256(json.dumps(sequences).encode()).hexdigest(),
         "heldout": hashlib.sha256(json.dumps(measured).encode()).hexdigest(),

@@ -10,10 +10,11 @@ from quasar.errors import QuasarError
 from quasar.loading import LM_HEADS
 from quasar.models.config import ModelConfig
 from quasar.quantization.int4 import GROUPS
-from quasar.quantization.methods import W8A8, Int4, Method
-from quasar.quantization.recipe import DEFAULT_RECIPE, Recipe
+from quasar.quantization.methods import Int4, Method
+from quasar.quantization.recipe import Recipe
 
 SCHEMES = ("w8a8", "w8a8-static", "w4a16")
+PLAIN_RECIPE = Recipe(wide=())  # W8A8 throughout, which every program that reads these formats runs
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class ExportSettings:
 
     format: str = "compressed-tensors"  # or ascend
     scheme: str = "w8a8"  # or w8a8-static, w4a16
-    recipe: Recipe = DEFAULT_RECIPE  # of W8A8
+    recipe: Recipe = PLAIN_RECIPE  # of W8A8
     lm_head: str = "full"  # or w8a8
     group: int = 32  # of w4a16: inputs that share a scale
 
@@ -50,7 +51,7 @@ class ExportSettings:
         """How the model is quantised; kept: (layer, linear layer) pairs that stay in 16 bits."""
         if self.scheme == "w4a16":  # what the format can say: no rotation, whole zero points
             return Int4(config, group=self.group, symmetric=False, rotated=False, rounding="gptq", whole_zeros=True)
-        return W8A8(config, self.recipe.alpha, self.static, rounding=self.recipe.rounding, keep=kept)
+        return self.recipe.method(config, kept, self.static)
 
     def how(self) -> str:
         """The method in words."""
@@ -62,4 +63,4 @@ class ExportSettings:
         """What makes tensors of weights."""
         if self.scheme == "w4a16":
             return WRITERS[self.format](self.scheme, False, self.group, symmetric=False)
-        return WRITERS[self.format](self.scheme, self.lm_head == "w8a8")
+        return WRITERS[self.format](self.scheme, self.lm_head == "w8a8", wide=self.recipe.wide)

@@ -167,8 +167,8 @@ def fuse(
     input_bias [in] is added to that input. Raises QuasarError where the parts do not have one precision: one product
     cannot compute them, and vLLM and vLLM-Ascend refuse such checkpoints too.
     """
-    if len({type(part) for part in parts}) > 1:
-        kinds = ", ".join(f"{name} {_PRECISION[type(part)]}" for name, part in zip(names, parts, strict=True))
+    if len({_precision(part) for part in parts}) > 1:
+        kinds = ", ".join(f"{name} {_precision(part)}" for name, part in zip(names, parts, strict=True))
         raise QuasarError(f"{kinds}: projections of one input must have the same precision")
 
     def joined(tensors: Sequence[Tensor]) -> Tensor:
@@ -199,10 +199,13 @@ def fuse(
         raise QuasarError(f"{', '.join(names)}: projections of one input must quantise it the same way")
     # Symmetric scales that differ: the largest clips nothing, and is what vLLM takes.
     static = torch.stack(statics).amax(dim=0) if statics else None
-    return Int8Weights(values, scale, bias, static, offsets.pop(), input_bias)
+    return Int8Weights(values, scale, bias, static, offsets.pop(), input_bias, wide=parts[0].wide)
 
 
-_PRECISION = {FullWeights: "full precision", Int8Weights: "W8A8", Int4Weights: "W4A16"}
+def _precision(weights: LinearWeights) -> str:
+    if isinstance(weights, Int8Weights):
+        return "W8A16" if weights.wide else "W8A8"
+    return "full precision" if isinstance(weights, FullWeights) else "W4A16"
 
 
 def split(weights: LinearWeights, sizes: list[int]) -> list[LinearWeights]:
@@ -216,7 +219,7 @@ def split(weights: LinearWeights, sizes: list[int]) -> list[LinearWeights]:
         return [Int4Weights(*part) for part in zip(values, scales, offsets, biases, strict=True)]
     static = weights.static_scale  # each its own: safetensors does not save one tensor under two names
     return [
-        Int8Weights(*part, None if static is None else static.clone())
+        Int8Weights(*part, None if static is None else static.clone(), wide=weights.wide)
         for part in zip(values, scales, biases, strict=True)
     ]
 

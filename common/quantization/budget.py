@@ -74,17 +74,17 @@ def choose_kept(
         weights = source.layer(index)
         layer = walk.build(weights)
         with observing(layer, method.sample, method.moments) as stats:
-            calibrated = [walk.through(layer, x) for x in calibrated]
-        after = [walk.through(layer, x) for x in probe]
+            calibrated = walk.through(layer, calibrated)
+        after = walk.through(layer, probe)
         for candidate in candidates:
-            candidate.hidden = [walk.through(layer, x) for x in candidate.hidden]
+            candidate.hidden = walk.through(layer, candidate.hidden)
         adapted = method.adapt(weights, stats)
         made = method.round(adapted, stats)
         layer = walk.build(adapted)
         for name in LINEARS:
             full = getattr(layer, name)
             setattr(layer, name, build(getattr(made, name), backend))
-            hidden = [walk.through(layer, x) for x in probe]
+            hidden = walk.through(layer, probe)
             setattr(layer, name, full)
             damage = _damage(hidden, after)
             size = getattr(made, name).values.numel() * (config.dtype.itemsize - 1)

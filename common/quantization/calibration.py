@@ -41,18 +41,21 @@ class InputStats:
         square = torch.zeros(features, features, device=device) if moments else None
         return cls(peak, peak[None][:0], peak[:0], torch.empty(0), square)
 
-    def update(self, x: Tensor, weights: Tensor, sample: int, generator: torch.Generator) -> None:
-        """Takes [tokens, in] and [tokens]."""
+    def update(self, x: Tensor, weights: Tensor | None, sample: int, generator: torch.Generator) -> None:
+        """Takes [tokens, in] and [tokens], None for weights of 1."""
         x = x.float()
-        self.peak = torch.maximum(self.peak, x.abs().amax(dim=0))
+        self.peak = torch.maximum(self.peak, torch.maximum(x.amax(dim=0), -x.amin(dim=0)))
         if self.moments is not None:
-            self.moments.addmm_((x * weights[:, None]).t(), x)
+            self.moments.addmm_((x if weights is None else x * weights[:, None]).t(), x)
+        weights = x.new_ones(len(x)) if weights is None else weights
         if sample:
             keys = torch.cat([self.keys, torch.rand(len(x), generator=generator)])
             self.keys, kept = keys.topk(min(sample, len(keys)))
-            kept = kept.to(x.device)
-            self.rows = torch.cat([self.rows, x])[kept]
-            self.weights = torch.cat([self.weights, weights])[kept]
+            stay = kept < len(self.rows)
+            old, new = kept[stay].to(x.device), (kept[~stay] - len(self.rows)).to(x.device)
+            self.keys = torch.cat([self.keys[stay], self.keys[~stay]])
+            self.rows = torch.cat([self.rows[old], x[new]])
+            self.weights = torch.cat([self.weights[old], weights[new]])
 
     def divide(self, scales: Tensor) -> None:
         """What would have been seen if every channel had been divided by its scale [in]."""
@@ -86,7 +89,7 @@ def observing(layer: DecoderLayer, sample: int = 0, moments: bool = False) -> It
                 x = module.backend.rotate(x, module.hadamard)
             if name not in stats:
                 stats[name] = InputStats.empty(x.shape[1], x.device, moments)
-            of = weights if name in ("o", "down") else torch.ones_like(weights)  # the others' inputs are normalised
+            of = weights if name in ("o", "down") else None  # the others' inputs are normalised
             stats[name].update(x, of, sample, generator)
 
         return observe

@@ -32,6 +32,7 @@ class Method:
     calibrates = False  # whether `layer` looks at inputs at all
     sample = 0
     moments = False
+    wide: frozenset[str] = frozenset()  # linear layers, lm_head among them, whose int8 weights run under 16-bit inputs
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
@@ -64,7 +65,10 @@ class Method:
 class W8A8(Method):
     """Smoothing, then int8. alpha is SmoothQuant's, None searches it per layer, FITTED fits scales to a model of the
     rounding noise; smooth False leaves it out. rounding: "gptq", or "nearest". static gives activations one scale per
-    tensor, from the peaks seen."""
+    tensor, from the peaks seen.
+
+    wide: linear layers whose inputs keep 16 bits, as two int8 digits. Those are not smoothed: there is nothing to move
+    into the weights, which are rounded the better for it."""
 
     precision = "w8a8"
     calibrates = True
@@ -77,10 +81,12 @@ class W8A8(Method):
         smooth: bool = True,
         rounding: str = "nearest",
         keep: Iterable[tuple[int, str]] = (),
+        wide: Iterable[str] = (),
     ) -> None:
         """keep: (layer, linear layer) pairs that stay in the checkpoint's precision."""
         super().__init__(config)
         self._keep = frozenset(keep)
+        self.wide = frozenset(wide)
         fitted = alpha == FITTED
         self._scales = None
         if smooth:
@@ -92,7 +98,11 @@ class W8A8(Method):
     def adapt(self, prepared: LayerWeights, stats: dict[str, InputStats]) -> LayerWeights:
         if self._scales is None:
             return prepared
-        return smooth_layer(prepared, stats, self._scales, self.config)
+        return smooth_layer(prepared, stats, self._smoothing, self.config)
+
+    def _smoothing(self, name: str, weight: Tensor, seen: InputStats) -> Tensor:
+        assert self._scales is not None
+        return torch.ones_like(seen.peak) if name in self.wide else self._scales(name, weight, seen)
 
     def round(self, adapted: LayerWeights, stats: dict[str, InputStats]) -> LayerWeights:
         made: dict[str, LinearWeights] = {}
@@ -101,8 +111,12 @@ class W8A8(Method):
             if (adapted.index, name) in self._keep:
                 made[name] = replace(full, weight=full.weight.to(self.config.dtype))
                 continue
-            static = static_scale(seen.peak) if self._static else None
-            made[name] = to_int8_gptq(full, seen.moments, static) if self.moments else to_int8(full, static)
+            wide = name in self.wide
+            static = static_scale(seen.peak) if self._static and not wide else None
+            if self.moments:
+                made[name] = to_int8_gptq(full, seen.moments, static, wide)
+            else:
+                made[name] = to_int8(full, static, wide)
         return replace(adapted, **made)
 
 
@@ -162,7 +176,8 @@ def best_int4(config: ModelConfig, source: WeightSource, backend: Backend) -> In
     return Int4(config, group=32, symmetric=False, rotated=not lies_on_grid(weight), rounding="gptq")
 
 
-def int8_head(head: HeadWeights, static: Tensor | None = None) -> HeadWeights:
-    """lm_head in int8 too; it is not smoothed. static: the scale of its inputs, None for one per token."""
+def int8_head(head: HeadWeights, static: Tensor | None = None, wide: bool = False) -> HeadWeights:
+    """lm_head in int8 too; it is not smoothed. static: the scale of its inputs, None for one per token; wide: they keep
+    16 bits."""
     assert isinstance(head.lm_head, FullWeights)
-    return HeadWeights(head.norm, to_int8(head.lm_head, static))
+    return HeadWeights(head.norm, to_int8(head.lm_head, None if wide else static, wide))

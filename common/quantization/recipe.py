@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from quasar.checkpoints.weights import LINEARS
 from quasar.errors import QuasarError
 from quasar.models.config import ModelConfig
-from quasar.quantization.methods import FITTED
+from quasar.quantization.methods import FITTED, W8A8
 
 ROUNDINGS = ("gptq", "nearest")
 
@@ -17,19 +19,32 @@ class Recipe:
 
     alpha: float | str | None = FITTED  # SmoothQuant's; None searches it per layer, FITTED fits scales to a noise model
     rounding: str = "gptq"  # of weights
-    budget: float = 0.0  # share of the bytes of a pass that inputs left in 16 bits may add
+    budget: float = 0.0  # share of the bytes of a pass that layers left in 16 bits may add
+    # Linear layers whose inputs keep 16 bits, as two int8 digits; lm_head's where that is int8 at all.
+    wide: tuple[str, ...] = ("qkv", "down", "lm_head")
 
     def __post_init__(self) -> None:
         check_alpha(self.alpha)
         if self.rounding not in ROUNDINGS:
             raise QuasarError(f"--rounding {self.rounding} is unknown; use one of {', '.join(ROUNDINGS)}")
+        known = (*LINEARS, "lm_head")
+        if unknown := [name for name in self.wide if name not in known]:
+            raise QuasarError(f"--wide {unknown[0]} is no linear layer; use some of {', '.join(known)}, or none")
         if not 0 <= self.budget <= 1:
             raise QuasarError(f"--budget {self.budget:.0%}: a share of the bytes of a pass, from 0% to 100%")
 
     def __str__(self) -> str:
         smoothing = {None: "alpha searched per layer", FITTED: "scales fitted to rounding noise"}
         chosen = smoothing.get(self.alpha, f"alpha {self.alpha}")
-        return f"SmoothQuant, {chosen}; weights rounded {'by GPTQ' if self.rounding == 'gptq' else 'to nearest'}"
+        rounded = f"weights rounded {'by GPTQ' if self.rounding == 'gptq' else 'to nearest'}"
+        inner = [name for name in self.wide if name in LINEARS]
+        wide = f"16-bit inputs before {' and '.join(inner)}; " if inner else ""
+        return f"{wide}SmoothQuant, {chosen}; {rounded}"
+
+    def method(self, config: ModelConfig, keep: Iterable[tuple[int, str]] = (), static: bool = False) -> W8A8:
+        """keep: (layer, linear layer) pairs whose weights stay in 16 bits too; static: one scale per tensor for int8
+        activations."""
+        return W8A8(config, self.alpha, static, rounding=self.rounding, keep=keep, wide=self.wide)
 
 
 def check_alpha(alpha: float | str | None) -> None:

@@ -24,20 +24,23 @@ def _quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     return (rows / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 
 
-def to_int8(full: FullWeights, static_scale: Tensor | None = None) -> Int8Weights:
-    """Full-precision weights rounded to the nearest int8."""
+def to_int8(full: FullWeights, static_scale: Tensor | None = None, wide: bool = False) -> Int8Weights:
+    """Full-precision weights rounded to the nearest int8. wide: under 16-bit inputs."""
     assert full.hadamard is None
     values, scale = quantize_weight(full.weight)
-    return Int8Weights(values, scale, full.bias, static_scale)
+    return Int8Weights(values, scale, full.bias, static_scale, wide=wide)
 
 
-def to_int8_gptq(full: FullWeights, moments: Tensor, static_scale: Tensor | None = None) -> Int8Weights:
-    """Full-precision weights rounded by GPTQ, on the grid that rounding to nearest has."""
+def to_int8_gptq(
+    full: FullWeights, moments: Tensor, static_scale: Tensor | None = None, wide: bool = False
+) -> Int8Weights:
+    """Full-precision weights rounded by GPTQ, on the grid that rounding to nearest has. wide: under 16-bit inputs."""
     assert full.hadamard is None
     weight = full.weight.float()
     peak = weight.abs().amax(dim=1)
     scale = torch.where(peak > 0, peak / 127, 1.0)
-    return Int8Weights(gptq(weight, moments, scale[:, None], None, -127, 127), scale, full.bias, static_scale)
+    values = gptq(weight, moments, scale[:, None], None, -127, 127)
+    return Int8Weights(values, scale, full.bias, static_scale, wide=wide)
 
 
 def static_scale(peak: Tensor) -> Tensor:

@@ -26,6 +26,8 @@ from quasar.quantization.fidelity import FidelityTally
 from quasar.quantization.methods import Method, int8_head
 from quasar.quantization.rounding import static_scale
 
+_PASS_ROWS = 1024  # of texts that go through a layer together
+
 
 @dataclass
 class HiddenStates:
@@ -81,14 +83,14 @@ class LayerQuantizer:
         if calibrated:
             layer = self.build(prepared)
             with observing(layer, self.method.sample, self.method.moments) as stats:
-                calibrated = [self.through(layer, x) for x in calibrated]
+                calibrated = self.through(layer, calibrated)
         if full:
             layer = layer if calibrated and same else self.build(weights)
-            full = [self.through(layer, x) for x in full]
+            full = self.through(layer, full)
         layer = None  # one layer at a time
         made = self.method.round(self.method.adapt(prepared, stats), stats)
         layer = self.build(made)
-        quantized = [self.through(layer, x) for x in states.quantized]
+        quantized = self.through(layer, states.quantized)
         layer.index = index
         return made, layer, HiddenStates(calibrated, full, quantized)
 
@@ -107,7 +109,7 @@ class LayerQuantizer:
             if static:
                 normed = [self._normed(x, after.norm) for x in states.calibrated]
                 scale = static_scale(torch.stack([x.float().abs().amax(dim=0) for x in normed]).amax(dim=0))
-            after = int8_head(after, scale)
+            after = int8_head(after, scale, "lm_head" in self.method.wide)
         quantized = build(after.lm_head, self.backend)
         if not self.heldout:
             return after, quantized, None
@@ -130,15 +132,26 @@ class LayerQuantizer:
         table = self.backend.place(table)
         return self.backend.embed(table, torch.tensor(ids, device=self.backend.device))
 
-    def through(self, layer: DecoderLayer, x: Tensor) -> Tensor:
-        """[tokens, hidden] -> [tokens, hidden], from position 0."""
-        c, tokens = self.config, len(x)
-        slot = self.backend.new_slot(1, c.num_kv_heads, tokens, c.head_dim)
-        batch = Batch([Segment(slot, [0] * tokens)])
+    def through(self, layer: DecoderLayer, texts: Sequence[Tensor]) -> list[Tensor]:
+        """Of each text, [tokens, hidden] -> [tokens, hidden], from position 0. Short texts share a pass."""
+        made: list[Tensor] = []
+        while len(made) < len(texts):
+            rows, together = 0, []
+            for x in texts[len(made) :]:
+                rows += len(x)
+                if together and rows > _PASS_ROWS:
+                    break
+                together.append(x)
+            made += self._pass(layer, together)
+        return made
+
+    def _pass(self, layer: DecoderLayer, texts: list[Tensor]) -> list[Tensor]:
+        c, sizes = self.config, [len(x) for x in texts]
+        slots = [self.backend.new_slot(1, c.num_kv_heads, size, c.head_dim) for size in sizes]
+        batch = Batch([Segment(slot, [0] * size) for slot, size in zip(slots, sizes, strict=True)])
         (rope,) = self.backend.rope_rows(self._cos, self._sin, [layer.attention], batch)
-        # A backend may add to its input in place.
-        y, residual = layer(x.clone(), None, *rope, batch)
-        return y + residual
+        y, residual = layer(torch.cat(texts), None, *rope, batch)  # a copy: backends may add to their input in place
+        return list((y + residual).split(sizes))
 
     def _normed(self, x: Tensor, norm: Tensor) -> Tensor:
         norm = self.backend.place(norm).to(self.backend.dtype)

@@ -1,7 +1,8 @@
 """What models are calibrated on and measured with: built-in code and conversations, or the user's own texts.
 
-The built-in conversations are few and hand-written. A model with a chat template gets them in that template; one
-without gets code alone.
+The built-in conversations are SmolLM2's own, sampled: a small model's, wrong in many facts, and natural to any model.
+Those to measure on are on other questions. A model with a chat template gets them in that template; one without gets
+code alone.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase  # takes seconds to import
 
 TEXT_TOKENS = 512  # of each calibration text
-CALIBRATION_TOKENS = 4096  # of all built-in ones together
+CALIBRATION_TOKENS = 3072  # of all built-in ones together
 _SMALL = 50e6  # parameters: such a model is measured on four times the tokens in the same time
 
 

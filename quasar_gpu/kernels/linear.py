@@ -109,6 +109,11 @@ def best_tokens(keys: Tensor) -> Tensor:
     return 0xFFFFFFFF - (keys & 0xFFFFFFFF)
 
 
+def keys_of(tokens: Tensor) -> Tensor:
+    """Outputs' indices [rows] -> keys int64 [rows] that `best_tokens` reads them from."""
+    return 0xFFFFFFFF - tokens
+
+
 def int8_linear(
     values: Tensor,
     scale: Tensor,

@@ -93,6 +93,22 @@ def quantize_by_peak(x: Tensor, peaks: Tensor, values: Tensor, scale: Tensor) ->
     launch(_quantize_by_peak, grid, x, peaks, values, scale, size, warps=4, SHARE=_SHARE, BLOCK=2048)
 
 
+def digits(x: Tensor, values: Tensor, scale: Tensor) -> None:
+    """x [rows, n] -> values int8 [2 * rows, n], scale float32 [2 * rows]: all rows quantised, then what that left of
+    them, rounded to x's type and quantised too (`Backend.digits`)."""
+    rows, size = x.shape
+    block = triton.next_power_of_2(size)
+    launch(_digits, (rows,), x, values, scale, rows, size, warps=_warps(block), BLOCK=block)
+
+
+def fold_digits(y: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """y float32 [2 * rows, n] -> out [rows, n], the sum of its halves, plus bias float32 [n]."""
+    rows, size = out.shape
+    grid = (rows, triton.cdiv(size, _EMBED_BLOCK))
+    more = {"HAS_BIAS": bias is not None, "BLOCK": _EMBED_BLOCK}
+    launch(_fold, grid, y, y if bias is None else bias, out, rows, size, warps=4, **more)
+
+
 def _warps(block: int) -> int:
     """16 elements a thread, in 4 to 16 warps: short chains of loads without spilling."""
     return min(max(block // 512, 4), 16)
@@ -207,6 +223,32 @@ def _quantize_by_peak(
     tl.store(values + here, round_to_int8(tl.div_rn(y, row_scale)), mask=inside)
     if tl.program_id(1) == 0:
         tl.store(scale + row, row_scale)
+
+
+@jit(varying=("rows",))
+def _digits(x, values, scale, rows, size, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
+    row, column = tl.program_id(0), tl.arange(0, BLOCK)
+    here, inside = row * size + column, column < size
+    dtype = x.dtype.element_ty
+    await_inputs(DEPENDENT)
+    y = tl.load(x + here, mask=inside, other=0).to(tl.float32)
+    row_scale = row_scale_of(tl.max(tl.abs(y), axis=0), 127)
+    upper = round_to_int8(tl.div_rn(y, row_scale))
+    tl.store(values + here, upper, mask=inside)
+    tl.store(scale + row, row_scale)
+    rest = (y - upper.to(tl.float32) * row_scale).to(dtype)
+    _store_row(rest, values, scale, rows + row, rows * size + here, inside, 127)
+
+
+@jit(varying=("rows",))
+def _fold(y, bias, out, rows, size, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
+    row, column = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    here, inside = row * size + column, column < size
+    await_inputs(DEPENDENT)
+    total = tl.load(y + here, mask=inside) + tl.load(y + rows * size + here, mask=inside)
+    if HAS_BIAS:
+        total += tl.load(bias + column, mask=inside)
+    tl.store(out + here, total.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -1,10 +1,11 @@
 """What each way to quantise costs on text that the model writes itself: KL against bytes, on a real chat model.
 
-    python scripts/experiments/quantization_quality.py --questions HELDOUT.jsonl --calibration CALIBRATION.jsonl
+    python scripts/experiments/quantization_quality.py --plot docs/images/quality_smollm2.svg
 
-Answers are sampled from the full-precision model at temperature 0.7: those of CALIBRATION are what methods see, those
-of HELDOUT (questions of other kinds) what they are measured on, whole conversations and questions alone. Both files are
-JSONL with a text, prompt, inputs_pretokenized or turns field. --samples keeps the answers for the next run.
+Methods see the built-in calibration texts, as users' do, or the questions of --calibration with the model's answers.
+They are measured on --questions with answers sampled from the full-precision model at temperature 0.7: on whole
+conversations, and on the questions alone, in the model's chat template. Both files are JSONL with a text, prompt,
+inputs_pretokenized or turns field. --samples keeps the answers for the next run.
 """
 
 from __future__ import annotations
@@ -12,22 +13,23 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from quasar import Engine, GenerationSettings
+from quasar.checkpoints.weights import LINEARS
 from quasar.models.build import build
-from quasar.models.config import ModelConfig
-from quasar.models.model import Checkpoint, LoadOptions, open_model
+from quasar.models.model import ASSETS, Checkpoint, LoadOptions, open_model
 from quasar.quantization.budget import choose_kept, describe
 from quasar.quantization.calibration import read_texts
 from quasar.quantization.fidelity import FidelityTally
 from quasar.quantization.methods import W8A8, Int4, Method, int8_head
-from quasar.quantization.recipe import pass_bytes
+from quasar.quantization.recipe import DEFAULT_RECIPE, Recipe, pass_bytes
 from quasar.quantization.stream import LayerQuantizer
+from quasar.quantization.texts import calibration_and_heldout
 
 
 @dataclass(frozen=True)
@@ -58,29 +60,35 @@ def sampled(found: Checkpoint, path: Path, count: int, tokens: int, samples: Pat
     return made
 
 
-def ways(found: Checkpoint, calibration: Sequence[Sequence[int]]) -> Iterator[tuple[str, Method, bool]]:
-    """Name, method, and whether lm_head is int8 too."""
+def ways(
+    found: Checkpoint, calibration: Sequence[Sequence[int]], wanted: Callable[[str], bool]
+) -> Iterator[tuple[str, Method, bool]]:
+    """Name, method, and whether lm_head is int8 too; layers for a budget are chosen only where the name is wanted."""
     c = found.config
+    yield "W8A8 without smoothing, to nearest", W8A8(c, smooth=False), False
     yield "W8A8 as published (alpha 0.5, to nearest)", W8A8(c, 0.5), False
+    yield "W8A8 alpha 0.8, GPTQ (llm-compressor's recipe)", W8A8(c, 0.8, rounding="gptq"), False
     yield "W8A8 alpha 0.5, GPTQ", W8A8(c, 0.5, rounding="gptq"), False
-    yield "W8A8 fitted, to nearest", W8A8(c, "fitted"), False
-    yield "W8A8 fitted, GPTQ", W8A8(c, "fitted", rounding="gptq"), False
-    for name, budget, int8 in (("2%", int(0.02 * pass_bytes(c)), False), ("lm_head's saving", _saved(c), True)):
-        chosen = choose_kept(c, found.weights, found.backend, W8A8(c, "fitted"), calibration, budget)
-        print(f"budget {name}: {describe(chosen, pass_bytes(c))}", flush=True)
-        keep = [(each.layer, each.name) for each in chosen]
-        yield f"W8A8 fitted, GPTQ, budget {name}", W8A8(c, "fitted", rounding="gptq", keep=keep), int8
+    default = ("qkv", "down")
+    for wide in ((), ("down",), default, LINEARS):
+        words = f", 16-bit inputs before {', '.join(wide)}" if wide else ""
+        recipe = Recipe(wide=wide)
+        yield f"W8A8 fitted, GPTQ{words}", recipe.method(c), False
+        name = f"W8A8 fitted, GPTQ{words}, budget 2%"
+        if wide in ((), default) and wanted(name):
+            budget = int(0.02 * pass_bytes(c))
+            chosen = choose_kept(c, found.weights, found.backend, recipe.method(c), calibration, budget)
+            print(f"budget 2%: {describe(chosen, pass_bytes(c))}", flush=True)
+            kept = recipe.method(c, [(each.layer, each.name) for each in chosen])
+            yield name, kept, False
+    yield "the default, lm_head int8", DEFAULT_RECIPE.method(c), True
+    yield "the default, lm_head int8 under int8 inputs", Recipe(wide=("qkv", "down")).method(c), True
     yield "W4A16 symmetric 128, rotated, to nearest", Int4(c), False
     for group in (32, 128):
         for whole in (False, True):
             zeros = "whole zero points" if whole else "zero points"
             method = Int4(c, group=group, symmetric=False, rotated=False, rounding="gptq", whole_zeros=whole)
             yield f"W4A16 groups of {group}, {zeros}, GPTQ", method, False
-
-
-def _saved(c: ModelConfig) -> int:
-    """Bytes of a pass that an int8 lm_head saves."""
-    return c.vocab_size * c.hidden_size * (c.dtype.itemsize - 1)
 
 
 @torch.inference_mode()
@@ -96,7 +104,7 @@ def measure(
         nbytes += sum(getattr(layer, name).nbytes for name in ("qkv", "o", "gate_up", "down"))
     before = found.weights.head(found.weights.embedding())
     after = method.head(before)
-    after = int8_head(after) if int8 else after
+    after = int8_head(after, wide="lm_head" in method.wide) if int8 else after
     full, quantized = build(before.lm_head, found.backend), build(after.lm_head, found.backend)
     whole, questions = FidelityTally(), FidelityTally()
     for text, x, y in zip(texts, states.full, states.quantized, strict=True):
@@ -113,26 +121,62 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--questions", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--calibration", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--questions", type=Path, default=ASSETS / "questions.jsonl", metavar="FILE")
+    parser.add_argument("--calibration", type=Path, metavar="FILE")
     parser.add_argument("--count", type=int, default=16, help="questions of each file (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=128, help="of an answer at most (default: %(default)s)")
     parser.add_argument("--samples", type=Path, metavar="DIR", help="keep sampled answers here")
-    parser.add_argument("--only", default="", metavar="WORD", help="ways whose name holds this")
+    parser.add_argument(
+        "--only", default="", metavar="WORDS", help="ways whose name holds one of these, with ; between"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw KL against bytes (needs matplotlib)")
     args = parser.parse_args()
     found = open_model(args.model, LoadOptions())
-    calibration = [t.ids for t in sampled(found, args.calibration, args.count, args.tokens, args.samples)]
+    if args.calibration is None:
+        calibration, _ = calibration_and_heldout(found.config, found.tokenizer)
+    else:
+        calibration = [t.ids for t in sampled(found, args.calibration, args.count, args.tokens, args.samples)]
     texts = sampled(found, args.questions, args.count, args.tokens, args.samples)
     measured = sum(len(text.ids) for text in texts)
     print(f"{args.model}: {sum(map(len, calibration))} tokens to calibrate on, {measured} to measure on")
+    points: list[tuple[str, float, float]] = []
     heads = ["way", "KL, conversations", "top-1", "KL, questions", "top-1", "MB a pass", "CPU seconds"]
     print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
-    for name, method, int8 in ways(found, calibration):
-        if args.only in name:
+
+    def wanted(name: str) -> bool:
+        return any(words in name for words in args.only.split(";"))
+
+    for name, method, int8 in ways(found, calibration, wanted):
+        if wanted(name):
             clock = time.process_time()
             cells, nbytes = measure(found, method, int8, calibration, texts)
             seconds = time.process_time() - clock
             print(f"| {name} | {' | '.join(cells)} | {nbytes / 1e6:.1f} | {seconds:.0f} |", flush=True)
+            points.append((name, nbytes / 1e6, float(cells[0])))
+    if args.plot is not None:
+        draw(args.plot, args.model, points)
+
+
+def draw(path: Path, model: str, points: list[tuple[str, float, float]]) -> None:
+    """KL on conversations against megabytes of a pass, on logarithmic axes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 5.5))
+    for number, (name, megabytes, kl) in enumerate(points, 1):
+        axes.plot(megabytes, kl, "o", color="C0" if name.startswith("W8A8") else "C1")
+        axes.annotate(str(number), (megabytes, kl), textcoords="offset points", xytext=(5, 3), fontsize=8)
+    names = "\n".join(f"{number}  {name}" for number, (name, _, _) in enumerate(points, 1))
+    figure.text(0.6, 0.5, names, fontsize=7, va="center")
+    figure.subplots_adjust(right=0.58, left=0.09)
+    axes.set_yscale("log")
+    axes.set_xlabel("MB that a pass reads")
+    axes.set_ylabel("mean KL to full precision, nats")
+    axes.set_title(f"{model}, its own conversations", fontsize=10)
+    axes.grid(alpha=0.3, which="both")
+    figure.savefig(path)
 
 
 if __name__ == "__main__":

@@ -64,6 +64,19 @@ def assert_near(got, reference, bound):
     assert (got - reference).abs().max() <= bound * reference.abs().max()
 
 
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_wide_int8_linear(sides, with_bias):
+    """Two digits and their products are rounded to the type each, and so is their sum."""
+    npu, _, _, rounding = sides
+    values = torch.randint(-127, 128, (72, 96), generator=torch.Generator().manual_seed(1)).to(torch.int8)
+    scale, bias = torch.rand(72) * 1e-2, torch.randn(72) if with_bias else None
+    x = random(6, 96, dtype=npu.dtype)
+    got = npu.wide_int8_linear(x.npu(), npu.int8_weight(values, scale), None if bias is None else bias.npu())
+    expected = torch.nn.functional.linear(x.float(), values.float() * scale[:, None], bias)
+    assert got.dtype == npu.dtype
+    assert_near(got, expected, 3 * rounding + 2.0**-15 * 96**0.5)
+
+
 @pytest.mark.parametrize("tokens", [1, 6, 40])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_int8_linear(sides, tokens, with_bias):

@@ -99,6 +99,8 @@ CONFIGS: list[tuple[str, Callable[[dict[str, Any]], Any], str]] = [
     ("bits", lambda f: scheme(f)["weights"].update(num_bits=4), "weights are int4; Quasar runs W8A8 (int-quantized)"),
     ("float", lambda f: scheme(f)["input_activations"].update(type="float"), "input_activations are float8"),
     ("weight only", lambda f: scheme(f).update(input_activations=None), "(W8A16)"),
+    ("own format", lambda f: scheme(f).update(format="marlin-24"), "format 'marlin-24' is not supported"),
+    ("packed", lambda f: scheme(f).update(format="pack-quantized"), "packed int8 weights should be symmetric"),
     ("grouped", lambda f: scheme(f)["weights"].update(strategy="group"), "by channel or tensor"),
     ("asymmetric", lambda f: scheme(f)["weights"].update(symmetric=False), "weights should be symmetric"),
     (

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -264,3 +266,42 @@ def test_q_and_k_are_permuted_back(tmp_path):
     plain.save_pretrained(folder)
     ids = torch.randint(0, 300, (24,))
     assert (logits(decoder_of(folder), ids) - logits(decoder_of(path), ids)).abs().max() <= 1e-5
+
+
+_PEAK = """
+import sys, threading, time
+from quasar.backends import get_backend
+from quasar.checkpoints import open_checkpoint
+from quasar.models.build import assemble
+from quasar.models.config import read_config
+from quasar.models.loader import CheckpointWeights
+from pathlib import Path
+
+def anonymous():  # memory of our own: pages of the mapped file are the system's to drop
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+seen, path = [], Path(sys.argv[1])
+def watch():
+    while True:
+        seen.append(anonymous())
+        time.sleep(0.001)
+
+config, backend = read_config(path), get_backend("reference")
+before = anonymous()
+threading.Thread(target=watch, daemon=True).start()
+decoder = assemble(config, CheckpointWeights(config, open_checkpoint(path), backend.place), backend)
+print(max(seen) - before, anonymous() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_loading_takes_a_layer_more_than_the_result(tmp_path):
+    """Roughly: a layer on its way from blocks to the device lies in memory a few times over, in float32."""
+    path = write_gguf(tmp_path / "a.gguf", kind="Q4_1", layers=12, hidden=512, heads=8, intermediate=1536)
+    layer = 4 * (3 * 512 * 1536 + 2 * 512 * 512 + 2 * 128 * 512)  # bytes in float32
+    command = [sys.executable, "-c", _PEAK, str(path)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    peak, result = map(int, run.stdout.split())
+    assert result > 12 * layer * 0.9
+    assert peak < result + 4 * layer

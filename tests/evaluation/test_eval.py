@@ -41,7 +41,8 @@ def test_fidelity_table_has_every_verifier(capsys, tmp_path):
     rows = json.loads(out.read_text())["verifiers"]
     by_name = {row["verifier"].split(" (")[0]: row for row in rows}
     assert list(by_name) == [
-        *("full", "w8a8", "w8a8 as published", "w8a8 without SmoothQuant", "w4a16 with zero points", "w4a16", "w4a4"),
+        *("full", "w8a8", "w8a8, int8 inputs throughout", "w8a8 as published", "w8a8 without SmoothQuant"),
+        *("w4a16 with zero points", "w4a16", "w4a4"),
         *("pruned 10%", "pruned 25%", "pruned 50%"),
     ]
     figures = {name: row["fidelity"] for name, row in by_name.items()}
@@ -55,7 +56,7 @@ def test_fidelity_table_has_every_verifier(capsys, tmp_path):
     assert own == ["w4a16 with zero points", "w4a16"]
     assert all(1 <= length <= 6 for row in rows for length in row["acceptance"].values())
     printed = capsys.readouterr().out
-    assert printed.count("\n|") == 12 and "tiny-qwen3" in printed
+    assert printed.count("\n|") == 13 and "tiny-qwen3" in printed
 
 
 def test_verifiers_leave_the_model_as_it_was():
@@ -65,7 +66,7 @@ def test_verifiers_leave_the_model_as_it_was():
     for verifier in made.values():
         generate(verifier, [1, 2, 3], max_new_tokens=2).result()
     assert all(linear is b for linear, b in zip(model.decoder.linears(), before, strict=True))
-    assert [len(v.decoder.layers) for v in made.values()] == [4] * 7 + [3, 3, 2]
+    assert [len(v.decoder.layers) for v in made.values()] == [4] * 8 + [3, 3, 2]
 
 
 def test_acceptance_length_is_tokens_per_pass():
@@ -114,7 +115,12 @@ def test_tasks_by_every_scheme(capsys, tmp_path, questions):
 
 def test_a_later_turn_sees_the_earlier_answer(shipped, questions):
     model = shipped("qwen3", "w8a8")
-    run = run_tasks({"w8a8": model}, [SCHEMES[3]], read_questions(questions)[:1], GenerationSettings(max_new_tokens=9))
+    run = run_tasks(
+        {"w8a8": model},
+        [scheme for scheme in SCHEMES if scheme.name == "quasar"],
+        read_questions(questions)[:1],
+        GenerationSettings(max_new_tokens=9),
+    )
     first, second = run.answers["quasar"][0]["choices"][0]["turns"]
     ids = encode_turns(model, QUESTIONS[0]["turns"], [first], 9)
     assert generate(model, ids, max_new_tokens=9).result().text == second
@@ -144,3 +150,14 @@ def test_mistakes_get_one_line(capsys, argv, words):
     assert main(["eval", *argv]) == 2
     said = capsys.readouterr().err.strip()
     assert words in said and "\n" not in said
+
+
+def test_with_warm_a_question_that_comes_again_takes_fewer_passes(capsys, tmp_path, questions):
+    twice = tmp_path / "twice.jsonl"
+    twice.write_text(questions.read_text().splitlines()[0] + "\n" + questions.read_text().splitlines()[0] + "\n")
+    argv = ["eval", "tasks", "--tasks", str(twice), "--max-new-tokens", "24", "--schemes", "quasar", "--gamma", "5"]
+    lengths = []
+    for options in ([], ["--warm"]):
+        assert main([*argv, *options, "--json", str(tmp_path / "out.json")]) == 0
+        lengths.append(json.loads((tmp_path / "out.json").read_text())["rows"][-1]["acceptance_length"])
+    assert lengths[1] > lengths[0]

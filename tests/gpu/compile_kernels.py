@@ -163,6 +163,9 @@ def between(dtype: torch.dtype) -> None:
     rows.swiglu(empty(WINDOW, 2 * INTER, dtype=dtype), act)
     rows.quantize(act, long, scale)
     rows.quantize_by_peak(act, peaks, long, scale)
+    two, scales = empty(2 * WINDOW, INTER, dtype=torch.int8), empty(2 * WINDOW, dtype=torch.float32)
+    rows.digits(act, two, scales)
+    rows.fold_digits(empty(2 * WINDOW, HIDDEN, dtype=torch.float32), empty(HIDDEN, dtype=torch.float32), x)
 
 
 def attend(dtype: torch.dtype) -> None:

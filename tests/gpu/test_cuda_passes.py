@@ -17,7 +17,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from quasar import Model, generate
+from quasar import Model, generate, quantize
 from quasar.backends.base import Batch, Segment, Slot
 from quasar.backends.reference import ReferenceBackend
 from quasar.models.decoder import Decoder
@@ -41,6 +41,7 @@ A_LAYER = {
     "w4a16": Counter(_add_rms_norm=2, _int4_linear=4, _attend_items=1, _combine_splits=1, _rotate=1),
     "w4a4": Counter(_add_rms_norm=2, _int4_linear=4, _attend_items=1, _combine_splits=1, _rotate=1, _quantize=4),
 }
+A_LAYER["w8a8-wide"] = A_LAYER["w8a8"] + Counter(_digits=2, _fold=2) - Counter(_quantize_by_peak=1)
 PRECISIONS = tuple(A_LAYER)
 # The interpreter takes milliseconds for each program of a grid.
 SIZES = {"vocab_size": 96, "num_hidden_layers": 2, "max_position_embeddings": 400, "hidden_size": 32}
@@ -56,8 +57,12 @@ def _quick(kernel_device, monkeypatch):
 
 @cache
 def master(family: str, precision: str) -> Model:
-    """On the reference backend: "full", "w8a8", "w8a8-static", "w4a16" or "w4a4"."""
-    model = random_model(family, precision.partition("-")[0], backend=PlainInt4(), **SIZES)
+    """On the reference backend: "full", "w8a8" with int8 inputs throughout, "w8a8-wide", "w8a8-static", "w4a16" or
+    "w4a4"."""
+    model = random_model(family, backend=PlainInt4(), **SIZES)
+    if precision != "full":
+        wide = ("qkv", "down") if precision == "w8a8-wide" else ()
+        quantize(model, precision=precision.partition("-")[0], wide=wide)
     if precision == "w8a8-static":
         make_static(model.decoder, PROMPT)
     return model
@@ -140,7 +145,8 @@ def test_ids_with_drafts_are_the_plain_ones_and_the_reference_backends(kernel_de
 
 
 @pytest.mark.parametrize(
-    ("precision", "dtype"), [("full", torch.bfloat16), ("w8a8", torch.float32), ("w4a4", torch.bfloat16)]
+    ("precision", "dtype"),
+    [("full", torch.bfloat16), ("w8a8", torch.float32), ("w8a8-wide", torch.bfloat16), ("w4a4", torch.bfloat16)],
 )
 def test_a_row_does_not_depend_on_the_batch_around_it(kernel_device, precision, dtype):
     """A text cut in two ways, over the end of a page and in more than 64 rows at once; and beside another sequence."""
@@ -171,8 +177,6 @@ def test_the_pass_finds_its_best_tokens_itself(kernel_device):
 def test_an_int8_lm_head(kernel_device):
     """Its logits are float32 and its best tokens those of the reference."""
     model = random_model("qwen3", "full", backend=ReferenceBackend(), **SIZES)
-    from quasar import quantize
-
     quantize(model, precision="w8a8", lm_head="w8a8")
     decoder = moved(model.decoder, CudaBackend(kernel_device, torch.float32))
     found, right = (plain(d, window(behind(d, 4), PROMPT)) for d in (decoder, model.decoder))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quasar.backends.base import ActivationQuant
+from quasar.backends.base import ActivationQuant, fold_digits
 from quasar.backends.reference import ReferenceBackend
 
 pytest.importorskip("triton")
@@ -92,6 +92,29 @@ def test_quantize_is_the_references(kernel_device, dtype):
     assert torch.equal(scale.cpu(), want.scale)
     assert scale[1] == 1
     assert values[3, :8].tolist() == [127, 0, 2, 2, 0, -2, -126, 126]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_two_digits_are_the_references(kernel_device, dtype):
+    """A last place of what the first digit leaves may be rounded otherwise: a processor fuses what is subtracted."""
+    x = random(5, 130, dtype=dtype, device=kernel_device)
+    x[1] = 0
+    x[2, 0] = 3e4
+    values = torch.empty(10, 130, dtype=torch.int8, device=kernel_device)
+    scale = torch.empty(10, device=kernel_device)
+    rows.digits(x, values, scale)
+    want = ReferenceBackend("cpu", dtype).digits(x.cpu())
+    assert torch.equal(values[:5].cpu(), want.values[:5])
+    assert (values.cpu().int() - want.values.int()).abs().max() <= 1
+    torch.testing.assert_close(scale.cpu(), want.scale, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_digits_are_folded(kernel_device, with_bias):
+    y, bias = (random(*shape, dtype=torch.float32, device=kernel_device) for shape in ((6, 1030), (1030,)))
+    out = torch.empty(3, 1030, dtype=torch.bfloat16, device=kernel_device)
+    rows.fold_digits(y, bias if with_bias else None, out)
+    assert torch.equal(out, fold_digits(y, bias if with_bias else None).bfloat16())
 
 
 def test_embed(kernel_device):

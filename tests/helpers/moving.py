@@ -42,7 +42,7 @@ def moved(decoder: Decoder, backend: Backend) -> Decoder:
             return FullLinear(backend, FullWeights(old.packed, old.bias, old.hadamard))
         if isinstance(old, W4A16Linear):
             return type(old)(backend, backend.int4_weight(*old.packed), old.nbytes, old.bias, place(old.hadamard))
-        return W8A8Linear(backend, Int8Weights(*old.packed, old.bias, old.activation_quant.static_scale))
+        return W8A8Linear(backend, Int8Weights(*old.packed, old.bias, old.static_scale, wide=old.wide))
 
     layers = [
         DecoderLayer(

@@ -175,6 +175,19 @@ def test_a_model_without_a_tokenizer_is_calibrated_on_its_own_text(checkpoint, c
     assert 0 < (logits(model) - logits(full)).abs().max() < 0.5
 
 
+def test_ids_for_a_model_without_a_tokenizer_at_the_command_line(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("QUASAR_CACHE", str(tmp_path / "own"))
+    for path in checkpoint.glob("token*"):
+        path.unlink()
+    argv = ["generate", "--model", str(checkpoint), "--prompt-ids", "1,2,3", "--max-new-tokens", "4", "--ignore-eos"]
+    assert main(argv) == 0
+    out, err = capsys.readouterr()
+    assert len(out.split()) == 4 and all(word.isdigit() for word in out.split())
+    assert "4 tokens" in err
+    assert main(["cache", "list"]) == 0
+    assert "w8a8" in capsys.readouterr().out
+
+
 def test_list_and_clear(checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("QUASAR_CACHE", str(tmp_path / "own"))
     assert main(["cache", "list"]) == 0

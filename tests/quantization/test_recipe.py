@@ -20,6 +20,7 @@ from tests.helpers.random_models import random_model
         ({"rounding": "up"}, "--rounding up is unknown; use one of gptq, nearest"),
         ({"budget": -0.1}, "--budget -10%"),
         ({"budget": 1.01}, "--budget 101%"),
+        ({"wide": ("down", "up")}, "--wide up is no linear layer; use some of qkv, o, gate_up, down, lm_head, or none"),
     ],
 )
 def test_recipes_that_cannot_be(fields: dict, words: str) -> None:
@@ -33,6 +34,7 @@ def test_recipes_that_cannot_be(fields: dict, words: str) -> None:
     [
         (["--budget", "much"], "--budget much: should be a percentage, such as 2%"),
         (["--budget", "200%"], "--budget 200%"),
+        (["--wide", "down,"], "--wide  is no linear layer"),
         (["--alpha", "often"], "--alpha often: should be a number from 0 to 1, auto or fitted"),
         (["--scheme", "w4a16", "--format", "ascend"], "--format ascend has no w4a16"),
         (["--scheme", "w4a16", "--lm-head", "w8a8"], "--lm-head w8a8: one checkpoint holds int8 or int4 layers"),

@@ -54,6 +54,9 @@ class CpuBackend(ReferenceBackend):
             scale = scale.expand(tokens).contiguous()
         return kernels.int8_linear(x.values, scale, weight, bias)
 
+    def wide_int8_linear(self, x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
+        return kernels.wide_int8_linear(x.contiguous(), weight, bias)
+
     def int4_weight(self, values: Tensor, scale: Tensor, offset: Tensor | None = None) -> Any:
         offset = None if offset is None else offset.contiguous()
         return kernels.PackedInt4(values.contiguous(), scale.contiguous(), offset)
@@ -118,6 +121,8 @@ class CpuBackend(ReferenceBackend):
 
     def argmax(self, logits: Tensor) -> Tensor:
         return kernels.argmax(logits)
+
+    cheap_top_k = True
 
     def top_k(self, logits: Tensor, k: int) -> Tensor:
         return kernels.top_k(logits, k)

@@ -393,6 +393,7 @@ def row_kernels() -> dict[str, tuple[Callable[[Tensor], Tensor], int]]:
 
     return {
         "int8_linear": (lambda x: kernels.int8_linear(*kernels.quantize_per_token(x), int8, bias), k),
+        "wide_int8_linear": (lambda x: kernels.wide_int8_linear(x, int8, bias), k),
         "bf16_weights": (lambda x: kernels.float_linear(x, bf16, bias), k),
         "bf16_linear": (lambda x: kernels.bf16_linear(x, bf16, bias), k),
         "f32_linear": (lambda x: kernels.float_linear(x, full, bias), k),

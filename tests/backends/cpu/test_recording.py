@@ -241,6 +241,7 @@ def test_replays_report_the_time_of_each_call(shipped):
         plain(runtime, window(slot, 1, 2))
     calls = recording.timed_replay()
     assert all(seconds > 0 for _, seconds in calls)
-    layer = ["add_rms_norm", "int8_linear", "rope_qk_append", "attention", "quantize", "int8_linear"]
-    layer += ["add_rms_norm", "int8_linear", "swiglu", "int8_linear"]
+    wide = ["digits", "int8_linear", "fold"]
+    layer = ["add_rms_norm", *wide, "rope_qk_append", "attention", "quantize", "int8_linear"]
+    layer += ["add_rms_norm", "int8_linear", "swiglu", *wide]
     assert [name for name, _ in calls] == ["embed", *layer * runtime.config.num_layers, "add_rms_norm", "float_linear"]

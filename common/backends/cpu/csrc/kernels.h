@@ -70,6 +70,20 @@ struct quantize_args {
     int64_t m, k, limit;     /* the largest magnitude of q by a row's own scale: 127 or 7 */
 };
 
+struct digits_args {
+    const float *x;          /* [m, k] */
+    int8_t *q;               /* [2 * m, k]: of all rows the upper digits, then of all rows the lower ones */
+    float *scale;            /* [2 * m] */
+    float *scratch;          /* [threads, k] */
+    int64_t m, k;
+};
+
+struct fold_args {
+    float *y;                /* [2 * m, n]: the second half is added to the first */
+    const float *bias;       /* [n] or NULL: added too */
+    int64_t m, n;
+};
+
 struct hadamard_args {
     const float *x;          /* [m, k] */
     float *y;                /* [m, k]: each block of k times the normalised Hadamard matrix */
@@ -194,6 +208,7 @@ struct kernels {
     struct layout layout;
     task_fn int8_linear, f32_linear, bf16_linear, rounded_linear, round_bf16, embed_bf16, embed_f32, quantize, norm;
     task_fn swiglu, rope, attention, argmax, top_k, read, hadamard, add_offsets;
+    task_fn digits, fold;
     task_fn int4_linear, round_int4;
     void (*exp)(const float *x, float *y, int64_t n); /* for the accuracy test */
 };
@@ -235,6 +250,8 @@ struct call {
         struct embed_args embed;
         struct round_args round;
         struct quantize_args quantize;
+        struct digits_args digits;
+        struct fold_args fold;
         struct hadamard_args hadamard;
         struct norm_args norm;
         struct swiglu_args swiglu;

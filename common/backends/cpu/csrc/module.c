@@ -253,6 +253,27 @@ FUNCTION(py_quantize, 8)
     return run(&call, INT(5), INT(6));
 }
 
+/* x, q, scale, m, k, threads */
+FUNCTION(py_digits, 6)
+    int64_t m = INT(3), k = INT(4);
+    struct call call = {
+        .name = "digits", .task = isa->digits, .items = m,
+        .digits = {.x = ADDRESS(0), .q = ADDRESS(1), .scale = ADDRESS(2), .m = m, .k = k},
+    };
+    if (!(call.scratch = call.digits.scratch = scratch(team(m, INT(5)) * k * (int64_t)sizeof(float))))
+        return PyErr_NoMemory();
+    return run(&call, 3 * k, INT(5));
+}
+
+/* y, bias, m, n, threads */
+FUNCTION(py_fold, 5)
+    struct call call = {
+        .name = "fold", .task = isa->fold, .items = INT(2),
+        .fold = {.y = ADDRESS(0), .bias = ADDRESS(1), .m = INT(2), .n = INT(3)},
+    };
+    return run(&call, INT(3), INT(4));
+}
+
 /* x, residual, weight, eps, y, q, scale, m, k, threads */
 FUNCTION(py_add_rms_norm, 10)
     int64_t m = INT(7), k = INT(8);
@@ -630,6 +651,8 @@ static PyMethodDef methods[] = {
     FAST("embed", py_embed),
     FAST("round_bf16", py_round_bf16),
     FAST("quantize", py_quantize),
+    FAST("digits", py_digits),
+    FAST("fold", py_fold),
     FAST("add_rms_norm", py_add_rms_norm),
     FAST("swiglu", py_swiglu),
     FAST("rope_qk_append", py_rope_qk_append),

@@ -143,6 +143,38 @@ static void quantize(void *data, int thread, int threads)
     }
 }
 
+/* A number in 16 bits as two int8: what rounding to the first leaves is rounded to the second, each by a row's own scale. */
+static void digits(void *data, int thread, int threads)
+{
+    const struct digits_args *a = data;
+    int64_t from, to, m = a->m, k = a->k;
+    share(m, thread, threads, &from, &to);
+    for (int64_t row = from; row < to; row++) {
+        const float *x = a->x + row * k;
+        const int8_t *q = a->q + row * k;
+        float *rest = a->scratch + thread * k, scale = quantize_row(x, a->q + row * k, k, 127.0f);
+        for (int64_t i = 0; i < k; i++)
+            rest[i] = x[i] - (float)q[i] * scale;
+        a->scale[row] = scale;
+        a->scale[m + row] = quantize_row(rest, a->q + (m + row) * k, k, 127.0f);
+    }
+}
+
+static void fold(void *data, int thread, int threads)
+{
+    const struct fold_args *a = data;
+    int64_t from, to, n = a->n;
+    share(a->m, thread, threads, &from, &to);
+    for (int64_t row = from; row < to; row++) {
+        float *upper = a->y + row * n;
+        const float *lower = upper + a->m * n;
+        for (int64_t i = 0; i < n; i++)
+            upper[i] += lower[i];
+        for (int64_t i = 0; a->bias && i < n; i++)
+            upper[i] += a->bias[i];
+    }
+}
+
 /* Sylvester's matrix without multiplying by it: sums and differences at distance 1, 2, 4 ... (fast Walsh-Hadamard). */
 static void hadamard(void *data, int thread, int threads)
 {
