@@ -125,7 +125,8 @@ figures() {
     if [[ -n ${VLLM:-} ]]; then
         say "figures through HTTP: vLLM, $model, W8A8 as Quasar exports it"
         env PYTHONPATH="$repository" "$python" -m quasar.cli quantize --model "$model" --output "$work/w8a8"
-        run env VLLM_CPU_KVCACHE_SPACE=2 "$VLLM" -m vllm.entrypoints.cli.main serve "$work/w8a8" --port "$port" \
+        run env VLLM_CPU_KVCACHE_SPACE=2 VLLM_CPU_OMP_THREADS_BIND=0-$(($(nproc) - 1)) HF_HUB_OFFLINE=1 \
+            "$VLLM" -m vllm.entrypoints.openai.api_server --model "$work/w8a8" --port "$port" --enforce-eager \
             --max-model-len 2048 --max-num-seqs 16 && "${load[@]}"
         kill "$server"; wait "$server" || true; server=
     fi

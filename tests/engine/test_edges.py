@@ -18,7 +18,7 @@ from quasar.engine.settings import MAX_GAMMA
 from tests.helpers.random_models import random_model
 
 CAPACITY = 64
-DRAFTS = ("ngram", "suffix", "hybrid", "hybrid-recycling", "recycling", "text", "corpus", "self:skip=1")
+DRAFTS = ("ngram", "suffix", "hybrid", "recycling", "text", "corpus", "self:skip=1")
 GAMMAS = (None, *range(1, MAX_GAMMA + 1))
 
 
