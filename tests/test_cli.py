@@ -99,10 +99,10 @@ def test_compare_as_json(run):
         "compare", "class Stack:\n", "--max-new-tokens", "60", "--json", "--device", "cpu", "--ignore-eos"
     )
     answer = json.loads(out)
-    assert (code, len(answer)) == (0, 5)
-    plain, ngram, w8a8, quasar = (answer[title] for title, _, _ in SCHEMES)
+    assert (code, len(answer)) == (0, 6)
+    plain, ngram, w8a8, w8a8_ngram, quasar = (answer[title] for title, _, _ in SCHEMES)
     assert plain["token_ids"] == ngram["token_ids"]
-    assert w8a8["token_ids"] == quasar["token_ids"]
+    assert w8a8["token_ids"] == w8a8_ngram["token_ids"] == quasar["token_ids"]
     assert plain["stats"]["passes"] == 59 > ngram["stats"]["passes"]
     assert quasar["stats"]["passes"] < 59
     assert quasar["stats"]["weight_bytes_per_pass"] < 0.75 * plain["stats"]["weight_bytes_per_pass"]

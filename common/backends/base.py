@@ -339,6 +339,9 @@ class Backend(ABC):
         """[tokens, vocab] -> int64 [tokens], the first of equals."""
         return logits.argmax(dim=-1)
 
+    # Whether top_k takes next to nothing, and begins with the argmax also where tokens are equally probable.
+    cheap_top_k = False
+
     def top_k(self, logits: Tensor, k: int) -> Tensor:
         """[tokens, vocab] -> int64 [tokens, k]: the most probable tokens, best first."""
         return logits.topk(k, dim=-1).indices

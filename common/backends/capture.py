@@ -27,10 +27,12 @@ class CapturedPasses:
         self._passes: OrderedDict[Hashable, CapturedPass] = OrderedDict()
         self._runs: dict[Hashable, int] = {}
         self._possible = True
+        self.settled = False  # whether the latest run was of a kind that runs alike from now on
 
     def run(self, batch: Batch) -> Tensor:
         """Logits float32 [kept rows, vocab], valid until the next run."""
         key = self._backend.pass_key(batch) if self._possible else None
+        self.settled = key is None or key in self._passes
         if key is None:
             return self._plain(batch)
         if key in self._passes:

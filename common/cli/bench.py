@@ -58,7 +58,7 @@ def add_parser(subparsers: Any) -> None:
     ends = kinds.add_parser(
         "decode",
         help="tokens per second end to end",
-        description="Decode by all four schemes, in turn: real prompts, or --acceptance L, which replays a stated "
+        description="Decode by all schemes, in turn: real prompts, or --acceptance L, which replays a stated "
         "acceptance length (for random weights) and says so.",
     )
     ends.add_argument("--prompts", metavar="FILE", help="JSONL with text, prompt or turns (default: built in)")

@@ -1,4 +1,4 @@
-"""`quasar compare`: one prompt by plain and n-gram decoding, in full precision and in W8A8."""
+"""`quasar compare`: one prompt by plain decoding, n-gram drafts and Quasar's own, in full precision and in W8A8."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from quasar.cli import flags, streams
 from quasar.cli.generate import as_json
+from quasar.drafting import DEFAULT_DRAFT
 from quasar.evaluation.decode import SCHEMES
 from quasar.generation import GenerationSettings, Result, generate
 from quasar.models.model import Model
@@ -19,7 +20,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "compare",
         help="one prompt by plain decoding, n-gram drafts, W8A8 and Quasar",
-        description="Generate from one prompt by all four schemes and the lossless cascade in one run, and show what "
+        description="Generate from one prompt by all schemes and the lossless cascade in one run, and show what "
         "each costs and whether the text stays that of plain full precision.",
     )
     flags.add_generation_flags(parser)
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
     ids = flags.prompt_ids(args, models["full"])
     models["w8a8"].full = models["full"].decoder
     rows = [(title, models[precision], replace(settings, draft=draft)) for title, precision, draft in SCHEMES]
-    rows.append((LOSSLESS, models["w8a8"], replace(settings, draft="ngram", lossless=True)))
+    rows.append((LOSSLESS, models["w8a8"], replace(settings, draft=DEFAULT_DRAFT, lossless=True)))
     for _, model, row_settings in rows:  # each scheme's first pass pays for allocations that are not its own
         generate(model, ids, replace(row_settings, max_new_tokens=min(8, settings.max_new_tokens))).result()
     results = [

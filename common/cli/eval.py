@@ -79,6 +79,7 @@ def add_parser(subparsers: Any) -> None:
         action=argparse.BooleanOptionalAction,
         help="put questions into the model's chat template (default: where it has one)",
     )
+    bench.add_argument("--warm", action="store_true", help="let earlier questions teach later ones, as a server does")
     bench.add_argument("--answers", metavar="DIR", help="write answers there, one JSONL file per scheme")
     bench.set_defaults(run=run_tasks)
     replay.add_parser(kinds)
@@ -160,7 +161,7 @@ def run_tasks(args: argparse.Namespace) -> None:
     if args.chat is None:
         args.chat = any(m.tokenizer is not None and bool(m.tokenizer.chat_template) for m in models.values())
     with tqdm(total=len(questions), unit="question", disable=not sys.stderr.isatty(), leave=False) as bar:
-        run = tasks.run_tasks(models, schemes, questions, settings, bar.update, chat=args.chat)
+        run = tasks.run_tasks(models, schemes, questions, settings, bar.update, args.chat, args.warm)
     rows = run.rows()
     about = _about_tasks(args, next(iter(models.values())), questions)
     print(f"{about}\n\n{tasks_table(rows)}")

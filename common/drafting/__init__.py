@@ -60,7 +60,9 @@ def new_drafter(name: str | DrafterFactory, target: DraftTarget) -> Drafter | No
         return name(target)
     check_draft(name)
     if name in FREE_DRAFTS:
-        return new_free_drafter(name, target.memory or DraftMemory())
+        # Where they have their price, runners-up are for those who ask for nothing else.
+        recycles = name == "recycling" or target.model.decoder.backend.cheap_top_k
+        return new_free_drafter(name, target.memory or DraftMemory(), recycles)
     kind, _, value = name.partition(":")
     if kind == "suffix":
         return SuffixDrafter(open_store(value, target.model))

@@ -14,7 +14,7 @@ from torch import Tensor
 from quasar.backends.base import Batch, Segment, Slot
 from quasar.drafting.survival import SurvivalTable
 from quasar.models.runtime import PROMPT_ROWS, Runtime
-from quasar.speculation.draft import Draft, Drafter
+from quasar.speculation.draft import Draft, Drafter, TopRow
 from quasar.speculation.sampling import Sampling, own_token
 
 PREFILL_FROM = 16  # tokens: fewer may wait for the next pass
@@ -57,9 +57,7 @@ class DecoderDrafter(Drafter):
     def expected_survival(self, most: int) -> list[float]:
         return self._survival.chain(self._name, 0, most)[0]
 
-    def observe(
-        self, draft: Draft, verified: int, own: Sequence[int], top: Sequence[Sequence[int]] | None = None
-    ) -> None:
+    def observe(self, draft: Draft, verified: int, own: Sequence[int], top: Sequence[TopRow] | None = None) -> None:
         self._survival.learn(draft.outcomes(verified, own))
 
     def seconds_per_token(self) -> float:

@@ -11,7 +11,9 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 ORDER = 6  # the longest match that is told from longer ones
-RANKS, COUNTS, FREQUENCIES, RUNNERS_UP = 6, 5, 10, 8
+RANKS, COUNTS, FREQUENCIES = 6, 5, 10
+RUNNERS_UP = 8  # of the verifier's most probable tokens that are recycled
+SHARE_BOUNDS = (0.01, 0.03, 0.08, 0.2, 0.4, 0.6, 0.8, 0.95)  # of a token; below the first it is left out
 SOURCES = ("text", "corpus", "recycled", "logits")
 
 
@@ -28,11 +30,11 @@ HOW = MATCH + (ORDER + 1) ** 2  # [match, 4 and longer as 4][rank by latest occu
 FREQUENCY = HOW + 5 * RANKS * COUNTS  # [match, 2 and longer as 2][occurrences of the token]
 CORPUS_MATCH = FREQUENCY + 3 * FREQUENCIES  # as MATCH; [longest][0]: not named
 CORPUS_HOW = CORPUS_MATCH + (ORDER + 1) ** 2
-PAIR = CORPUS_HOW + 5 * RANKS * COUNTS  # runners-up behind the last two tokens: not named, rank 0, 1, ...
-SINGLE = PAIR + 1 + RUNNERS_UP  # behind the last token, where the last two are new
-UNKNOWN = SINGLE + 1 + RUNNERS_UP  # nothing was recycled behind either
-LAST = UNKNOWN + 1  # of the pass's last row, in place of which the last committed token came
-SIZE = LAST + 1 + RUNNERS_UP
+SHARES = 1 + len(SHARE_BOUNDS)  # not named, then by share
+RECYCLED = CORPUS_HOW + 5 * RANKS * COUNTS  # [tokens in front that the row shares, 0: no such row][share]
+RECYCLED_ORDER = 3  # the most of them
+LAST = RECYCLED + (RECYCLED_ORDER + 1) * SHARES  # [share] in the pass's last row, whose place the last token took
+SIZE = LAST + SHARES
 
 
 class Key(NamedTuple):

@@ -16,9 +16,7 @@ _MADE: dict[str, Callable[[DraftMemory, int], Drafter | None]] = {
     "none": lambda memory, top_k: None,
     "ngram": lambda memory, top_k: NGramDrafter(),
     "suffix": lambda memory, top_k: SuffixDrafter(),
-    # Without the runners-up: on the answers measured so far they brought hybrid less than their place in the tree cost.
-    "hybrid": lambda memory, top_k: HybridDrafter(memory),
-    "hybrid-recycling": lambda memory, top_k: HybridDrafter(memory, top_k=top_k),
+    "hybrid": lambda memory, top_k: HybridDrafter(memory, top_k=top_k),
     "text": lambda memory, top_k: HybridDrafter(memory, corpus=False),
     "corpus": lambda memory, top_k: HybridDrafter(memory, text=False),
     "recycling": lambda memory, top_k: HybridDrafter(memory, text=False, corpus=False, top_k=top_k),

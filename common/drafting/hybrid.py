@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import exp, log
+from typing import Any
 
 from quasar.drafting.evidence import (
     CORPUS_HOW,
@@ -18,19 +19,25 @@ from quasar.drafting.evidence import (
     LAST,
     MATCH,
     ORDER,
-    PAIR,
     RANKS,
+    RECYCLED,
+    RECYCLED_ORDER,
     RUNNERS_UP,
-    SINGLE,
-    UNKNOWN,
+    SHARES,
     Key,
 )
 from quasar.drafting.memory import DraftMemory
+from quasar.drafting.recycling import Row, row_of
 from quasar.drafting.successors import Context, Successors
-from quasar.speculation.draft import Draft, Drafter
+from quasar.speculation.draft import Draft, Drafter, TopRow
+
+# What a source but the text says of a place: the features of tokens that it does not name, what it names, and from
+# which feature on a name's number counts (-1: a name has its features themselves).
+Advice = tuple[tuple[int, ...], Mapping[int, Any], int]
 
 LIKELY = 8  # so many of the latest continuations of one match are considered
 HOPELESS = 0.008  # survival below which a candidate is not worth a row of any pass
+CERTAIN = 0.999  # the most that survival is believed to be
 _LAST_COUNT, _LAST_FREQUENCY = len(COUNT_BUCKET) - 1, len(FREQUENCY_BUCKET) - 1
 
 
@@ -52,12 +59,19 @@ class HybridDrafter(Drafter):
         self.top_k = min(top_k, RUNNERS_UP)
         self._own = Successors(ORDER)
         self._evidence = self._memory.evidence(False, self.top_k > 0)
-        self._last_row: Sequence[int] = ()  # the verifier's best tokens where the last committed one came
+        self._trust = _Trust()
+        self._tail: list[int] = []  # the last committed tokens
+        self._behind: list[int] = []  # the last tokens in front of the latest draft
+        self._last_row: Row = {}  # the verifier's best tokens where the last committed one came
         earlier = self._memory.corpus if corpus else None
         self._corpus = None if earlier is None else earlier.follower()
 
     def extend(self, tokens: Sequence[int]) -> None:
+        if not tokens:
+            return
         self._own.extend(tokens)
+        self._tail = self._behind = self._own.tokens[-RECYCLED_ORDER:]
+        self._last_row = {token: share for token, share in self._last_row.items() if token != self._tail[-1]}
         if self._corpus is not None:
             self._corpus.extend(tokens)
 
@@ -80,6 +94,7 @@ class HybridDrafter(Drafter):
             if corpus is not None:
                 earlier = corpus.follow(earlier, token)
             ahead.append(token)
+        self._behind = (self._tail + ahead)[-RECYCLED_ORDER:]
         root = (context, earlier, ahead, -1)
         places: list[tuple] = []  # of each candidate: the contexts behind it, the tokens ahead, its depth
         waiting: list[tuple] = []  # (survival, serial, parent, token, features, match), the best last
@@ -107,49 +122,40 @@ class HybridDrafter(Drafter):
             place = (context, earlier, [*ahead, token], depth + 1)
             places.append(place)
             self._branch(waiting, room, alive, here, place, True)
+        draft.survival = [min(self._trust.factor * s, CERTAIN) for s in survival]
         return draft
 
-    def observe(
-        self, draft: Draft, verified: int, own: Sequence[int], top: Sequence[Sequence[int]] | None = None
-    ) -> None:
+    def observe(self, draft: Draft, verified: int, own: Sequence[int], top: Sequence[TopRow] | None = None) -> None:
         self._evidence.learn(outcomes(draft, verified, own))
+        self._trust.learn(draft, own[0])
         if top is not None and self.top_k:
             self._recycle(draft, verified, own, top)
 
-    def _recycle(self, draft: Draft, verified: int, own: Sequence[int], top: Sequence[Sequence[int]]) -> None:
-        text, recycled, tokens, parents = self._own.tokens, self._memory.recycled, draft.tokens, draft.parents
-        for row in range(-1, verified):
-            if row < 0:
-                last, before = text[-1], text[-2] if len(text) > 1 else -1
-            else:
-                parent = parents[row]
-                last, before = tokens[row], tokens[parent] if parent >= 0 else text[-1]
-            recycled.take(before, last, top[row + 1])
+    def _recycle(self, draft: Draft, verified: int, own: Sequence[int], top: Sequence[TopRow]) -> None:
+        recycled, tokens, parents = self._memory.recycled, draft.tokens, draft.parents
+        behind = [self._behind]  # of each row, the last committed token's first
+        rows = [row_of(top[0])]
+        recycled.take(behind[0], rows[0])
+        for row in range(verified):
+            behind.append([*behind[parents[row] + 1], tokens[row]][-RECYCLED_ORDER:])
+            rows.append(row_of(top[row + 1]))
+            if rows[-1]:
+                recycled.take(behind[-1], rows[-1])
         path = draft.accepted(verified, own)
-        self._last_row = top[path[-1] + 1 if path else 0]
+        self._last_row = rows[path[-1] + 1 if path else 0]
 
-    def _advice(
-        self, earlier: Context | None, ahead: list[int], committed_end: bool
-    ) -> list[tuple[tuple[int, ...], dict[int, tuple[int, ...]]]]:
-        """Of each source but the text: features of the tokens that it does not name, and of those that it names."""
-        advice = []
+    def _advice(self, earlier: Context | None, ahead: list[int], committed_end: bool) -> list[Advice]:
+        """Of each source but the text."""
+        advice: list[Advice] = []
         if earlier is not None:
-            advice.append(_named_by_corpus(self._corpus.successors, earlier))
+            advice.append((*_named_by_corpus(self._corpus.successors, earlier), -1))
         if self.top_k:
-            text = self._own.tokens
-            last = ahead[-1] if ahead else text[-1]
-            before = ahead[-2] if len(ahead) > 1 else text[len(ahead) - 2] if len(text) + len(ahead) > 1 else -1
-            recycled = self._memory.recycled
-            if (best := recycled.pairs.get((before, last))) is not None:
-                group = PAIR
-            elif (best := recycled.singles.get(last)) is not None:
-                group = SINGLE
-            else:
-                group, best = UNKNOWN, ()
-            advice.append(((group,), {token: (group + 1 + rank,) for rank, token in enumerate(best)}))
+            text = ahead if len(ahead) >= RECYCLED_ORDER else self._tail + ahead
+            order, row = self._memory.recycled.behind(text)
+            group = RECYCLED + order * SHARES
+            advice.append(((group,), row, group))
             if not committed_end and self._last_row:
-                named = {token: (LAST + 1 + rank,) for rank, token in enumerate(self._last_row) if token != last}
-                advice.append(((LAST,), named))
+                advice.append(((LAST,), self._last_row, LAST))
         return advice
 
     def _branch(self, waiting: list[tuple], room: int, alive: float, parent: int, place: tuple, inside: bool) -> None:
@@ -170,11 +176,15 @@ class HybridDrafter(Drafter):
         base = 0.0
         helped: dict[int, float] = {}  # what the other sources add to a token's log-odds, beyond `base`
         advice = self._advice(earlier, ahead, inside) if earlier is not None or self.top_k else ()
-        for absent, named in advice:
+        for absent, named, group in advice:
             silent = 0.0
             for feature in absent:
                 silent += weights[feature]
             base += silent
+            if group >= 0:
+                for token, share in named.items():
+                    helped[token] = helped.get(token, 0.0) + weights[group + share] - silent
+                continue
             for token, features in named.items():
                 odds = -silent
                 for feature in features:
@@ -223,8 +233,11 @@ class HybridDrafter(Drafter):
                     odds += helped[token]
                 if odds > least:
                     features = (match, how, frequency)
-                    for absent, named in advice:
-                        features += named.get(token, absent)
+                    for absent, named, group in advice:
+                        if token not in named:
+                            features += absent
+                        else:
+                            features += named[token] if group < 0 else (group + named[token],)
                     serial -= 1
                     insort(waiting, (alive / (1 + exp(-odds)), serial, parent, token, features, order))
                     if len(waiting) > room:
@@ -234,6 +247,28 @@ class HybridDrafter(Drafter):
                         if ratio >= 1:
                             return
                         least = log(ratio / (1 - ratio))
+
+
+class _Trust:
+    """How much more or less often candidates of one sequence are right than was expected of late.
+
+    The weights move too slowly to notice text that candidates of a few per cent each are never right in.
+    """
+
+    FADING, PRIOR, LEAST, MOST = 0.98, 2.0, 0.05, 1.5
+
+    def __init__(self) -> None:
+        self.factor = 1.0  # that survival is multiplied by
+        self._expected = self._right = 0.0
+
+    def learn(self, draft: Draft, own: int) -> None:
+        """own: the token that came where the draft begins."""
+        first = [(s, t) for s, t, p in zip(draft.survival, draft.tokens, draft.parents, strict=True) if p < 0]
+        if first:
+            self._expected = self.FADING * self._expected + sum(s for s, _ in first) / self.factor
+            self._right = self.FADING * self._right + any(token == own for _, token in first)
+            factor = (self._right + self.PRIOR) / (self._expected + self.PRIOR)
+            self.factor = min(max(factor, self.LEAST), self.MOST)
 
 
 def _named_by_corpus(earlier: Successors, context: Context) -> tuple[tuple[int, ...], dict[int, tuple[int, ...]]]:
@@ -277,9 +312,9 @@ def outcomes(draft: Draft, verified: int, own: Sequence[int]) -> Iterator[tuple[
 def _source(features: tuple[int, ...]) -> str:
     """Which source names a token that no match in the text names."""
     for feature in features[3:]:
-        if CORPUS_MATCH <= feature < PAIR and (feature - CORPUS_MATCH) % (ORDER + 1):
+        if CORPUS_MATCH <= feature < RECYCLED and (feature - CORPUS_MATCH) % (ORDER + 1):
             return "corpus"
-        if PAIR < feature < UNKNOWN and feature != SINGLE:
+        if RECYCLED <= feature < LAST and (feature - RECYCLED) % SHARES:
             return "recycled"
         if feature > LAST:
             return "logits"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from quasar.drafting.survival import SurvivalTable
-from quasar.speculation.draft import Draft, Drafter
+from quasar.speculation.draft import Draft, Drafter, TopRow
 
 MAX_NGRAM = 3
 _FIRST = (0.24, 0.39, 0.53)  # of the first token behind a match of one, two and three tokens
@@ -57,9 +57,7 @@ class NGramDrafter(Drafter):
                 return Draft.chain(draft, *self._survival.chain("ngram", len(ngram), len(draft)))
         return Draft()
 
-    def observe(
-        self, draft: Draft, verified: int, own: Sequence[int], top: Sequence[Sequence[int]] | None = None
-    ) -> None:
+    def observe(self, draft: Draft, verified: int, own: Sequence[int], top: Sequence[TopRow] | None = None) -> None:
         self._survival.learn(draft.outcomes(verified, own))
 
 

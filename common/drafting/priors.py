@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from quasar.drafting.evidence import CORPUS_HOW, CORPUS_MATCH, COUNTS, FREQUENCY, HOW, PAIR, RANKS, SIZE
+from quasar.drafting.evidence import CORPUS_HOW, CORPUS_MATCH, COUNTS, FREQUENCY, HOW, RANKS, RECYCLED, SIZE
 
 _HOWS = 5 * RANKS * COUNTS
 
@@ -26,7 +26,7 @@ def _layout() -> dict[str, int]:
         "corpus match": CORPUS_HOW - CORPUS_MATCH,
         "corpus rank": 5 * RANKS,
         "corpus count": 5 * COUNTS,
-        "runners-up": SIZE - PAIR,
+        "recycled": SIZE - RECYCLED,
     }
     begins, at = {}, 0
     for name, size in sizes.items():
@@ -45,7 +45,7 @@ def parameters_of(feature: int) -> tuple[int, ...]:
             match, how = divmod(feature - begin, RANKS * COUNTS)
             ranked, counted = divmod(how, COUNTS)
             return GROUPS[rank] + match * RANKS + ranked, GROUPS[count] + match * COUNTS + counted
-    for begin, name in ((PAIR, "runners-up"), (CORPUS_MATCH, "corpus match"), (FREQUENCY, "frequency"), (0, "match")):
+    for begin, name in ((RECYCLED, "recycled"), (CORPUS_MATCH, "corpus match"), (FREQUENCY, "frequency"), (0, "match")):
         if feature >= begin:
             return (GROUPS[name] + feature - begin,)
     raise AssertionError(feature)

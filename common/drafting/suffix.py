@@ -13,7 +13,7 @@ from quasar.drafting.survival import SurvivalTable
 from quasar.errors import QuasarError
 from quasar.models.model import Model
 from quasar.reading import parse_json, read_lines
-from quasar.speculation.draft import Draft, Drafter
+from quasar.speculation.draft import Draft, Drafter, TopRow
 
 # A match of n tokens is trusted for TRUST * n more (the paper's alpha), as far as the counts give the path at least
 # LEAST; of the longest MATCHES matches the one that promises most tokens is taken.
@@ -98,9 +98,7 @@ class SuffixDrafter(Drafter):
                 best, best_expected, match = tokens, expected, automaton.length[suffix]
         return Draft.chain(best, *self._survival.chain("suffix", min(match, LONGEST), len(best)))
 
-    def observe(
-        self, draft: Draft, verified: int, own: Sequence[int], top: Sequence[Sequence[int]] | None = None
-    ) -> None:
+    def observe(self, draft: Draft, verified: int, own: Sequence[int], top: Sequence[TopRow] | None = None) -> None:
         self._survival.learn(draft.outcomes(verified, own))
 
     def _continue(self, state: int, most: int) -> tuple[list[int], float]:

@@ -28,8 +28,10 @@ from quasar.speculation.verifier import Verdict, Verifier, Window
 PROMPT_SECONDS = 0.1  # for so long a prompt's rows may hold decoding sequences up, in each pass
 _LEAST_PROMPT_ROWS = 16
 _LONGEST_DRAFT = 15  # candidates of one sequence, where the settings set no cap
+_SHORT_DRAFT, _SHORT_DRAFTS = 7, 8  # so few candidates are asked for so many times where no more were verified
 _LONGEST_BLOCK = 31  # tokens that a cascade confirms at once
-_LONGEST_REST = 16  # steps for which a drafter that never helps is not asked
+_DRAFT_SHARE = 0.02  # of the time that a drafter may take without being right
+_LONGEST_REST = 4  # steps for which a drafter that never helps is not asked
 _HOST_SHARE = 0.4  # of free host memory that keys and values may take where nothing else is said
 
 
@@ -280,15 +282,21 @@ class Engine:
             request.draft_rest -= 1
             return Draft()
         most = min(_longest(settings), request.room)
+        if request.short_drafts and settings.gamma is None and not drafter.takes_passes:
+            request.short_drafts -= 1
+            most = min(most, _SHORT_DRAFT)
         clock = time.perf_counter()
         if settings.grammar is not None:
             forced = settings.grammar.forced()[:most]
             if forced:  # they must come: candidates that cost a row and no risk
                 return Draft.chain(forced, [1.0] * len(forced), [("grammar", 0, 0)] * len(forced))
+        draft = Draft()
         if drafter.takes_passes and (settings.gamma is None or self.lossless):
-            others = len(self._running) - 1
-            most = self._rule.chain(drafter.expected_survival(most), self._seconds, drafter.seconds_per_token(), others)
-        draft = drafter.propose(most) if most else Draft()
+            others, expected = len(self._running) - 1, drafter.expected_survival(most)
+            draft = drafter.propose_free(min(most, settings.gamma or _LONGEST_DRAFT))
+            most = self._rule.chain(expected, self._seconds, drafter.seconds_per_token(), others, draft)
+        if most:
+            draft = drafter.propose(most)
         if settings.grammar is not None:
             draft = _valid(draft, settings.grammar)
         request.result.stats.seconds_draft += time.perf_counter() - clock
@@ -322,6 +330,9 @@ class Engine:
         else:
             chosen = self._rule.candidates(proposed, base, self._seconds, max(MOST_ROWS, base))
         count = dict(zip((r for r, _ in decoding), chosen, strict=True))
+        for request, draft in decoding:
+            if count[request] <= _SHORT_DRAFT < len(draft):
+                request.short_drafts = _SHORT_DRAFTS
         windows = []
         for request, draft in zip(list(requests), list(drafts), strict=True):  # both get shorter on the way
             assert request.slot is not None
@@ -364,7 +375,8 @@ class Engine:
                 drafter.observe(draft, len(window.draft), verdict.own, verdict.top)
                 if not draft.tokens or window.draft.tokens or drafter.takes_passes:
                     request.rest_after_miss = 1 if verdict.accepted else request.rest_after_miss
-                elif draft.tokens[0] != verdict.tokens[0]:  # nothing paid, and rightly: ask less often
+                elif draft.tokens[0] != verdict.tokens[0] and stats.seconds_draft > _DRAFT_SHARE * stats.seconds_decode:
+                    # Nothing paid, and rightly, and asking takes its time: ask less often.
                     request.rest_after_miss = min(2 * request.rest_after_miss, _LONGEST_REST)
                     request.draft_rest = request.rest_after_miss - 1
             drafter.extend(request.tokens[known:])
@@ -380,7 +392,10 @@ class Engine:
         if rows > MOST_ROWS:
             self._prompt_row_seconds = pass_seconds / rows
         elif self.runtime.costs_known:
-            self._around.append(seconds - self.runtime.costs(rows))
+            self._around.append(seconds - pass_seconds)
+            single = all(window.chooser is not None and len(window.uncached_tokens) == 1 for window in windows)
+            if single and self.runtime.settled:
+                self.runtime.costs.learn(rows, pass_seconds)
 
     def _retire(self, request: Request, error: BaseException | None = None) -> None:
         """Ends a request; its slot stays for the prompts that begin as it did."""

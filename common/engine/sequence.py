@@ -36,6 +36,7 @@ class Request:
         self.drafter: Drafter | None = None
         self.draft_rest = 0  # steps until the drafter is asked again
         self.rest_after_miss = 1
+        self.short_drafts = 0  # drafts that are kept short
         self.result = Result(prompt_tokens=len(prompt))
         if settings.logprobs is not None:
             self.result.logprobs = []

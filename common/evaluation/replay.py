@@ -14,11 +14,13 @@ from quasar.drafting.free import new_free_drafter
 from quasar.drafting.memory import DraftMemory
 from quasar.errors import QuasarError
 from quasar.reading import parse_json, read_text
-from quasar.speculation.draft import Draft
+from quasar.speculation.draft import Draft, TopRow
 
 _FORMATS = (
     'a trace {"prompt": [ids], "answer": [ids]}, the same with text, OpenAI chat {"messages": [...]}, or a .txt file'
 )
+
+TYPICAL_SHARES = (0.8, 0.1, 0.04, 0.02, 0.015, 0.01, 0.008, 0.007)
 
 
 class Tokenizer(Protocol):
@@ -37,7 +39,7 @@ class Logged:
 
     prompt: list[int]
     answer: list[int]
-    top: list[list[int]] | None = None  # [answer][k] the model's most probable tokens in each place, where known
+    top: list[TopRow] | None = None  # [answer][k] the model's most probable tokens in each place, where known
 
 
 @dataclass(frozen=True)
@@ -107,11 +109,11 @@ def replay(file: str, log: Sequence[Logged], draft: str, rows: int, warm: bool) 
     return Replayed(file, draft, rows, warm, tokens, passes, sources)
 
 
-def verify(draft: Draft, logged: Logged, at: int, top_k: int) -> tuple[list[int], list[int], list[list[int]] | None]:
+def verify(draft: Draft, logged: Logged, at: int, top_k: int) -> tuple[list[int], list[int], list[TopRow] | None]:
     """The accepted path, the target's own token of each row (-1: the log does not say), and its best tokens."""
     answer = logged.answer
     own = [-1] * (len(draft) + 1)
-    top: list[list[int]] | None = None
+    top: list[TopRow] | None = None
     if top_k and logged.top is not None:
         top = [[] for _ in own]
         top[0] = logged.top[at][:top_k]
@@ -181,11 +183,21 @@ def _answers(line: str, where: str, tokenizer: Callable[[], Tokenizer | None]) -
             isinstance(top, list) and len(top) == len(answer) and all(_is_ids(row) for row in top)
         ):
             raise QuasarError(f'{where}: "top" should be a list of token ids for each of the {len(answer)} of "answer"')
-        return [Logged(prompt, answer, top)]
+        return [Logged(prompt, answer, None if top is None else _with_shares(top, record.get("shares"), where))]
     if isinstance(answer, str) and (isinstance(prompt, str) or prompt == []):
         begin = _encode(prompt, tokenizer, where) if prompt else []
         return [Logged(begin, _encode(answer, tokenizer, where, special=not begin))]
     raise QuasarError(f"{where}: should be {_FORMATS}")
+
+
+def _with_shares(top: list[list[int]], shares: Any, where: str) -> list[TopRow]:
+    """Runners-up with their shares; without "shares" those that real models' have on average."""
+    if shares is None:
+        shares = [TYPICAL_SHARES[: len(row)] for row in top]
+    try:
+        return [[(t, float(s)) for t, s in zip(*pair, strict=True)] for pair in zip(top, shares, strict=True)]
+    except (TypeError, ValueError):
+        raise QuasarError(f'{where}: "shares" should be a number for each token of "top"') from None
 
 
 def _chat(record: dict[str, Any], where: str, tokenizer: Callable[[], Tokenizer | None]) -> list[Logged]:

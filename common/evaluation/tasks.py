@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from uuid import uuid4
 
+from quasar.drafting import DEFAULT_DRAFT
+from quasar.drafting.memory import DraftMemory
 from quasar.errors import QuasarError
 from quasar.generation import GenerationSettings, Result, generate
 from quasar.models.chat import render_chat
@@ -31,10 +33,11 @@ SCHEMES = (
     Scheme("plain-full", "full", "none"),
     Scheme("ngram-full", "full", "ngram"),
     Scheme("plain-w8a8", "w8a8", "none"),
-    Scheme("quasar", "w8a8", "ngram"),
+    Scheme("ngram-w8a8", "w8a8", "ngram"),  # the paper's Quasar
+    Scheme("quasar", "w8a8", DEFAULT_DRAFT),
     Scheme("plain-w4a16", "w4a16", "none"),
     Scheme("qspec", "w4a16", "self:w4a4"),
-    Scheme("lossless", "w8a8", "ngram", lossless=True),
+    Scheme("lossless", "w8a8", DEFAULT_DRAFT, lossless=True),
 )
 
 
@@ -149,13 +152,16 @@ def run_tasks(
     settings: GenerationSettings,
     tick: Callable[[], object] = lambda: None,
     chat: bool | None = None,
+    warm: bool = False,
 ) -> TaskRun:
     """Every question by every scheme, question by question so that a drifting machine treats schemes alike.
 
     models: by precision; the lossless ones keep their full-precision weights. A later turn's prompt holds the earlier
     turns with the first scheme's answers, so that all schemes continue the same text. chat: whether questions go into
-    the chat template, None where there is one.
+    the chat template, None where there is one. warm: what a scheme's drafter learns from a
+    question serves the next ones, as in a server; else every answer begins afresh.
     """
+    memories = {scheme.name: DraftMemory.for_requests(True) if warm else None for scheme in schemes}
     run = TaskRun()
     for scheme in schemes:  # first passes, and the window's timings, are nobody's question
         ids = encode_turns(models[scheme.precision], [questions[0].turns[0]], [], 8, chat)
@@ -167,7 +173,9 @@ def run_tasks(
             for scheme in schemes:
                 model = models[scheme.precision]
                 ids = encode_turns(model, question.turns[: turn + 1], said, settings.max_new_tokens, chat)
-                results[scheme.name].append(generate(model, ids, _settings(settings, scheme)).result())
+                results[scheme.name].append(
+                    generate(model, ids, _settings(settings, scheme), draft_memory=memories[scheme.name]).result()
+                )
             said.append(results[schemes[0].name][turn].text)
         tallies = run.tallies.setdefault(question.category, {})
         for scheme in schemes:

@@ -57,6 +57,11 @@ class Runtime:
         """One pass: logits float32 [kept rows, vocab], valid until the next one. The caller commits."""
         return self._passes.run(batch)
 
+    @property
+    def settled(self) -> bool:
+        """Whether the latest pass took what such passes take: not the first of its kind, which is captured."""
+        return self._passes.settled
+
     def prefill(self, slot: Slot, ids: Sequence[int], logits_to_keep: int = 1) -> Tensor:
         """Commits a text to a slot, PROMPT_ROWS at a time.
 

@@ -59,6 +59,12 @@ class Metrics:
         self._rounds = counter("vllm:spec_decode_num_drafts", "Verification passes over a outcome.")
         self._drafted = counter("vllm:spec_decode_num_draft_tokens", "Candidates that were verified.")
         self._accepted = counter("vllm:spec_decode_num_accepted_tokens", "Candidates that were kept.")
+        self._by_source = Counter(
+            "quasar:accepted_tokens_by_source",
+            "Candidates that were kept, by what proposed them.",
+            ["model_name", "source"],
+            registry=self.registry,
+        )
         self.refused = counter("quasar:requests_refused", "Requests turned away because the queue was full.")
         self.gone = counter("quasar:requests_abandoned", "Requests whose client went away.")
         self._acceptance = histogram(
@@ -82,6 +88,8 @@ class Metrics:
         self._rounds.inc(stats.passes)
         self._drafted.inc(stats.drafted)
         self._accepted.inc(stats.accepted)
+        for source, count in stats.accepted_by_source.items():
+            self._by_source.labels(self._model, source).inc(count)
         for length in outcome.accept_lengths:
             for position in range(length - 1):
                 self._per_position[position] += 1

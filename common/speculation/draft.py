@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+TopRow = Sequence[tuple[int, float]]  # the most probable tokens of a row, best first, with their shares of the sum
+
 
 @dataclass
 class Draft:
@@ -86,14 +88,16 @@ class Drafter(ABC):
         pending: tokens that stand behind the committed ones but may yet be taken back.
         """
 
-    def observe(
-        self, draft: Draft, verified: int, own: Sequence[int], top: Sequence[Sequence[int]] | None = None
-    ) -> None:
+    def propose_free(self, most: int) -> Draft:
+        """What a drafter that takes passes can propose without any."""
+        return Draft()
+
+    def observe(self, draft: Draft, verified: int, own: Sequence[int], top: Sequence[TopRow] | None = None) -> None:
         """Learns from a pass, before `extend` brings the tokens that it committed.
 
         draft: what `propose` returned, of which the first `verified` candidates were in the pass (0: a plain pass);
         own [verified + 1]: the target's own token after the last committed one, then after each of those candidates;
-        top [verified + 1][top_k]: the target's most probable tokens in the same places, best first.
+        top [verified + 1][top_k]: the target's most probable tokens in the same places.
         """
         return
 

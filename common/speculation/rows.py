@@ -2,6 +2,8 @@
 
 Every running sequence gets its next token. Further rows go to the candidates most likely to survive, over all sequences
 together, as long as that brings more tokens per second than the rows cost. Where nothing pays, decoding is plain.
+Candidates fill a pass up to one of a few sizes: each size has a first pass that is captured, and takes several times as
+long as the others.
 """
 
 from __future__ import annotations
@@ -13,6 +15,12 @@ from quasar.speculation.draft import Draft
 
 PUBLISHED_GAMMA = 5  # candidates a pass in the papers' experiments
 MOST_ROWS = 64  # of drafts and next tokens in one pass
+SIZES = (2, 4, *range(8, MOST_ROWS + 1, 8))  # of passes with drafts
+
+
+def filled(rows: int) -> int:
+    """The largest of SIZES up to so many rows; the rows themselves where there is none."""
+    return max((size for size in SIZES if size <= rows), default=rows)
 
 
 class RowRule:
@@ -30,6 +38,8 @@ class RowRule:
         tokens = float(len(drafts))
         for taken, (negative, _) in enumerate(ranked[: max(0, most - rows)], 1):
             tokens -= negative
+            if rows + taken not in SIZES:
+                continue
             rate = tokens / seconds(rows + taken)
             if rate > best_rate:
                 best_rate, best = rate, taken
@@ -43,14 +53,16 @@ class RowRule:
         seconds: Callable[[int], float],
         seconds_per_candidate: float,
         others: int = 0,
+        free: Draft | None = None,
     ) -> int:
         """How long a chain to draft where each candidate takes a pass of the drafter.
 
         survival [longest]: of its candidates; seconds: of a verification over so many rows; others: sequences in its
-        pass, which wait for the draft too.
+        pass, which wait for the draft too; free: what could be verified instead, without passes of the drafter.
         """
+        taken = 0 if free is None else self.candidates([free], 1 + others, seconds)[0]
         tokens = 1.0 + others
-        best_rate, best = tokens / seconds(1 + others), 0
+        best_rate, best = (tokens + sum(free.survival[:taken] if free else ())) / seconds(1 + others + taken), 0
         for length, chance in enumerate(survival, 1):
             tokens += chance
             rate = tokens / (seconds(1 + others + length) + length * seconds_per_candidate)
@@ -76,5 +88,6 @@ class FixedRows(RowRule):
         seconds: Callable[[int], float],
         seconds_per_candidate: float,
         others: int = 0,
+        free: Draft | None = None,
     ) -> int:
         return min(self._count, len(survival))

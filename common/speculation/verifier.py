@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import exp
 
 from torch import Tensor
 
@@ -11,7 +12,7 @@ from quasar.backends.base import Batch, Segment, Slot
 from quasar.models.runtime import Runtime
 from quasar.speculation.acceptance import accept
 from quasar.speculation.choice import TokenChooser
-from quasar.speculation.draft import Draft
+from quasar.speculation.draft import Draft, TopRow
 from quasar.speculation.sampling import noise_state
 
 UNKNOWN = -1  # the own token of a row that nobody asked for
@@ -36,7 +37,7 @@ class Verdict:
     tokens: list[int] = field(default_factory=list)  # committed: the accepted candidates and the target's own last one
     accepted: list[int] = field(default_factory=list)  # candidates, as indices
     own: list[int] = field(default_factory=list)  # [drafted + 1] the target's token in each place, or UNKNOWN
-    top: list[list[int]] | None = None  # [drafted + 1][top_k]
+    top: list[TopRow] | None = None  # [drafted + 1][top_k]
     logprobs: list[tuple[float, list[tuple[int, float]]]] | None = (
         None  # of each committed token: its own, alternatives
     )
@@ -52,8 +53,12 @@ class Verifier:
         """Runs one pass over all windows and commits to their slots what it accepts."""
         batch = Batch([_segment(window) for window in windows])
         logits = self._runtime.run(batch)
-        argmax = None
-        if any(window.chooser is not None and window.chooser.takes_argmax for window in windows):
+        best = argmax = None
+        if len({window.top_k for window in windows}) == 1 and windows[0].top_k:
+            best = self._runtime.backend.top_k(logits, windows[0].top_k)
+        if best is not None and self._runtime.backend.cheap_top_k:
+            argmax = best[:, 0].tolist()
+        elif any(window.chooser is not None and window.chooser.takes_argmax for window in windows):
             argmax = self._runtime.backend.argmax(logits).tolist()
         sampled = self._sampled(windows, logits)
         verdicts, first = [], 0
@@ -61,7 +66,12 @@ class Verifier:
             last = first + segment.logits_to_keep
             found = argmax if window.chooser is not None and window.chooser.takes_argmax else sampled
             rows = None if found is None else list(found[first:last])
-            verdicts.append(_judge(window, logits[first:last], rows, self._runtime.backend.top_k))
+            verdict = _judge(window, logits[first:last], rows)
+            if window.top_k:
+                kept = logits[first:last]
+                named = self._runtime.backend.top_k(kept, window.top_k) if best is None else best[first:last]
+                verdict.top = _with_shares(named, kept)
+            verdicts.append(verdict)
             first = last
         return verdicts
 
@@ -95,7 +105,18 @@ def _segment(window: Window) -> Segment:
     return Segment(window.slot, [*window.uncached_tokens, *draft.tokens], parents, len(draft.tokens) + 1)
 
 
-def _judge(window: Window, logits: Tensor, argmax: list[int] | None, top_k: Callable[[Tensor, int], Tensor]) -> Verdict:
+def _with_shares(best: Tensor, logits: Tensor) -> list[TopRow]:
+    """best [rows, k]: the most probable tokens, best first. Shares are of these alone: the others' sum takes a pass
+    over the vocabulary to know."""
+    rows = []
+    for tokens, values in zip(best.tolist(), logits.gather(1, best).tolist(), strict=True):
+        odds = [exp(value - values[0]) for value in values]
+        total = sum(odds)
+        rows.append([(token, each / total) for token, each in zip(tokens, odds, strict=True)])
+    return rows
+
+
+def _judge(window: Window, logits: Tensor, argmax: list[int] | None) -> Verdict:
     """logits [drafted + 1, vocab]: after the last committed token, then after each candidate."""
     chooser, draft, uncached = window.chooser, window.draft, len(window.uncached_tokens)
     if chooser is None:
@@ -114,8 +135,6 @@ def _judge(window: Window, logits: Tensor, argmax: list[int] | None, top_k: Call
         tokens, path = accept(choose, draft.tokens, draft.parents)
     window.slot.commit([*range(uncached), *(uncached + row for row in path)])
     verdict = Verdict(tokens, path, own)
-    if window.top_k:
-        verdict.top = top_k(logits, window.top_k).tolist()
     if window.logprobs is not None:
         verdict.logprobs = [
             logprobs_of(logits[row + 1], token, window.logprobs) for row, token in zip([-1, *path], tokens, strict=True)

@@ -27,7 +27,7 @@ from quasar import GenerationSettings, Model, QuasarError, generate, load
 from quasar.quantization.calibration import read_texts
 from quasar.reading import read_text
 
-DRAFTS = ("ngram", "suffix", "hybrid", "hybrid-recycling", "recycling", "text", "self:skip=4")
+DRAFTS = ("ngram", "suffix", "hybrid", "recycling", "text", "self:skip=4")
 PRECISIONS = ("full", "w8a8", "w4a16", "w4a4")
 GAMMAS = (None, 1, 2, 5, 11, 32)
 CASCADE = "cascade"  # a precision of its own here: w8a8, confirmed by full precision

@@ -3,8 +3,8 @@
     python scripts/experiments/fit_drafting.py FILE... [--runners-up FILE...] [--write common/drafting/priors.json]
 
 FILE: traces as `quasar eval replay` reads them. --runners-up: traces with "top", the model's most probable tokens in
-each place, for the weights of recycling. Every file in turn is left out of the fit and replayed with the weights of the
-others. What is written is fitted to all of them.
+each place, and their "shares", for the weights of recycling. Every file in turn is left out of the fit and replayed
+with the weights of the others. What is written is fitted to all of them.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def test_whatever_was_seen_the_draft_is_a_tree(name, earlier, text, most, pendin
         draft = drafter.propose(most)
         verified = data.draw(st.integers(0, len(draft)))
         own = data.draw(st.lists(st.integers(0, 5), min_size=verified + 1, max_size=verified + 1))
-        top = [[token, token + 1, 9] for token in own] if drafter.top_k else None
+        top = [[(token, 0.7), (token + 1, 0.2), (9, 0.1)] for token in own] if drafter.top_k else None
         drafter.observe(draft, verified, own, top)
         path = draft.accepted(verified, own)
         drafter.extend([own[i] for i in [0, *(i + 1 for i in path)]])
@@ -91,7 +91,7 @@ def test_a_draft_of_a_loop_goes_on_through_itself():
 def test_the_verifiers_runners_up_come_again():
     drafter = HybridDrafter(top_k=4)
     drafter.extend([1, 2])
-    drafter.observe(drafter.propose(3), 0, [3], [[3, 30, 31, 32]])
+    drafter.observe(drafter.propose(3), 0, [3], [[(3, 0.5), (30, 0.4), (31, 0.1), (32, 0.0)]])
     drafter.extend([3, 9, 2])
     draft = drafter.propose(7)
     first = [t for t, p in zip(draft.tokens, draft.parents, strict=True) if p == -1]
@@ -112,6 +112,15 @@ def test_survival_follows_what_comes_true():
         draft = drafter.propose(4)
         drafter.observe(draft, 0, [draft.tokens[0]])
     assert drafter.propose(4).survival[0] > 2 * low
+
+
+def test_text_that_is_never_right_is_soon_believed_to_be_so():
+    drafter = HybridDrafter()
+    drafter.extend([n % 7 for n in range(40)])
+    first = sum(drafter.propose(7).survival)
+    for n in range(30):
+        drafter.observe(drafter.propose(7), 0, [1000 + n])
+    assert sum(drafter.propose(7).survival) < 0.3 * first
 
 
 def test_bounds_hold_after_learning():

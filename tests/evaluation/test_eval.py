@@ -115,7 +115,12 @@ def test_tasks_by_every_scheme(capsys, tmp_path, questions):
 
 def test_a_later_turn_sees_the_earlier_answer(shipped, questions):
     model = shipped("qwen3", "w8a8")
-    run = run_tasks({"w8a8": model}, [SCHEMES[3]], read_questions(questions)[:1], GenerationSettings(max_new_tokens=9))
+    run = run_tasks(
+        {"w8a8": model},
+        [scheme for scheme in SCHEMES if scheme.name == "quasar"],
+        read_questions(questions)[:1],
+        GenerationSettings(max_new_tokens=9),
+    )
     first, second = run.answers["quasar"][0]["choices"][0]["turns"]
     ids = encode_turns(model, QUESTIONS[0]["turns"], [first], 9)
     assert generate(model, ids, max_new_tokens=9).result().text == second
@@ -145,3 +150,14 @@ def test_mistakes_get_one_line(capsys, argv, words):
     assert main(["eval", *argv]) == 2
     said = capsys.readouterr().err.strip()
     assert words in said and "\n" not in said
+
+
+def test_with_warm_a_question_that_comes_again_takes_fewer_passes(capsys, tmp_path, questions):
+    twice = tmp_path / "twice.jsonl"
+    twice.write_text(questions.read_text().splitlines()[0] + "\n" + questions.read_text().splitlines()[0] + "\n")
+    argv = ["eval", "tasks", "--tasks", str(twice), "--max-new-tokens", "24", "--schemes", "quasar", "--gamma", "5"]
+    lengths = []
+    for options in ([], ["--warm"]):
+        assert main([*argv, *options, "--json", str(tmp_path / "out.json")]) == 0
+        lengths.append(json.loads((tmp_path / "out.json").read_text())["rows"][-1]["acceptance_length"])
+    assert lengths[1] > lengths[0]

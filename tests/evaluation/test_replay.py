@@ -56,7 +56,7 @@ def test_warm_requests_learn_from_earlier_ones():
 
 def test_runners_up_in_a_log_are_recycled():
     answer = [1, 2, 3, 1, 4, 3, 1, 2, 5, 1, 4] * 4
-    top = [[token, token + 10, token + 20] for token in answer]
+    top = [[(token, 0.6), (token + 10, 0.3), (token + 20, 0.1)] for token in answer]
     result = replay("x", [Logged([1], answer, top)], "recycling", 8, False)
     assert result.acceptance_length > 1.0 and "recycled" in result.accepted_by_source
 
@@ -90,6 +90,7 @@ def test_formats(tmp_path):
         ('{"prompt": [1], "answer": [-1, 2]}', r"a\.jsonl:1: should be a trace"),
         ('{"prompt": [1], "answer": [1.5, 2]}', r"a\.jsonl:1: should be a trace"),
         ('{"prompt": [1], "answer": [1, 2], "top": [[1]]}', r'"top" should be a list of token ids for each of the 2'),
+        ('{"answer": [1, 2], "top": [[1], [2]], "shares": [[1], []]}', '"shares" should be a number for each token'),
         ('{"prompt": "a", "answer": "b c"}', "there is no tokenizer"),
         ('{"messages": [3]}', "a message should be"),
         ('{"messages": [{"role": "user", "content": "x"}]}', "holds no answer"),

@@ -38,7 +38,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 QUANTISED = ("llm-compressor", "llm-compressor-static", "msmodelslim-static-fp16", "msmodelslim-mix")
 MOST_CHARACTERS = 1000  # of a refusal
 OFF = WeightsCache(Path("/nonexistent"), gigabytes=0)
-DRAFTS = ("ngram", "suffix", "hybrid", "recycling", "hybrid-recycling", "corpus", "text")
+DRAFTS = ("ngram", "suffix", "hybrid", "recycling", "corpus", "text")
 # What an inspection cannot see, because it reads no weights.
 OF_VALUES = ("finite", "above zero", "is not zero", "whole", "no float32 scales", "memory")
 
@@ -406,7 +406,7 @@ def files(dice: random.Random, folder: Path) -> str:
     model = ("--model", str(GOLDEN / "small-qwen3"))
     argv = dice.choice(
         (
-            ("eval", "replay", str(path), "--draft", "ngram,hybrid-recycling", *model),
+            ("eval", "replay", str(path), "--draft", "ngram,recycling", *model),
             ("corpus", "build", str(path), "--draft-store", str(folder / "store"), *model),
             ("batch", str(path), "--output", str(folder / "out"), "--precision", "full", "--device", "cpu", *model),
             ("generate", "--prompt-file", str(path), "--precision", "full", "--max-new-tokens", "4", *model),

@@ -244,6 +244,7 @@ def test_metrics_have_vllms_names(live: Live) -> None:
         "vllm:e2e_request_latency_seconds_count",
         "vllm:request_success_total",
         "quasar:acceptance_length_bucket",
+        "quasar:accepted_tokens_by_source_total",
         "quasar:weight_bytes_per_token",
     ):
         assert f'\n{name}{{model_name="tiny-qwen3"' in text or f"\n{name}{{" in text, name
