@@ -4,6 +4,7 @@
  * and returns; none waits for another thread. The promise kept by all: what is computed for one token row
  * depends neither on the number of rows, nor on the row's place among them, nor on the number of threads. */
 #pragma once
+#include <stddef.h>
 #include <stdint.h>
 
 #define BLOCK 32       /* outputs per block of a packed weight */
@@ -285,7 +286,9 @@ const char *segments_finish(struct segments *); /* derives what follows from slo
 void slot_move(const struct slot *, int64_t from, int64_t to);                      /* one position over another */
 void slot_copy(const struct slot *from, const struct slot *to, int64_t positions); /* the first ones */
 
-/* pack.c: weights from row-major [n, k] to the layouts above */
+/* pack.c. Fresh memory in huge pages where the system leaves that to us: fewer stops of the prefetcher at page ends. */
+void use_huge_pages(void *, size_t bytes);
+/* Weights from row-major [n, k] to the layouts above */
 void pack_int8(const struct layout *, const int8_t *weight, uint8_t *packed, int64_t n, int64_t k);
 void pack_int4(const int8_t *weight, uint8_t *packed, int64_t n, int64_t k);
 void pack_scales(const uint16_t *scale, uint16_t *packed, int64_t n, int64_t groups);
