@@ -21,7 +21,7 @@ def read_text(path: Path, name: str = "") -> str:
 
 def read_lines(path: Path, name: str = "") -> list[str]:
     """The lines of a JSONL file. A text inside may hold what other conventions take for the end of a line (U+2028)."""
-    return read_text(path, name).split("\n")
+    return read_text(path, name).removesuffix("\n").split("\n")
 
 
 def parse_json(text: str) -> Any:

@@ -19,7 +19,7 @@ from quasar.loading import PRECISIONS
 from quasar.models.runtime import Runtime
 from quasar.models.sharing import share
 from quasar.speculation.choice import TokenChooser
-from quasar.speculation.rows import FixedRows
+from quasar.speculation.rows import FixedRows, filled
 from quasar.speculation.sampling import Sampling, distribution
 from quasar.speculation.verifier import Verifier, Window
 from tests.conftest import FAMILIES
@@ -213,7 +213,8 @@ def test_the_verifier_overwrites_what_a_self_drafter_wrote(family, draft, precis
 @given(st.lists(st.tuples(st.integers(1, 7), st.integers(0, 7)), min_size=1, max_size=6), st.booleans())
 @settings(max_examples=20, deadline=None)
 def test_the_cascades_slot_follows_the_confirmed_text(rounds, other_token):
-    """Blocks of any size, confirmed up to anywhere: what the quantised model proposes is what it says by itself."""
+    """Blocks of any size, confirmed up to anywhere: what the quantised model proposes is what it says by itself. With
+    the text's last token they are rows of a size that passes have."""
     model = _model("openpangu", "w8a8")
     inner = new_drafter("ngram", DraftTarget(model, model.runtime.new_slot(1), None))
     drafter = CascadeDrafter(model.runtime, model.runtime.new_slot(120), inner, None, gamma=3)
@@ -221,9 +222,9 @@ def test_the_cascades_slot_follows_the_confirmed_text(rounds, other_token):
     drafter.extend(text)
     for block, kept in rounds:
         proposed = drafter.propose(block).tokens
-        assert len(proposed) == block
-        assert proposed == generate(model, text, draft="none", max_new_tokens=block).result().token_ids
-        confirmed = [*proposed[: min(kept, block)], 40 if other_token else 41]
+        assert len(proposed) == filled(1 + block) - 1
+        assert proposed == generate(model, text, draft="none", max_new_tokens=len(proposed)).result().token_ids
+        confirmed = [*proposed[: min(kept, len(proposed))], 40 if other_token else 41]
         text += confirmed
         drafter.extend(confirmed)
 

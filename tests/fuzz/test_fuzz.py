@@ -13,7 +13,7 @@ pytest.importorskip("starlette", reason="the server's packages are not installed
 from tests.fuzz.cases import KINDS, run_case
 
 ROOT = Path(__file__).parents[2]
-CASES = 25
+CASES = 12
 
 
 @pytest.mark.filterwarnings("ignore")  # of other libraries, about spoiled files
