@@ -201,9 +201,10 @@ class Engine:
         """One pass over what runs; returns whether there is more to do."""
         clock = time.perf_counter()
         self._admit()
+        admitted = len(self._running)
         requests = self._take_turns()
         if not requests:
-            return False
+            return admitted > 0  # all of them were cancelled: there is room for those that wait
         try:
             drafts = [self._draft(request) for request in requests]
             rows = self._prompt_rows(requests)
