@@ -24,18 +24,6 @@ def test_nothing_but_refusals(kind: str) -> None:
     assert set(outcomes) <= {"ran", "refused"}
 
 
-def test_the_command_reports_crashes_hangs_and_failures_and_goes_on(tmp_path: Path) -> None:
-    """Two cases, a log that knows one of them."""
-    log = tmp_path / "log.jsonl"
-    log.write_text('{"case": 0, "seed": 5, "kind": "http", "outcome": "hang", "failure": "asleep", "mib": 3}\n')
-    argv = [sys.executable, "-m", "tests.fuzz", "--kinds", "http", "--cases", "2", "--seed", "5", "--log", str(log)]
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1, done.stderr
-    assert "2 cases: " in done.stdout
-    assert "case 0: hang: asleep" in done.stdout
-    assert len(log.read_text().splitlines()) == 2
-
-
 def test_killed_writers_leave_nothing_that_looks_finished() -> None:
     argv = [sys.executable, "-m", "tests.fuzz.kills", "cache", "store", "--every", "3"]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
