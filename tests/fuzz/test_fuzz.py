@@ -14,7 +14,7 @@ from tests.fuzz.cases import KINDS, run_case
 
 ROOT = Path(__file__).parents[2]
 CASES = 12
-BY_HAND = ("weights_cache", "files")  # these still find defects: see docs/reliability.md
+BY_HAND = ("weights_cache", "files")  # not yet run to their end: see docs/reliability.md
 
 
 @pytest.mark.filterwarnings("ignore")  # of other libraries, about spoiled files
