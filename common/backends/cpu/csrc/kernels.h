@@ -312,8 +312,9 @@ static inline int64_t tree_chunks(int64_t rows)
 }
 static inline int64_t attention_scratch_bytes(int64_t rows, int64_t dim, int64_t m)
 {
-    /* transposed keys; scores of up to 4 rows; per row a scaled query, and twice an output, maximum and sum; per row its
-     * scores over a tree's keys, and three times 32 bits for where such a key lies (and alignment) */
-    int64_t floats = (dim + 4) * ATTENTION_KEYS + rows * (3 * dim + 4) + (rows + 3) * tree_chunks(m) * ATTENTION_KEYS + 32;
+    /* transposed keys; values as floats; per row scores, a scaled query, and twice an output, maximum and sum, and two factors;
+     * per row its scores over a tree's keys, and three times 32 bits for where such a key lies (and alignment) */
+    int64_t floats = dim * 32 + 64 * ATTENTION_KEYS + rows * (ATTENTION_KEYS + 3 * dim + 6) +
+                     (rows + 3) * tree_chunks(m) * ATTENTION_KEYS + 32;
     return (int64_t)sizeof(float) * (floats - floats % 16);
 }
