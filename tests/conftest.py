@@ -19,8 +19,7 @@ if not torch.cuda.is_available():
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from quasar import Model, load
-from quasar.models.costs import PassCosts
-from quasar.models.runtime import Runtime
+from tests.helpers import unmeasured
 
 # What tests quantise goes into a cache of their own, and with it.
 _cache = tempfile.TemporaryDirectory(prefix="quasar-tests-")
@@ -29,22 +28,8 @@ os.environ["QUASAR_CACHE"] = _cache.name
 # Tiny models gain nothing from threads, and on a busy machine their barriers cost seconds.
 torch.set_num_threads(1)
 
+unmeasured.fix()
 
-class FixedCosts(PassCosts):
-    """Those of a device bound by memory, whatever passes take."""
-
-    def learn(self, rows: int, seconds: float) -> None:
-        pass
-
-
-def _fixed_costs(runtime: Runtime) -> PassCosts:
-    one = float(runtime.decoder.weight_bytes_per_pass)
-    return FixedCosts({1: one, 64: 4 * one})
-
-
-# How many candidates pay must not depend on what else this machine does: no test but test_runtime.py's measures passes.
-measured_costs = Runtime._measure_costs
-Runtime._measure_costs = _fixed_costs  # type: ignore[method-assign]
 
 FAMILIES = ("qwen3", "openpangu")
 TINY = {"qwen3": "tiny-qwen3", "openpangu": "tiny-openpangu"}

@@ -29,9 +29,8 @@ PROMPT_SECONDS = 0.1  # for so long a prompt's rows may hold decoding sequences 
 _LEAST_PROMPT_ROWS = 16
 _LONGEST_DRAFT = 15  # candidates of one sequence, where the settings set no cap
 _SHORT_DRAFT, _SHORT_DRAFTS = 7, 8  # so few candidates are asked for so many times where no more were verified
+_FADING = 0.9  # of what earlier steps took
 _LONGEST_BLOCK = 31  # tokens that a cascade confirms at once
-_DRAFT_SHARE = 0.02  # of the time that a drafter may take without being right
-_LONGEST_REST = 4  # steps for which a drafter that never helps is not asked
 _HOST_SHARE = 0.4  # of free host memory that keys and values may take where nothing else is said
 
 
@@ -95,6 +94,7 @@ class Engine:
         self._closing = self._closed = False
         self._around: deque[float] = deque([0.0], maxlen=9)  # seconds of a step beyond its pass
         self._prompt_row_seconds = 0.0
+        self._step_tokens = self._step_seconds = 0.0  # of the latest steps without prompts, on average
         self._stats = EngineStats(kv_bytes_limit=self._slots.bytes_limit)
 
     # From any thread.
@@ -201,9 +201,10 @@ class Engine:
         """One pass over what runs; returns whether there is more to do."""
         clock = time.perf_counter()
         self._admit()
+        admitted = len(self._running)
         requests = self._take_turns()
         if not requests:
-            return False
+            return admitted > 0  # all of them were cancelled: there is room for those that wait
         try:
             drafts = [self._draft(request) for request in requests]
             rows = self._prompt_rows(requests)
@@ -216,9 +217,11 @@ class Engine:
             for request in requests:
                 self._retire(request, error)
             return True
+        row_seconds = self._row_seconds(windows)
         for request, draft, window, verdict in zip(requests, drafts, windows, verdicts, strict=True):
-            self._hand_out(request, draft, window, verdict)
-        self._measure(windows, time.perf_counter() - clock, pass_seconds)
+            self._hand_out(request, draft, window, verdict, row_seconds)
+        tokens = sum(len(verdict.tokens) for verdict in verdicts)
+        self._measure(windows, tokens, time.perf_counter() - clock, pass_seconds)
         return True
 
     def _admit(self) -> None:
@@ -273,14 +276,21 @@ class Engine:
             self._retire(request)
         return list(self._running)
 
+    def _asks(self, request: Request) -> bool:
+        """Whether a sequence's drafter is asked in this step. Who fixes gamma or has a decoder draft wants it."""
+        assert request.drafter is not None
+        decided = request.settings.gamma is not None or request.drafter.takes_passes or self.lossless
+        return decided or request.worth.is_asked()
+
     def _draft(self, request: Request) -> Draft:
         """Candidates of one sequence, most probable first; none for prompts and for drafters that rest."""
         drafter, settings = request.drafter, request.settings
+        request.asked, request.draft_seconds = False, -request.result.stats.seconds_draft
         if drafter is None or request.prefilling or request.room < 1:
             return Draft()
-        if request.draft_rest > 0:
-            request.draft_rest -= 1
+        if not self._asks(request):
             return Draft()
+        request.asked = True
         most = min(_longest(settings), request.room)
         if request.short_drafts and settings.gamma is None and not drafter.takes_passes:
             request.short_drafts -= 1
@@ -353,13 +363,14 @@ class Engine:
                         request.tokens[held:],
                         request.chooser,
                         draft.first(count[request]),
-                        drafter.top_k if drafter is not None else 0,
+                        drafter.top_k if drafter is not None and request.asked else 0,
                         request.settings.logprobs,
                     )
                 )
         return windows
 
-    def _hand_out(self, request: Request, draft: Draft, window: Window, verdict: Verdict) -> None:
+    def _hand_out(self, request: Request, draft: Draft, window: Window, verdict: Verdict, row_seconds: float) -> None:
+        """row_seconds: that each drafted row added to the pass."""
         self._stats.passes += 1
         if window.chooser is None:
             return
@@ -371,24 +382,30 @@ class Engine:
             stats.draft_passes, stats.draft_weight_bytes = drafter.passes, drafter.weight_bytes
         if drafter is not None:
             clock = time.perf_counter()
-            if stats.passes:  # this was not the prompt's
+            if request.asked:
                 drafter.observe(draft, len(window.draft), verdict.own, verdict.top)
-                if not draft.tokens or window.draft.tokens or drafter.takes_passes:
-                    request.rest_after_miss = 1 if verdict.accepted else request.rest_after_miss
-                elif draft.tokens[0] != verdict.tokens[0] and stats.seconds_draft > _DRAFT_SHARE * stats.seconds_decode:
-                    # Nothing paid, and rightly, and asking takes its time: ask less often.
-                    request.rest_after_miss = min(2 * request.rest_after_miss, _LONGEST_REST)
-                    request.draft_rest = request.rest_after_miss - 1
             drafter.extend(request.tokens[known:])
             stats.seconds_draft += time.perf_counter() - clock
+            if request.asked and self._step_tokens:
+                seconds = request.draft_seconds + stats.seconds_draft + row_seconds * len(window.draft)
+                token_seconds = self._step_seconds / self._step_tokens
+                request.worth.learn(
+                    len(verdict.accepted), seconds, token_seconds, self._step_seconds, len(self._running)
+                )
         self._stats.tokens += len(verdict.tokens)
         self._stats.drafted += len(window.draft)
         self._stats.accepted += len(verdict.accepted)
         if over:
             self._retire(request)
 
-    def _measure(self, windows: Sequence[Window], seconds: float, pass_seconds: float) -> None:
-        rows = sum(len(window.uncached_tokens) + len(window.draft) for window in windows)
+    def _row_seconds(self, windows: Sequence[Window]) -> float:
+        rows, drafted = _rows(windows), sum(len(window.draft) for window in windows)
+        if not drafted or not self.runtime.costs_known:
+            return 0.0
+        return (self.runtime.costs(rows) - self.runtime.costs(rows - drafted)) / drafted
+
+    def _measure(self, windows: Sequence[Window], tokens: int, seconds: float, pass_seconds: float) -> None:
+        rows = _rows(windows)
         if rows > MOST_ROWS:
             self._prompt_row_seconds = pass_seconds / rows
         elif self.runtime.costs_known:
@@ -396,6 +413,8 @@ class Engine:
             single = all(window.chooser is not None and len(window.uncached_tokens) == 1 for window in windows)
             if single and self.runtime.settled:
                 self.runtime.costs.learn(rows, pass_seconds)
+                self._step_tokens = _FADING * self._step_tokens + (1 - _FADING) * tokens
+                self._step_seconds = _FADING * self._step_seconds + (1 - _FADING) * seconds
 
     def _retire(self, request: Request, error: BaseException | None = None) -> None:
         """Ends a request; its slot stays for the prompts that begin as it did."""
@@ -408,6 +427,10 @@ class Engine:
             self._slots.put(request.slot, request.tokens)
             request.slot = None
         request.finish(error)
+
+
+def _rows(windows: Sequence[Window]) -> int:
+    return sum(len(window.uncached_tokens) + len(window.draft) for window in windows)
 
 
 def _longest(settings: GenerationSettings) -> int:

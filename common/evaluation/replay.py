@@ -203,8 +203,10 @@ def _with_shares(top: list[list[int]], shares: Any, where: str) -> list[TopRow]:
 def _chat(record: dict[str, Any], where: str, tokenizer: Callable[[], Tokenizer | None]) -> list[Logged]:
     """Every answer of the assistant; what stands before it is its prompt."""
     messages = list(record["messages"])
-    choices = record.get("choices", (record.get("response") or {}).get("choices", []))
-    messages += [choice["message"] for choice in choices[:1] if isinstance(choice, dict) and "message" in choice]
+    response = record.get("response")
+    choices = record.get("choices", response.get("choices") if isinstance(response, dict) else None)
+    if isinstance(choices, list):
+        messages += [choice["message"] for choice in choices[:1] if isinstance(choice, dict) and "message" in choice]
     log = []
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
@@ -231,7 +233,8 @@ def _chat_prompt(messages: list[dict[str, Any]], tokenizer: Callable[[], Tokeniz
 def _content(content: Any) -> str:
     """Of OpenAI's two ways to write a message's text."""
     if isinstance(content, list):
-        return "".join(part.get("text", "") for part in content if isinstance(part, dict))
+        texts = (part.get("text") for part in content if isinstance(part, dict))
+        return "".join(text for text in texts if isinstance(text, str))
     return content if isinstance(content, str) else ""
 
 

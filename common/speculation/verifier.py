@@ -54,8 +54,8 @@ class Verifier:
         batch = Batch([_segment(window) for window in windows])
         logits = self._runtime.run(batch)
         best = argmax = None
-        if len({window.top_k for window in windows}) == 1 and windows[0].top_k:
-            best = self._runtime.backend.top_k(logits, windows[0].top_k)
+        if top_k := max(window.top_k for window in windows):
+            best = self._runtime.backend.top_k(logits, top_k)
         if best is not None and self._runtime.backend.cheap_top_k:
             argmax = best[:, 0].tolist()
         elif any(window.chooser is not None and window.chooser.takes_argmax for window in windows):
@@ -67,10 +67,8 @@ class Verifier:
             found = argmax if window.chooser is not None and window.chooser.takes_argmax else sampled
             rows = None if found is None else list(found[first:last])
             verdict = _judge(window, logits[first:last], rows)
-            if window.top_k:
-                kept = logits[first:last]
-                named = self._runtime.backend.top_k(kept, window.top_k) if best is None else best[first:last]
-                verdict.top = _with_shares(named, kept)
+            if best is not None and window.top_k:
+                verdict.top = _with_shares(best[first:last, : window.top_k], logits[first:last])
             verdicts.append(verdict)
             first = last
         return verdicts

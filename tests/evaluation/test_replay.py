@@ -157,3 +157,18 @@ def test_a_corpus_is_built_from_files(tmp_path, capsys):
     high = write(tmp_path / "b.jsonl", {"prompt": [1], "answer": [4, 10**6]})
     assert main(["corpus", "build", high, *argv[3:]]) == 2
     assert "token 1000000 is not one of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("odd", [{"response": "x"}, {"choices": 5}, {"choices": [{"message": {"role": "tool"}}]}])
+def test_odd_fields_beside_messages_are_left_out(tmp_path, odd):
+    messages = [{"role": "user", "content": [{"text": 5}]}, {"role": "assistant", "content": "ab c"}]
+    path = write(tmp_path / "a.jsonl", {"messages": messages} | odd)
+
+    class Letters:
+        chat_template = None
+
+        def encode(self, text, add_special_tokens=True):
+            return list(text.encode())
+
+    (logged,) = read_log(path, Letters)
+    assert logged.answer == list(b"ab c")

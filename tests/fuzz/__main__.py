@@ -79,7 +79,7 @@ def rows_of(seed: int, kinds: str, cases: list[int]) -> Any:
     chooser.register(process.stdout, selectors.EVENT_READ)
     chooser.register(process.stderr, selectors.EVENT_READ)
     said, noise, running, over = b"", b"", None, False
-    ticks, processor = 0, 0.0
+    ticks, processor, ended = 0, 0.0, False
     while not over:
         heard = chooser.select(timeout=_TICK)
         ticks += not heard
@@ -95,7 +95,7 @@ def rows_of(seed: int, kinds: str, cases: list[int]) -> Any:
         for line in lines:
             row = json.loads(line)
             if "outcome" in row:
-                running = None
+                running, ended = None, True
                 yield row
             else:
                 running, ticks, processor, noise = row, 0, processor_seconds(process.pid), b""
@@ -108,14 +108,14 @@ def rows_of(seed: int, kinds: str, cases: list[int]) -> Any:
                 process.kill()
                 noise = (noise + (process.stderr.read() or b""))[-4000:]
                 yield running | {"outcome": "hang", "seconds": spent, "failure": noise.decode(errors="replace")}
-                running = None
+                running, ended = None, True
                 break
     process.kill()
     code = process.wait()
     if running is not None:
         noise = (noise + (process.stderr.read() or b""))[-4000:]
         yield running | {"outcome": "crash", "failure": f"exit code {code}: {noise.decode(errors='replace')}"}
-    elif over and code not in (0, -9):
+    elif not ended:
         raise SystemExit(f"a batch ended with {code} before its first case: {noise.decode(errors='replace')}")
 
 

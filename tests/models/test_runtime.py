@@ -6,7 +6,7 @@ import itertools
 
 from quasar.models.costs import ROWS_TIMED
 from quasar.models.runtime import Runtime
-from tests.conftest import measured_costs
+from tests.helpers.unmeasured import measured_costs
 
 
 def test_measured_costs_grow_with_the_rows(shipped) -> None:

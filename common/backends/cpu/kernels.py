@@ -162,6 +162,7 @@ def recording() -> Iterator[Recording]:
 KV_FORMATS = ("float32", "bfloat16", "int8")
 KV_MOST_DIM = 1024  # of a head
 _KV_CHUNK = 64
+_HUGE_PAGE = 2 << 20
 
 
 def kv_bytes(layers: int, kv_heads: int, head_dim: int, kv: str = "float32") -> int:
@@ -173,7 +174,8 @@ def kv_bytes(layers: int, kv_heads: int, head_dim: int, kv: str = "float32") -> 
 class SlotMemory:
     """Keys and values of one sequence as the kernels have them: for each 64 positions, all layers and heads together.
 
-    Memory is uninitialised, and the system gives it out page by page: a slot costs what its text takes.
+    Memory is uninitialised, and the system gives it out page by page: a slot costs what its text takes. Pages are huge
+    where 64 positions take half of one or more.
     kv: float32; bfloat16, rounded half to even; or int8 with a scale for each head and position.
     """
 
@@ -185,6 +187,9 @@ class SlotMemory:
         nbytes = self._shape[0] * _KV_CHUNK * kv_bytes(layers, kv_heads, head_dim, kv) // 2
         self._memory = [torch.empty(nbytes, dtype=torch.uint8) for _ in range(2)]
         pointers = [memory.data_ptr() for memory in self._memory]
+        if _KV_CHUNK * kv_bytes(layers, kv_heads, head_dim, kv) >= _HUGE_PAGE:  # else short texts would take much more
+            for pointer in pointers:
+                _kernels.use_huge_pages(pointer, nbytes)
         self._slot = torch.tensor([*pointers, capacity, layers, kv_heads, head_dim, KV_FORMATS.index(kv)])
         self.pointer = self._slot.data_ptr()
 

@@ -428,7 +428,7 @@ def test_a_row_does_not_depend_on_its_company(name: str, threads: int) -> None:
             assert torch.equal(alone, whole[first : first + m]), (m, first)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 32), (16, 8, 128), (5, 1, 48)])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 32), (16, 8, 128), (5, 1, 48), (9, 3, 64), (2, 2, 272)])
 def test_attention_of_a_token_does_not_depend_on_its_company(heads: int, kv_heads: int, dim: int, threads: int) -> None:
     """A prompt in one pass, in windows, and token by token: rope, cache and attention to the same bits."""
     tokens = 140
@@ -445,7 +445,7 @@ def test_attention_of_a_token_does_not_depend_on_its_company(heads: int, kv_head
 
     whole, caches = run(tokens)
     torch.set_num_threads(1)
-    for window in (1, 2, 6, 7, 64):
+    for window in (1, 2, 3, 4, 6, 7, 64):
         out, window_caches = run(window)
         assert torch.equal(out, whole), window
         assert torch.equal(window_caches, caches), window

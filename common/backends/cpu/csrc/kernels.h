@@ -4,6 +4,7 @@
  * and returns; none waits for another thread. The promise kept by all: what is computed for one token row
  * depends neither on the number of rows, nor on the row's place among them, nor on the number of threads. */
 #pragma once
+#include <stddef.h>
 #include <stdint.h>
 
 #define BLOCK 32       /* outputs per block of a packed weight */
@@ -289,7 +290,9 @@ const char *segments_finish(struct segments *); /* derives what follows from slo
 void slot_move(const struct slot *, int64_t from, int64_t to);                      /* one position over another */
 void slot_copy(const struct slot *from, const struct slot *to, int64_t positions); /* the first ones */
 
-/* pack.c: weights from row-major [n, k] to the layouts above */
+/* pack.c. Fresh memory in huge pages where the system leaves that to us: fewer stops of the prefetcher at page ends. */
+void use_huge_pages(void *, size_t bytes);
+/* Weights from row-major [n, k] to the layouts above */
 void pack_int8(const struct layout *, const int8_t *weight, uint8_t *packed, int64_t n, int64_t k);
 void pack_int4(const int8_t *weight, uint8_t *packed, int64_t n, int64_t k);
 void pack_scales(const uint16_t *scale, uint16_t *packed, int64_t n, int64_t groups);
@@ -313,8 +316,9 @@ static inline int64_t tree_chunks(int64_t rows)
 }
 static inline int64_t attention_scratch_bytes(int64_t rows, int64_t dim, int64_t m)
 {
-    /* transposed keys; scores of up to 4 rows; per row a scaled query, and twice an output, maximum and sum; per row its
-     * scores over a tree's keys, and three times 32 bits for where such a key lies (and alignment) */
-    int64_t floats = (dim + 4) * ATTENTION_KEYS + rows * (3 * dim + 4) + (rows + 3) * tree_chunks(m) * ATTENTION_KEYS + 32;
+    /* transposed keys; values as floats; per row scores, a scaled query, and twice an output, maximum and sum, and two factors;
+     * per row its scores over a tree's keys, and three times 32 bits for where such a key lies (and alignment) */
+    int64_t floats = dim * 32 + 64 * ATTENTION_KEYS + rows * (ATTENTION_KEYS + 3 * dim + 6) +
+                     (rows + 3) * tree_chunks(m) * ATTENTION_KEYS + 32;
     return (int64_t)sizeof(float) * (floats - floats % 16);
 }

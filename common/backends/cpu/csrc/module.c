@@ -391,6 +391,12 @@ static PyObject *py_slot_keep(PyObject *Py_UNUSED(self), PyObject *const *object
     Py_RETURN_NONE;
 }
 
+/* memory, bytes */
+FUNCTION(py_use_huge_pages, 2)
+    use_huge_pages(ADDRESS(0), (size_t)INT(1));
+    Py_RETURN_NONE;
+}
+
 /* from, to, positions */
 FUNCTION(py_slot_copy, 3)
     const struct slot *from = ADDRESS(0), *to = ADDRESS(1);
@@ -666,6 +672,7 @@ static PyMethodDef methods[] = {
     FAST("fill_segments", py_fill_segments),
     FAST("slot_keep", py_slot_keep),
     FAST("slot_copy", py_slot_copy),
+    FAST("use_huge_pages", py_use_huge_pages),
     FAST("argmax", py_argmax),
     FAST("top_k", py_top_k),
     FAST("read", py_read),

@@ -1,4 +1,4 @@
-/* Weights, packed once at load time so that a pass reads them from first byte to last. */
+/* Weights, packed once at load time so that a pass reads them from first byte to last; and huge pages for what it reads. */
 #define _GNU_SOURCE
 #include "kernels.h"
 
@@ -7,8 +7,7 @@
 #include <sys/mman.h>
 #endif
 
-/* Fresh memory in huge pages where the system leaves that to us: fewer stops of the prefetcher at page ends. */
-static void use_huge_pages(void *p, size_t bytes)
+void use_huge_pages(void *p, size_t bytes)
 {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     const uintptr_t page = 2 << 20;

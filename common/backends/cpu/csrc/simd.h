@@ -97,12 +97,24 @@ INLINE vf min_(vf a, vf b) { return select_(a < b, a, b); }
 /* Horizontal sum and maximum, always in the same tree. */
 INLINE float sum_lanes(vf v)
 {
+#if ISA_AVX512 || ISA_AVX2
+#if ISA_AVX512
+    __m256 half = _mm256_add_ps(_mm512_castps512_ps256((__m512)v),
+                                _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd((__m512)v), 1)));
+#else
+    __m256 half = (__m256)v;
+#endif
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#else
     float lanes[VL];
     store(lanes, v);
     for (int step = VL / 2; step; step /= 2)
         for (int i = 0; i < step; i++)
             lanes[i] += lanes[i + step];
     return lanes[0];
+#endif
 }
 INLINE float max_lanes(vf v)
 {
