@@ -17,6 +17,7 @@ from quasar.drafting.memory import DraftMemory
 from quasar.engine.sequence import Handle, Listener, Request
 from quasar.engine.settings import GenerationSettings, Result
 from quasar.engine.slots import Held, SlotPool
+from quasar.engine.worth import Worth
 from quasar.errors import QuasarError
 from quasar.memory import gigabytes, host_memory
 from quasar.models.model import Model
@@ -29,7 +30,6 @@ PROMPT_SECONDS = 0.1  # for so long a prompt's rows may hold decoding sequences 
 _LEAST_PROMPT_ROWS = 16
 _LONGEST_DRAFT = 15  # candidates of one sequence, where the settings set no cap
 _SHORT_DRAFT, _SHORT_DRAFTS = 7, 8  # so few candidates are asked for so many times where no more were verified
-_FADING = 0.9  # of what earlier steps took
 _LONGEST_BLOCK = 31  # tokens that a cascade confirms at once
 _HOST_SHARE = 0.4  # of free host memory that keys and values may take where nothing else is said
 
@@ -94,7 +94,7 @@ class Engine:
         self._closing = self._closed = False
         self._around: deque[float] = deque([0.0], maxlen=9)  # seconds of a step beyond its pass
         self._prompt_row_seconds = 0.0
-        self._step_tokens = self._step_seconds = 0.0  # of the latest steps without prompts, on average
+        self._worth = Worth()
         self._stats = EngineStats(kv_bytes_limit=self._slots.bytes_limit)
 
     # From any thread.
@@ -205,8 +205,10 @@ class Engine:
         requests = self._take_turns()
         if not requests:
             return admitted > 0  # all of them were cancelled: there is room for those that wait
+        costs_known = self.runtime.costs_known  # or this step measures them
+        asks = self._worth.asks(len(requests))
         try:
-            drafts = [self._draft(request) for request in requests]
+            drafts = [self._draft(request, asks) for request in requests]
             rows = self._prompt_rows(requests)
             windows = self._windows(requests, drafts, rows)
             begin = time.perf_counter()
@@ -217,11 +219,14 @@ class Engine:
             for request in requests:
                 self._retire(request, error)
             return True
-        row_seconds = self._row_seconds(windows)
         for request, draft, window, verdict in zip(requests, drafts, windows, verdicts, strict=True):
-            self._hand_out(request, draft, window, verdict, row_seconds)
-        tokens = sum(len(verdict.tokens) for verdict in verdicts)
-        self._measure(windows, tokens, time.perf_counter() - clock, pass_seconds)
+            self._hand_out(request, draft, window, verdict)
+        seconds = time.perf_counter() - clock
+        self._measure(windows, seconds, pass_seconds)
+        if costs_known and self.runtime.settled and _only_decode(windows):
+            drafted = any(request.asked for request in requests)
+            if drafted == asks:  # it was for this to decide
+                self._worth.learn(len(requests), drafted, sum(len(verdict.tokens) for verdict in verdicts), seconds)
         return True
 
     def _admit(self) -> None:
@@ -276,19 +281,16 @@ class Engine:
             self._retire(request)
         return list(self._running)
 
-    def _asks(self, request: Request) -> bool:
-        """Whether a sequence's drafter is asked in this step. Who fixes gamma or has a decoder draft wants it."""
-        assert request.drafter is not None
-        decided = request.settings.gamma is not None or request.drafter.takes_passes or self.lossless
-        return decided or request.worth.is_asked()
+    def _draft(self, request: Request, asks: bool) -> Draft:
+        """Candidates of one sequence, most probable first; none for prompts.
 
-    def _draft(self, request: Request) -> Draft:
-        """Candidates of one sequence, most probable first; none for prompts and for drafters that rest."""
+        asks: whether drafters are asked in this step. Who fixes gamma, or has a decoder draft, wants it in each.
+        """
         drafter, settings = request.drafter, request.settings
-        request.asked, request.draft_seconds = False, -request.result.stats.seconds_draft
+        request.asked = False
         if drafter is None or request.prefilling or request.room < 1:
             return Draft()
-        if not self._asks(request):
+        if not asks and settings.gamma is None and not drafter.takes_passes and not self.lossless:
             return Draft()
         request.asked = True
         most = min(_longest(settings), request.room)
@@ -369,8 +371,7 @@ class Engine:
                 )
         return windows
 
-    def _hand_out(self, request: Request, draft: Draft, window: Window, verdict: Verdict, row_seconds: float) -> None:
-        """row_seconds: that each drafted row added to the pass."""
+    def _hand_out(self, request: Request, draft: Draft, window: Window, verdict: Verdict) -> None:
         self._stats.passes += 1
         if window.chooser is None:
             return
@@ -386,35 +387,20 @@ class Engine:
                 drafter.observe(draft, len(window.draft), verdict.own, verdict.top)
             drafter.extend(request.tokens[known:])
             stats.seconds_draft += time.perf_counter() - clock
-            if request.asked and self._step_tokens:
-                seconds = request.draft_seconds + stats.seconds_draft + row_seconds * len(window.draft)
-                token_seconds = self._step_seconds / self._step_tokens
-                request.worth.learn(
-                    len(verdict.accepted), seconds, token_seconds, self._step_seconds, len(self._running)
-                )
         self._stats.tokens += len(verdict.tokens)
         self._stats.drafted += len(window.draft)
         self._stats.accepted += len(verdict.accepted)
         if over:
             self._retire(request)
 
-    def _row_seconds(self, windows: Sequence[Window]) -> float:
-        rows, drafted = _rows(windows), sum(len(window.draft) for window in windows)
-        if not drafted or not self.runtime.costs_known:
-            return 0.0
-        return (self.runtime.costs(rows) - self.runtime.costs(rows - drafted)) / drafted
-
-    def _measure(self, windows: Sequence[Window], tokens: int, seconds: float, pass_seconds: float) -> None:
-        rows = _rows(windows)
+    def _measure(self, windows: Sequence[Window], seconds: float, pass_seconds: float) -> None:
+        rows = sum(len(window.uncached_tokens) + len(window.draft) for window in windows)
         if rows > MOST_ROWS:
             self._prompt_row_seconds = pass_seconds / rows
         elif self.runtime.costs_known:
             self._around.append(seconds - pass_seconds)
-            single = all(window.chooser is not None and len(window.uncached_tokens) == 1 for window in windows)
-            if single and self.runtime.settled:
+            if _only_decode(windows) and self.runtime.settled:
                 self.runtime.costs.learn(rows, pass_seconds)
-                self._step_tokens = _FADING * self._step_tokens + (1 - _FADING) * tokens
-                self._step_seconds = _FADING * self._step_seconds + (1 - _FADING) * seconds
 
     def _retire(self, request: Request, error: BaseException | None = None) -> None:
         """Ends a request; its slot stays for the prompts that begin as it did."""
@@ -429,8 +415,8 @@ class Engine:
         request.finish(error)
 
 
-def _rows(windows: Sequence[Window]) -> int:
-    return sum(len(window.uncached_tokens) + len(window.draft) for window in windows)
+def _only_decode(windows: Sequence[Window]) -> bool:
+    return all(window.chooser is not None and len(window.uncached_tokens) == 1 for window in windows)
 
 
 def _longest(settings: GenerationSettings) -> int:

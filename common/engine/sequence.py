@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 
 from quasar.backends.base import Slot
 from quasar.engine.settings import GenerationSettings, Result, TokenEvent
-from quasar.engine.worth import Worth
 from quasar.errors import QuasarError
 from quasar.models.model import Model
 from quasar.speculation.choice import TokenChooser
@@ -35,9 +34,7 @@ class Request:
         self.chooser = TokenChooser(settings.sampling(), settings.rules(self.ends), settings.grammar, prompt)
         self.slot: Slot | None = None  # from admission to retirement
         self.drafter: Drafter | None = None
-        self.worth = Worth()
         self.asked = False  # whether the drafter was, in this step
-        self.draft_seconds = 0.0  # that it took in this step
         self.short_drafts = 0  # drafts that are kept short
         self.result = Result(prompt_tokens=len(prompt))
         if settings.logprobs is not None:

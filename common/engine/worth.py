@@ -1,38 +1,77 @@
-"""Whether asking a drafter pays: what it brings, against the time that it takes from everybody."""
+"""Whether drafting pays: steps with drafts against steps without, as they were measured in this engine.
+
+Drafts cost more than the rows that they add: the drafters' own time, the runners-up that they learn from, a server that
+waits meanwhile. Whole steps count all of it.
+"""
 
 from __future__ import annotations
 
-from math import ceil
+from dataclasses import dataclass
 
-_FADING = 0.9  # of what earlier steps said
-_TRIAL = 4  # steps in which a drafter is asked whatever it brings
-_SHARE = 0.01  # of all time, which drafters that do not pay may take together
+_FADING = 0.97  # of what earlier steps said
+_TRIAL = 8  # steps with drafts before the first without
+_PLAIN_EVERY = 64  # steps, where drafting pays
+_PROBE = 2  # steps with drafts at a time, where it does not
+_FIRST_REST, _LONGEST_REST = 8, 128  # steps between them
+_MARGIN = 0.98  # of plain decoding's speed, below which drafting does not pay
+
+
+@dataclass
+class _Mean:
+    weight: float = 0.0
+    total: float = 0.0
+
+    def add(self, value: float) -> None:
+        self.weight = _FADING * self.weight + 1
+        self.total = _FADING * self.total + value
+
+    def __call__(self) -> float:
+        return self.total / self.weight
+
+
+class _Balance:
+    """At one number of sequences."""
+
+    def __init__(self) -> None:
+        self.tokens, self.drafting, self.plain = _Mean(), _Mean(), _Mean()  # per sequence; seconds per step
+        self.asks, self._left, self._rest = True, _TRIAL, _FIRST_REST
+
+    def learn(self, drafted: bool, tokens: float, seconds: float) -> None:
+        if drafted:
+            self.tokens.add(tokens)
+            self.drafting.add(seconds)
+        else:
+            self.plain.add(seconds)
+        self._left -= 1
+        if self._left > 0:
+            return
+        if not self.plain.weight:
+            self.asks, self._left = False, 1
+        elif self.tokens() * self.plain() >= _MARGIN * self.drafting():
+            # Now and then a step without, to know what one takes.
+            self._rest = _FIRST_REST
+            self.asks = not self.asks
+            self._left = _PLAIN_EVERY if self.asks else 1
+        elif self.asks:
+            self.asks, self._left = False, self._rest
+            self._rest = min(2 * self._rest, _LONGEST_REST)
+        else:
+            self.asks, self._left = True, _PROBE
 
 
 class Worth:
-    """Of one sequence's drafter. A token is worth the time that the engine takes for one at present."""
+    """Of an engine's drafters together."""
 
     def __init__(self) -> None:
-        self._steps = self._tokens = self._seconds = 0.0
-        self._rest, self._left = 1, 0
+        self._balances: dict[int, _Balance] = {}
 
-    def is_asked(self) -> bool:
-        """Whether it is asked in this step; called once a step."""
-        self._left = max(0, self._left - 1)
-        return not self._left
+    def asks(self, sequences: int) -> bool:
+        """Whether drafters are asked in a step of so many sequences."""
+        return self._at(sequences).asks
 
-    def learn(self, accepted: int, seconds: float, token_seconds: float, step_seconds: float, drafters: int) -> None:
-        """After a step in which it was asked.
+    def learn(self, sequences: int, drafted: bool, tokens: int, seconds: float) -> None:
+        """After a step without prompts. drafted: whether drafters were asked; tokens: that it committed."""
+        self._at(sequences).learn(drafted, tokens / sequences, seconds)
 
-        accepted: its candidates that were right; seconds: that it took, its rows in the pass included; token_seconds:
-        that the engine takes for a token; step_seconds: for a step; drafters: of all sequences that run.
-        """
-        self._steps = _FADING * self._steps + 1
-        self._tokens = _FADING * self._tokens + accepted
-        self._seconds = _FADING * self._seconds + seconds
-        if self._tokens * token_seconds >= self._seconds or self._steps < sum(_FADING**i for i in range(_TRIAL)):
-            self._rest = 1
-        else:
-            longest = ceil(self._seconds / self._steps * drafters / (_SHARE * step_seconds))
-            self._rest = max(1, min(2 * self._rest, longest))
-        self._left = self._rest
+    def _at(self, sequences: int) -> _Balance:
+        return self._balances.setdefault((sequences - 1).bit_length(), _Balance())
