@@ -30,9 +30,9 @@ def compiled(request):
 
 def test_all_were_compiled(compiled):
     capability, kernels = compiled
-    rows = {"_embed", "_add_rms_norm", "_swiglu", "_quantize", "_quantize_by_peak"} if capability == 90 else set()
-    always = ("_rotate", "_attend_items", "_combine_splits", "_move_rows")
-    assert {kernel["kernel"] for kernel in kernels} == {*LINEAR, *rows, *always}
+    rows = {"_embed", "_add_rms_norm", "_swiglu", "_quantize", "_quantize_by_peak", "_digits", "_fold"}
+    always = {"_rotate", "_attend_items", "_combine_splits", "_move_rows"}
+    assert {kernel["kernel"] for kernel in kernels} == {*LINEAR, *always} | (rows if capability == 90 else set())
 
 
 def test_nothing_spills_and_all_fits(compiled):
