@@ -84,11 +84,11 @@ class CompressedTensorsFolder(SafetensorsFolder):
         if f"{name}.weight_g_idx" in self:
             raise QuasarError(f"{self.folder}: {name}.weight_g_idx reorders inputs; Quasar reads groups of neighbours")
         self.skip(f"{name}.weight_shape")
-        values = unpack_int4(self._words(f"{name}.weight_packed", out, inputs // _PER_WORD), out)
+        values = unpack(self._words(f"{name}.weight_packed", out, inputs // _PER_WORD), 4)
         scale = self._scale(f"{name}.weight_scale", (out, groups)).view(out, groups)
         offset = None
         if not scheme.symmetric:
-            zero = unpack_int4(self._words(f"{name}.weight_zero_point", -(-out // _PER_WORD), groups).t(), groups)
+            zero = unpack(self._words(f"{name}.weight_zero_point", -(-out // _PER_WORD), groups).t(), 4)
             offset = (-zero.t()[:out].float() * scale).bfloat16()
         own = self.get(f"{name}.bias", (out,)) if bias else None
         return Int4Weights(values, scale.bfloat16(), offset, own)
@@ -100,7 +100,7 @@ class CompressedTensorsFolder(SafetensorsFolder):
         words = self._words(f"{name}.weight_packed", out, inputs // _BYTES)
         scale = self._scale(f"{name}.weight_scale", (out, 1), (out,)).contiguous()
         own = self.get(f"{name}.bias", (out,)) if bias else None
-        return Int8Weights(unpack_int8(words), scale, own, wide=True)
+        return Int8Weights(unpack(words, 8), scale, own, wide=True)
 
     def _words(self, name: str, *shape: int) -> Tensor:
         words = self.read(name, shape)
@@ -168,32 +168,21 @@ class _Scheme:
         self.group, self.symmetric = size, bool(weights.get("symmetric", True))
 
 
-def unpack_int4(words: Tensor, rows: int) -> Tensor:
-    """int32 [rows, words] -> int8 [rows, 8 * words] between -8 and 7."""
-    shifts = torch.arange(0, 32, 4, dtype=torch.int32)
-    return ((words[:, :, None] >> shifts) & 15).sub(8).to(torch.int8).reshape(rows, -1)
+def unpack(words: Tensor, bits: int) -> Tensor:
+    """int32 [rows, words] -> int8 [rows, 32 / bits * words]: what `pack` packed, and what filled the last word up."""
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    values = (words[:, :, None] >> shifts) & (1 << bits) - 1
+    return values.sub(1 << bits - 1).to(torch.int8).flatten(1)
 
 
-def unpack_int8(words: Tensor) -> Tensor:
-    """int32 [rows, words] -> int8 [rows, 4 * words]."""
-    shifts = torch.arange(0, 32, 8, dtype=torch.int32)
-    return ((words[:, :, None] >> shifts) & 255).sub(128).to(torch.int8).reshape(len(words), -1)
-
-
-def pack_int8(values: Tensor) -> Tensor:
-    """int8 [rows, 4 * words] -> int32 [rows, words] of values + 128, the first in the lowest bits."""
-    shifts = torch.arange(0, 32, 8)
-    words = ((values.long() + 128).view(len(values), -1, _BYTES) << shifts).sum(dim=-1)
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
-
-
-def pack_int4(values: Tensor) -> Tensor:
-    """int8 [rows, n] between -8 and 7 -> int32 [rows, ceil(n / 8)], filled up with zero bits."""
+def pack(values: Tensor, bits: int) -> Tensor:
+    """int8 [rows, n] of so many bits -> int32 [rows, ceil(n * bits / 32)] of values + 2^(bits - 1), the first in the
+    lowest bits, filled up with zero bits."""
     rows, n = values.shape
-    nibbles = torch.zeros(rows, -(-n // _PER_WORD) * _PER_WORD, dtype=torch.int64)
-    nibbles[:, :n] = values.long() + 8
-    shifts = torch.arange(0, 32, 4)
-    words = (nibbles.view(rows, -1, _PER_WORD) << shifts).sum(dim=-1)
+    per_word = 32 // bits
+    unsigned = torch.zeros(rows, -(-n // per_word) * per_word, dtype=torch.int64)
+    unsigned[:, :n] = values.long() + (1 << bits - 1)
+    words = (unsigned.view(rows, -1, per_word) << torch.arange(0, 32, bits)).sum(dim=-1)
     return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
 
 
@@ -305,7 +294,7 @@ class CompressedTensorsWriter:
             return tensors | self._int4(name, weights)
         if weights.wide:
             return tensors | {
-                f"{name}.weight_packed": pack_int8(weights.values),
+                f"{name}.weight_packed": pack(weights.values, 8),
                 f"{name}.weight_scale": weights.scale[:, None],
                 f"{name}.weight_shape": torch.tensor(weights.values.shape),
             }
@@ -318,7 +307,7 @@ class CompressedTensorsWriter:
         if weights.hadamard is not None:
             raise QuasarError(f"{name} rotates its input while running, which {self.format} cannot say")
         tensors = {
-            f"{name}.weight_packed": pack_int4(weights.values),
+            f"{name}.weight_packed": pack(weights.values, 4),
             f"{name}.weight_scale": weights.scale,
             f"{name}.weight_shape": torch.tensor(weights.values.shape),
         }
@@ -327,7 +316,7 @@ class CompressedTensorsWriter:
             whole = zero.round()
             if not bool(((zero - whole).abs() < 0.1).all()):
                 raise QuasarError(f"{name} has zero points that are no whole numbers, which {self.format} cannot say")
-            tensors[f"{name}.weight_zero_point"] = pack_int4(whole.to(torch.int8).t()).t()
+            tensors[f"{name}.weight_zero_point"] = pack(whole.to(torch.int8).t(), 4).t()
         return tensors
 
     def config(self, ignore: list[str]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from quasar.backends import get_backend
 from quasar.backends.base import widest
 from quasar.backends.cpu import kernels
 from quasar.checkpoints import WRITERS
-from quasar.checkpoints.compressed_tensors import pack_int8, unpack_int8
+from quasar.checkpoints.compressed_tensors import pack, unpack
 from quasar.checkpoints.weights import FullWeights, Int8Weights
 from quasar.export.export import quantize_checkpoint
 from quasar.export.settings import ExportSettings
@@ -141,11 +141,11 @@ def test_wide_inputs_are_nearer_to_full_precision() -> None:
 def test_packed_int8_is_unpacked(rows: int, words: int, seed: int) -> None:
     values = torch.randint(-128, 128, (rows, 4 * words), generator=torch.Generator().manual_seed(seed))
     values = values.to(torch.int8)
-    assert torch.equal(unpack_int8(pack_int8(values)), values)
+    assert torch.equal(unpack(pack(values, 8), 8), values)
 
 
 def test_the_first_value_has_the_lowest_bits() -> None:
-    assert pack_int8(torch.tensor([[-127, -128, -128, -128]], dtype=torch.int8)).tolist() == [[1]]
+    assert pack(torch.tensor([[-127, -128, -128, -128]], dtype=torch.int8), 8).tolist() == [[1]]
 
 
 @pytest.mark.parametrize("name", list(WRITERS))
