@@ -21,7 +21,8 @@ def read_text(path: Path, name: str = "") -> str:
 
 def read_lines(path: Path, name: str = "") -> list[str]:
     """The lines of a JSONL file. A text inside may hold what other conventions take for the end of a line (U+2028)."""
-    return read_text(path, name).removesuffix("\n").split("\n")
+    text = read_text(path, name)
+    return text.removesuffix("\n").split("\n") if text else []
 
 
 def parse_json(text: str) -> Any:

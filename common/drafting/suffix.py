@@ -35,8 +35,6 @@ class SuffixStore:
         if not path.parent.is_dir():
             raise QuasarError(f"--draft suffix:{path}: there is no folder {path.parent} to keep it in")
         for number, line in enumerate(lines, 1):
-            if not line:  # behind the last
-                continue
             state = ROOT
             for token in _ids(line, vocab_size, f"{path}:{number}"):
                 state = self.automaton.extend(state, token)
