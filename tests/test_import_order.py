@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 # A room may import those before it; rooms of one line do not import one another.
 ORDER = (
     ("errors", "assets"),
-    ("memory", "reading", "text"),
+    ("locking", "memory", "reading", "text"),
     ("backends",),
     ("checkpoints",),
     ("models",),

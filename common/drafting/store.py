@@ -20,6 +20,7 @@ from typing import IO, Any
 
 from quasar.drafting.corpus import MOST_TOKENS, Corpus
 from quasar.errors import QuasarError
+from quasar.locking import lock
 from quasar.reading import parse_json
 
 _FORMAT = 1
@@ -46,7 +47,8 @@ class CorpusStore(Corpus):
             self._folder.mkdir(parents=True, exist_ok=True)
             self._lock_file = (self._folder / "lock").open("a+b")
             try:
-                _lock(self._lock_file, self._folder)
+                in_use = "is in use by another process or engine; name another folder, or end that one"
+                lock(self._lock_file, f"--draft-store {self._folder}: {in_use}")
                 self._check(fingerprint)
                 self._read()
             except BaseException:
@@ -192,16 +194,3 @@ def _replace(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     beside.replace(path)
-
-
-def _lock(file: IO[bytes], folder: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # no such locks on this system
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise QuasarError(
-            f"--draft-store {folder}: is in use by another process or engine; name another folder, or end that one"
-        ) from None

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from quasar.checkpoints.folder import read_json
 from quasar.errors import QuasarError
+from quasar.locking import locked
 
 _RESUME, _STATE, _FIGURES = "resume.json", "hidden_states.resume", "figures"
 _COPIED = (".json", ".txt", ".model", ".tiktoken", ".jinja", ".py")
@@ -60,25 +61,10 @@ class Workspace:
                 f"{self.folder} was begun with another {' and '.join(other)}; remove it, or repeat that command"
             )
 
-    @contextmanager
-    def alone(self) -> Iterator[None]:
+    def alone(self) -> AbstractContextManager[None]:
         """Raises QuasarError while another process writes into the folder."""
-        try:
-            import fcntl
-        except ImportError:  # no such locks on this system
-            yield
-            return
-        opened = os.open(self.folder, os.O_RDONLY)
-        try:
-            try:
-                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise QuasarError(
-                    f"{self.folder}: another process writes into it; wait for that one, or name another --output"
-                ) from None
-            yield
-        finally:
-            os.close(opened)
+        refusal = f"{self.folder}: another process writes into it; wait for that one, or name another --output"
+        return locked(self.folder, refusal)
 
     @property
     def figures(self) -> dict[str, Any] | None:
