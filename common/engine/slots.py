@@ -6,7 +6,7 @@ A new prompt takes over, or copies, the longest prefix that a slot holds. The le
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from quasar.backends.base import Slot
@@ -23,10 +23,6 @@ class Held:
     slot: Slot
     tokens: Sequence[int]
     prefilling: bool
-
-    def prefix_of(self, prompt: Sequence[int]) -> int:
-        """How many of a prompt's tokens the slot begins with by now."""
-        return min(common_prefix(prompt, self.tokens), self.slot.length)
 
 
 class SlotPool:
@@ -52,22 +48,21 @@ class SlotPool:
         """Keeps the slot of a sequence that ended; tokens: the whole text, of which it holds the beginning."""
         self._idle[slot] = list(tokens[: slot.length])
 
-    def prefix_is_coming(self, tokens: Sequence[int], running: Iterable[Held]) -> bool:
-        """Whether a running prompt is about to hold more of this one's prefix than any slot does."""
-        prompt, running = tokens[:-1], list(running)
-        here = max([self._longest(prompt)[1], *(held.prefix_of(prompt) for held in running)])
-        coming = max((common_prefix(prompt, held.tokens) for held in running if held.prefilling), default=0)
-        return coming >= here + _SHARED_PREFIX
-
-    def take(self, tokens: Sequence[int], capacity: int, running: Iterable[Held]) -> Slot | None:
-        """A slot for a prompt, with the longest prefix of it that any slot holds; None where memory has to become free
-        first. At least the prompt's last token is not in it: its logits are wanted."""
-        prompt, running = tokens[:-1], list(running)
+    def take(self, tokens: Sequence[int], capacity: int, running: Sequence[Held]) -> Slot | None:
+        """A slot for a prompt, with the longest prefix of it that any slot holds. None where it had better wait: for
+        memory to become free, or for a running prompt that is about to hold more of its prefix than any slot does.
+        At least the prompt's last token is not in the slot: its logits are wanted."""
+        prompt = tokens[:-1]
         idle, idle_length = self._longest(prompt)
-        source, length = idle, idle_length
+        source, length, coming = idle, idle_length, 0
         for held in running:
-            if (shared := held.prefix_of(prompt)) > length:
-                source, length = held.slot, shared
+            shared = common_prefix(prompt, held.tokens)
+            if held.prefilling:
+                coming = max(coming, shared)
+            if (here := min(shared, held.slot.length)) > length:
+                source, length = held.slot, here
+        if coming >= length + _SHARED_PREFIX:
+            return None
         if idle is not None and idle_length == length and idle.capacity >= capacity:
             slot = self._remove(idle, length)
         else:
