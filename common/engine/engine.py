@@ -206,6 +206,7 @@ class Engine:
         if not requests:
             return admitted > 0  # all of them were cancelled: there is room for those that wait
         costs_known = self.runtime.costs_known  # or this step measures them
+        drafting = -sum(request.result.stats.seconds_draft for request in requests)
         asks = self._worth.asks(len(requests))
         try:
             drafts = [self._draft(request, asks) for request in requests]
@@ -222,11 +223,12 @@ class Engine:
         for request, draft, window, verdict in zip(requests, drafts, windows, verdicts, strict=True):
             self._hand_out(request, draft, window, verdict)
         seconds = time.perf_counter() - clock
-        self._measure(windows, seconds, pass_seconds)
-        if costs_known and self.runtime.settled and _only_decode(windows):
-            drafted = any(request.asked for request in requests)
-            if drafted == asks:  # it was for this to decide
-                self._worth.learn(len(requests), drafted, sum(len(verdict.tokens) for verdict in verdicts), seconds)
+        usual = self._measure(windows, seconds, pass_seconds)
+        if asks and usual and costs_known:
+            drafting += sum(request.result.stats.seconds_draft for request in requests) + self._row_seconds(windows)
+            accepted = sum(len(verdict.accepted) for verdict in verdicts)
+            plain = max(seconds - drafting, pass_seconds / 2)  # what rows cost is an estimate
+            self._worth.learn(len(requests), accepted, drafting, plain)
         return True
 
     def _admit(self) -> None:
@@ -242,8 +244,6 @@ class Engine:
                 request = self._waiting[0]
             try:
                 held = [Held(r.slot, r.tokens, r.prefilling) for r in self._running if r.slot is not None]
-                if self._slots.prefix_is_coming(request.tokens, held):
-                    return
                 request.slot = self._slots.take(request.tokens, request.capacity, held)
                 if request.slot is None:
                     return
@@ -281,16 +281,22 @@ class Engine:
             self._retire(request)
         return list(self._running)
 
+    def _may_rest(self, request: Request) -> bool:
+        """Whether a sequence's drafter may be left out of a step. Who fixes gamma or has a decoder draft wants it in
+        each."""
+        drafter = request.drafter
+        return drafter is not None and not (request.settings.gamma or drafter.takes_passes or self.lossless)
+
     def _draft(self, request: Request, asks: bool) -> Draft:
         """Candidates of one sequence, most probable first; none for prompts.
 
-        asks: whether drafters are asked in this step. Who fixes gamma, or has a decoder draft, wants it in each.
+        asks: whether drafters that may rest are asked in this step.
         """
         drafter, settings = request.drafter, request.settings
         request.asked = False
         if drafter is None or request.prefilling or request.room < 1:
             return Draft()
-        if not asks and settings.gamma is None and not drafter.takes_passes and not self.lossless:
+        if not asks and self._may_rest(request):
             return Draft()
         request.asked = True
         most = min(_longest(settings), request.room)
@@ -381,7 +387,6 @@ class Engine:
         stats = request.result.stats
         if drafter is not None:
             stats.draft_passes, stats.draft_weight_bytes = drafter.passes, drafter.weight_bytes
-        if drafter is not None:
             clock = time.perf_counter()
             if request.asked:
                 drafter.observe(draft, len(window.draft), verdict.own, verdict.top)
@@ -393,14 +398,24 @@ class Engine:
         if over:
             self._retire(request)
 
-    def _measure(self, windows: Sequence[Window], seconds: float, pass_seconds: float) -> None:
+    def _measure(self, windows: Sequence[Window], seconds: float, pass_seconds: float) -> bool:
+        """Learns what a step took; returns whether it was one as most are: no prompt, nothing for the first time."""
         rows = sum(len(window.uncached_tokens) + len(window.draft) for window in windows)
+        decoding = all(window.chooser is not None and len(window.uncached_tokens) == 1 for window in windows)
+        usual = decoding and self.runtime.settled
         if rows > MOST_ROWS:
             self._prompt_row_seconds = pass_seconds / rows
         elif self.runtime.costs_known:
             self._around.append(seconds - pass_seconds)
-            if _only_decode(windows) and self.runtime.settled:
+            if usual:
                 self.runtime.costs.learn(rows, pass_seconds)
+        return usual
+
+    def _row_seconds(self, windows: Sequence[Window]) -> float:
+        """What the rows of candidates add to a pass."""
+        drafted = sum(len(window.draft) for window in windows)
+        rows = drafted + sum(len(window.uncached_tokens) for window in windows)
+        return self.runtime.costs(rows) - self.runtime.costs(rows - drafted) if drafted else 0.0
 
     def _retire(self, request: Request, error: BaseException | None = None) -> None:
         """Ends a request; its slot stays for the prompts that begin as it did."""
@@ -413,10 +428,6 @@ class Engine:
             self._slots.put(request.slot, request.tokens)
             request.slot = None
         request.finish(error)
-
-
-def _only_decode(windows: Sequence[Window]) -> bool:
-    return all(window.chooser is not None and len(window.uncached_tokens) == 1 for window in windows)
 
 
 def _longest(settings: GenerationSettings) -> int:

@@ -1,39 +1,51 @@
-"""Drafting that makes steps slower than it makes them fewer rests, and comes back when it pays."""
+"""Drafts that take more time than they save are rare, and come back when they pay."""
 
 from __future__ import annotations
+
+import pytest
 
 from quasar.engine.worth import Worth
 from tests.helpers.unmeasured import learn_worth
 
+PLAIN = 0.01  # seconds of a step without drafts
 
-def shares(worth: Worth, steps: int, sequences: int, tokens: int, drafting: float, plain: float) -> float:
-    """The share of so many steps in which drafters are asked; their tokens, and the seconds of a step of each kind."""
+
+def share(worth: Worth, steps: int, sequences: int, accepted: int, taken: float) -> float:
+    """The share of so many steps in which drafters are asked; what each brings, and the seconds it takes."""
     asked = 0
     for _ in range(steps):
-        asks = worth.asks(sequences)
-        asked += asks
-        learn_worth(worth, sequences, asks, tokens if asks else sequences, drafting if asks else plain)
+        if worth.asks(sequences):
+            asked += 1
+            learn_worth(worth, sequences, accepted, taken, PLAIN)
     return asked / steps
 
 
-def test_drafts_that_cost_more_than_they_bring_are_rare() -> None:
+@pytest.mark.parametrize("taken", [0.0002, 0.001, 0.004])
+def test_drafts_that_are_never_right_take_a_hundredth_of_the_time(taken: float) -> None:
     worth = Worth()
-    assert shares(worth, 1000, 16, tokens=18, drafting=0.028, plain=0.019) < 0.1
-    assert 0 < shares(worth, 1000, 16, tokens=18, drafting=0.028, plain=0.019) < 0.03
+    share(worth, 1000, 1, accepted=0, taken=taken)
+    assert 0 < share(worth, 4000, 1, accepted=0, taken=taken) * taken <= 0.0105 * PLAIN
 
 
-def test_drafts_that_pay_are_made_in_almost_every_step() -> None:
-    assert shares(Worth(), 1000, 4, tokens=6, drafting=0.012, plain=0.010) > 0.97
+def test_a_candidate_is_worth_less_to_many_sequences() -> None:
+    assert share(Worth(), 1000, 1, accepted=1, taken=0.004) == 1
+    assert share(Worth(), 1000, 16, accepted=1, taken=0.004) < 0.1
 
 
 def test_a_text_that_drafts_begin_to_match_is_noticed() -> None:
     worth = Worth()
-    shares(worth, 500, 1, tokens=1, drafting=0.012, plain=0.010)
-    shares(worth, 400, 1, tokens=4, drafting=0.012, plain=0.010)
-    assert shares(worth, 400, 1, tokens=4, drafting=0.012, plain=0.010) > 0.97
+    share(worth, 500, 1, accepted=0, taken=0.0004)
+    assert share(worth, 100, 1, accepted=2, taken=0.0004) > 0.95
+
+
+def test_one_step_of_luck_or_of_none_decides_nothing() -> None:
+    worth = Worth()
+    share(worth, 100, 1, accepted=1, taken=0.002)
+    share(worth, 1, 1, accepted=0, taken=0.004)
+    assert worth.asks(1)
 
 
 def test_numbers_of_sequences_are_judged_each_by_itself() -> None:
     worth = Worth()
-    shares(worth, 500, 16, tokens=16, drafting=0.03, plain=0.02)
-    assert shares(worth, 500, 1, tokens=2, drafting=0.012, plain=0.010) > 0.95
+    share(worth, 500, 16, accepted=0, taken=0.004)
+    assert worth.asks(1)
