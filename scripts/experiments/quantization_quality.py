@@ -1,6 +1,6 @@
 """What each way to quantise costs on text that the model writes itself: KL against bytes, on a real chat model.
 
-    python scripts/experiments/quantization_quality.py --plot docs/images/quality_smollm2.svg
+    python scripts/experiments/quantization_quality.py --plot docs/images/quality_smollm2.png
 
 Methods see the built-in calibration texts, as users' do, or the questions of --calibration with the model's answers.
 They are measured on --questions with answers sampled from the full-precision model at temperature 0.7: on whole
@@ -81,8 +81,8 @@ def ways(
             print(f"budget 2%: {describe(chosen, pass_bytes(c))}", flush=True)
             kept = recipe.method(c, [(each.layer, each.name) for each in chosen])
             yield name, kept, False
-    yield "the default, lm_head int8", DEFAULT_RECIPE.method(c), True
-    yield "the default, lm_head int8 under int8 inputs", Recipe(wide=("qkv", "down")).method(c), True
+    yield "W8A8, the default, lm_head int8", DEFAULT_RECIPE.method(c), True
+    yield "W8A8, the default, lm_head int8 under int8 inputs", Recipe(wide=("qkv", "down")).method(c), True
     yield "W4A16 symmetric 128, rotated, to nearest", Int4(c), False
     for group in (32, 128):
         for whole in (False, True):
@@ -164,19 +164,23 @@ def draw(path: Path, model: str, points: list[tuple[str, float, float]]) -> None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(9, 5.5))
+    figure, axes = pyplot.subplots(figsize=(9, 5))
+    together: dict[tuple[float, float], list[int]] = {}  # points that the eye cannot tell apart share their numbers
     for number, (name, megabytes, kl) in enumerate(points, 1):
         axes.plot(megabytes, kl, "o", color="C0" if name.startswith("W8A8") else "C1")
-        axes.annotate(str(number), (megabytes, kl), textcoords="offset points", xytext=(5, 3), fontsize=8)
+        near = next((at for at in together if at[0] == megabytes and 0.8 < at[1] / kl < 1.25), (megabytes, kl))
+        together.setdefault(near, []).append(number)
+    for at, numbers in together.items():
+        label = ", ".join(map(str, numbers))
+        axes.annotate(label, at, textcoords="offset points", xytext=(6, -3), fontsize=8)
     names = "\n".join(f"{number}  {name}" for number, (name, _, _) in enumerate(points, 1))
-    figure.text(0.6, 0.5, names, fontsize=7, va="center")
-    figure.subplots_adjust(right=0.58, left=0.09)
+    axes.text(1.04, 0.5, names, transform=axes.transAxes, fontsize=8, va="center", linespacing=1.5)
     axes.set_yscale("log")
     axes.set_xlabel("MB that a pass reads")
     axes.set_ylabel("mean KL to full precision, nats")
     axes.set_title(f"{model}, its own conversations", fontsize=10)
     axes.grid(alpha=0.3, which="both")
-    figure.savefig(path)
+    figure.savefig(path, bbox_inches="tight")
 
 
 if __name__ == "__main__":
