@@ -19,13 +19,13 @@ from pathlib import Path
 
 import torch
 
-from quasar import Engine, GenerationSettings
+from quasar import Engine, GenerationSettings, load
 from quasar.checkpoints.weights import LINEARS
 from quasar.models.build import build
 from quasar.models.model import ASSETS, Checkpoint, LoadOptions, open_model
 from quasar.quantization.budget import choose_kept, describe
 from quasar.quantization.calibration import read_texts
-from quasar.quantization.fidelity import FidelityTally
+from quasar.quantization.fidelity import FidelityProbe, FidelityTally
 from quasar.quantization.methods import W8A8, Int4, Method, int8_head
 from quasar.quantization.recipe import DEFAULT_RECIPE, Recipe, pass_bytes
 from quasar.quantization.stream import LayerQuantizer
@@ -118,6 +118,16 @@ def measure(
     return cells, nbytes + quantized.nbytes
 
 
+def measure_checkpoint(found: Checkpoint, name: str, texts: Sequence[Conversation]) -> tuple[list[str], int]:
+    """As `measure`, of a checkpoint that holds the model quantised."""
+    full, theirs = found.decoder(), load(name).decoder
+    cells = []
+    for sequences in ([text.ids for text in texts], [text.ids[: text.question] for text in texts]):
+        figures = FidelityProbe(full, sequences).compare(theirs)
+        cells += [f"{figures.mean_kl:.2e}", f"{figures.top1_agreement:.1%}"]
+    return cells, theirs.weight_bytes_per_pass
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
@@ -129,6 +139,10 @@ def main() -> None:
     parser.add_argument(
         "--only", default="", metavar="WORDS", help="ways whose name holds one of these, with ; between"
     )
+    parser.add_argument("--checkpoint", metavar="DIR", help="measure what another program made of the model, too")
+    parser.add_argument(
+        "--keep-calibration", type=Path, metavar="FILE", help="write the calibration texts for it, JSONL of input_ids"
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw KL against bytes (needs matplotlib)")
     args = parser.parse_args()
     found = open_model(args.model, LoadOptions())
@@ -136,6 +150,8 @@ def main() -> None:
         calibration, _ = calibration_and_heldout(found.config, found.tokenizer)
     else:
         calibration = [t.ids for t in sampled(found, args.calibration, args.count, args.tokens, args.samples)]
+    if args.keep_calibration is not None:
+        args.keep_calibration.write_text("".join(json.dumps({"input_ids": list(ids)}) + "\n" for ids in calibration))
     texts = sampled(found, args.questions, args.count, args.tokens, args.samples)
     measured = sum(len(text.ids) for text in texts)
     print(f"{args.model}: {sum(map(len, calibration))} tokens to calibrate on, {measured} to measure on")
@@ -153,6 +169,9 @@ def main() -> None:
             seconds = time.process_time() - clock
             print(f"| {name} | {' | '.join(cells)} | {nbytes / 1e6:.1f} | {seconds:.0f} |", flush=True)
             points.append((name, nbytes / 1e6, float(cells[0])))
+    if args.checkpoint is not None:
+        cells, nbytes = measure_checkpoint(found, args.checkpoint, texts)
+        print(f"| {args.checkpoint} | {' | '.join(cells)} | {nbytes / 1e6:.1f} | |")
     if args.plot is not None:
         draw(args.plot, args.model, points)
 
