@@ -262,6 +262,7 @@ _BLOCK = 32  # outputs per block of a packed weight
 _float32, _int8 = torch.float32, torch.int8
 _threads = torch.get_num_threads
 _MOST_TOP_K = 64
+_INT4_MOST_GROUP = 16384  # inputs, of which int32 holds the sum
 
 
 def _pointer(tensor: Tensor, dtype: torch.dtype, elements: int) -> int:
@@ -373,8 +374,10 @@ class PackedInt4:
         (self.n, self.k), groups = weight.shape, scale.shape[1]
         self.instruction_set = _isa
         self.group = self.k // groups
-        if self.k % groups or self.group % 8:
-            raise ValueError(f"{groups} groups of {self.k} inputs: a group must be a multiple of 8")
+        if self.k % groups or self.group % 8 or self.group > _INT4_MOST_GROUP:
+            raise ValueError(
+                f"{groups} groups of {self.k} inputs: a group must be a multiple of 8, at most {_INT4_MOST_GROUP}"
+            )
         blocks = -(-self.n // _BLOCK)
         # [blocks, k / 8, 32, 4] and [blocks, groups, 32], see csrc/pack.c; the addresses must not change from here on
         self.tensor = torch.empty(blocks * _BLOCK * self.k // 2, dtype=torch.uint8)
@@ -391,29 +394,27 @@ class PackedInt4:
 
 
 def int4_linear(x: Tensor | Quantized, weight: PackedInt4, bias: Tensor | None = None) -> Tensor:
-    """`x @ weight.T + bias`, the sum of each group times its scale, summed in float32: -> float32 [m, n].
+    """`x @ weight.T + bias`, the exact sum of each group times its scale, summed in float32: -> float32 [m, n].
 
-    x: float32 [m, k], rounded to bfloat16 (W4A16); or int8 [m, k] between -7 and 7 with its float32 scale [m] (W4A4),
-    whose sums over a group are exact.
+    x: float32 [m, k], rounded to integers of 14 bits by a power of two for each group (W4A16); or int8 [m, k] between -7
+    and 7 with its float32 scale [m] (W4A4).
     """
-    values = x if isinstance(x, Tensor) else x[0]
+    values, scale = (x, None) if isinstance(x, Tensor) else x
     m, n, k = values.shape[0], weight.n, weight.k
-    if isinstance(x, Tensor):
-        rounded = _new((m, k))
-        _kernels.round_bf16(_pointer(x, _float32, m * k), rounded.data_ptr(), m, k, _threads(), True)
-        pointer, scale_pointer = rounded.data_ptr(), 0
+    groups, digits = k // weight.group, 2 if scale is None else 1
+    source = _pointer(values, _float32 if scale is None else _int8, m * k)
+    q, sums, out = _new((m, digits, k), _int8), _new((m, groups), torch.int32), _new((m, n))
+    if scale is None:
+        scale = _new((m, groups))
+        scale_pointer = made_scale = scale.data_ptr()
     else:
-        pointer, scale_pointer = _pointer(values, _int8, m * k), _pointer(x[1], _float32, m)
-    out, out_pointer = _output(None, m, n)
+        scale_pointer, made_scale = _pointer(scale, _float32, m), 0
+    _kernels.int4_inputs(source, q.data_ptr(), made_scale, sums.data_ptr(), m, k, weight.group, _threads())
     _kernels.int4_linear(
-        pointer, scale_pointer, _weight(weight), weight.scale.data_ptr(), _constant(bias, _float32, n), out_pointer,
-        m, n, k, weight.group, _threads(),
+        q.data_ptr(), scale_pointer, sums.data_ptr(), _weight(weight), weight.scale.data_ptr(),
+        0 if weight.offset is None else weight.offset.data_ptr(), _constant(bias, _float32, n), out.data_ptr(),
+        m, n, k, weight.group, digits, _threads(),
     )  # fmt: skip
-    if weight.offset is not None:
-        source = _pointer(x, _float32, m * k) if isinstance(x, Tensor) else pointer
-        _kernels.add_offsets(
-            source, scale_pointer, weight.offset.data_ptr(), out_pointer, m, n, k, weight.group, _threads()
-        )
     return out
 
 
@@ -475,7 +476,7 @@ def bf16_linear(x: Tensor, weight: PackedBf16, bias: Tensor | None = None, out: 
     m, n, k = x.shape[0], weight.n, weight.k
     out, out_pointer = _output(out, m, n)
     rounded = _new((m, k))
-    _kernels.round_bf16(_pointer(x, _float32, m * k), rounded.data_ptr(), m, k, _threads(), False)
+    _kernels.round_bf16(_pointer(x, _float32, m * k), rounded.data_ptr(), m, k, _threads())
     _kernels.float_linear(
         True, rounded.data_ptr(), _weight(weight), _constant(bias, _float32, n), out_pointer, m, n, k, _threads(), True
     )

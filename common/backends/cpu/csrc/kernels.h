@@ -32,24 +32,26 @@ struct float_linear_args {
     int64_t m, n, k;
 };
 
-struct int4_linear_args {
-    const void *x;           /* what round_int4 made of it, or int8 [m, k] between -7 and 7 where there is x_scale */
-    const float *x_scale;    /* [m] or NULL */
-    const uint8_t *weight;   /* [ceil(n / 32), k / 8, 32, 4], see pack.c */
-    const uint16_t *w_scale; /* bfloat16 [ceil(n / 32), k / group, 32] */
-    const float *bias;       /* [n] or NULL */
-    float *out;              /* [m, n] */
-    char *scratch;           /* [threads, scratch_bytes] where there is x_scale, 64-byte aligned */
-    int64_t scratch_bytes, m, n, k, group;
+#define INT4_DIGIT_BITS 7 /* of the lower digit of W4A16's inputs */
+#define INT4_MOST_GROUP 16384 /* inputs: 2^13 * 15 * that is what int32 holds */
+struct int4_inputs_args {
+    const void *x;           /* float [m, k]; or int8 [m, k] between -7 and 7 where there is no scale */
+    int8_t *q;               /* [m, k, digits], in an order of int4_linear's own: tile by tile, 8 inputs at a time */
+    float *scale;            /* [m, k / group], powers of two; or NULL: the inputs are digits already */
+    int32_t *sums;           /* [m, k / group]: -8 times the sum of a group's integers */
+    int64_t m, k, group;
 };
 
-#define MAX_GROUPS 2048 /* of inputs that share an offset */
-struct offset_args {
-    const void *x;           /* float [m, k], or int8 [m, k] where there is x_scale */
-    const float *x_scale;    /* [m] or NULL */
-    const uint16_t *offset;  /* bfloat16 [ceil(n / 32), k / group, 32] */
-    float *out;              /* [m, n], added to */
-    int64_t m, n, k, group;
+struct int4_linear_args {
+    const int8_t *x;         /* what int4_inputs made */
+    const float *x_scale;    /* [m, k / group] with two digits, [m] with one */
+    const int32_t *sums;     /* [m, k / group], from int4_inputs */
+    const uint8_t *weight;   /* [ceil(n / 32), k / 8, 32, 4], see pack.c */
+    const uint16_t *w_scale; /* bfloat16 [ceil(n / 32), k / group, 32] */
+    const uint16_t *offset;  /* likewise, or NULL */
+    const float *bias;       /* [n] or NULL */
+    float *out;              /* [m, n] */
+    int64_t m, n, k, group, digits;
 };
 
 struct embed_args {
@@ -212,9 +214,9 @@ struct kernels {
     struct layout layout;
     int takes_int16;         /* whether int8_linear multiplies int16 inputs as well, and `digits` leaves them whole */
     task_fn int8_linear, f32_linear, bf16_linear, rounded_linear, round_bf16, embed_bf16, embed_f32, quantize, norm;
-    task_fn swiglu, rope, attention, argmax, top_k, read, hadamard, add_offsets;
+    task_fn swiglu, rope, attention, argmax, top_k, read, hadamard;
     task_fn digits, fold;
-    task_fn int4_linear, round_int4;
+    task_fn int4_linear, int4_inputs;
     void (*exp)(const float *x, float *y, int64_t n); /* for the accuracy test */
 };
 
@@ -251,7 +253,7 @@ struct call {
         struct int8_linear_args int8_linear;
         struct float_linear_args float_linear;
         struct int4_linear_args int4_linear;
-        struct offset_args offsets;
+        struct int4_inputs_args int4_inputs;
         struct embed_args embed;
         struct round_args round;
         struct quantize_args quantize;
@@ -298,11 +300,6 @@ void pack_int4(const int8_t *weight, uint8_t *packed, int64_t n, int64_t k);
 void pack_scales(const uint16_t *scale, uint16_t *packed, int64_t n, int64_t groups);
 void pack_bf16(const struct layout *, const uint16_t *weight, uint16_t *packed, int64_t n, int64_t k);
 void pack_f32(const struct layout *, const float *weight, float *packed, int64_t n, int64_t k);
-
-static inline int64_t int4_scratch_bytes(int64_t k, int64_t group)
-{
-    return 64 * (k + k / group * (int64_t)sizeof(int32_t)); /* a panel of inputs in the weights' order, and sums of groups */
-}
 
 /* Rows of q that share one pass over a chunk of keys, the keys of a chunk, and those of a span. */
 #define ATTENTION_ROWS 64

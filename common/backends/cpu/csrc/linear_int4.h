@@ -1,31 +1,31 @@
-/* out = x @ weight.T + bias with int4 weights in groups along k, a bfloat16 scale each: W4A16 and W4A4 over one copy.
+/* out = x @ weight.T + bias with int4 weights in groups along k, a bfloat16 scale each and perhaps an offset: W4A16 and
+ * W4A4 over one copy.
  *
- * W4A16 multiplies bfloat16 inputs: in pairs where there are dot products of them, which a table turns the nibbles
- * into; elsewhere in float32. W4A4 multiplies int8 (between -7 and 7) with the nibbles as they are, 8 too large, and
- * takes 8 times the sum of the group's inputs off. Either way a group's sum is one accumulator per output, scaled once. */
+ * Both multiply int8 with the nibbles as they are, 8 too large, and take 8 times the sum of the group's inputs off. W4A4
+ * has one digit for each input, W4A16 two of 7 bits (int4_inputs in rows.h). A group's sum is an exact integer, so its
+ * order is free; it is scaled once. */
 #pragma once
 #include "simd.h"
 
 #if ISA_AVX512
-#define INT4_ROWS 8      /* rows that share one pass over a block */
-#define INT4_COLUMNS(rows) NV /* vectors of its outputs at a time: what the registers hold */
+#define INT4_ROWS(digits) ((digits) == 2 ? 6 : 8) /* that share one pass over a block */
+#define INT4_COLUMNS(sums) NV /* vectors of its outputs at a time, of so many sums each: what the registers hold */
 #elif ISA_AVX2
-#define INT4_ROWS 6
-#define INT4_COLUMNS(rows) ((rows) == 1 ? NV : NV / 2)
-#define INT4_BYTE_COLUMNS(rows) ((rows) <= 1 ? NV : (rows) <= 3 ? NV / 2 : NV / 4)
+#define INT4_ROWS(digits) ((void)(digits), 6)
+#define INT4_COLUMNS(sums) ((sums) <= 1 ? NV : (sums) <= 3 ? NV / 2 : NV / 4)
 #elif ISA_DOTPROD
-#define INT4_ROWS 6
-#define INT4_COLUMNS(rows) ((rows) <= 3 ? NV : NV / 2)
+#define INT4_ROWS(digits) ((void)(digits), 6)
+#define INT4_COLUMNS(sums) ((sums) <= 3 ? NV : (sums) <= 6 ? NV / 2 : NV / 4)
 #else
-#define INT4_ROWS 1
-#define INT4_COLUMNS(rows) NV
+#define INT4_ROWS(digits) ((void)(digits), 1)
+#define INT4_COLUMNS(sums) NV
 #endif
-#ifndef INT4_BYTE_COLUMNS
-#define INT4_BYTE_COLUMNS INT4_COLUMNS /* the same for W4A4 */
-#endif
-#define INT4_PANEL 64 /* rows that are prepared together */
+#define INT4_MOST_ROWS 8
+#define INT4_PANEL 10 /* tiles of rows between two reads of the weights */
 
 typedef uint16_t vscale __attribute__((vector_size(VL * 2), aligned(2), may_alias));
+
+INLINE vf widen_scale(const uint16_t *scale) { return (vf)(__builtin_convertvector(*(const vscale *)scale, vi) << 16); }
 
 INLINE int32_t word_at(const void *p)
 {
@@ -34,159 +34,9 @@ INLINE int32_t word_at(const void *p)
     return word;
 }
 
-/* total += sum * scale of the group, for one vector of outputs. */
-INLINE void add_group(float *total, vf sum, const uint16_t *scale)
-{
-    vf widened = (vf)(__builtin_convertvector(*(const vscale *)scale, vi) << 16);
-    store(total, fma_(sum, widened, load(total)));
-}
-
-#ifndef ISA_AVX2
-#define ISA_AVX2 0
-#endif
-
-#if ISA_AVX512BF16
-typedef uint16_t int4_input; /* bfloat16 */
-
-/* totals[rows][32] of one block. x: bfloat16 [rows, k]. */
-INLINE void int4_float_tile(const struct int4_linear_args *a, const uint8_t *w, const uint16_t *scale,
-                            const int4_input *x, const int once, float (*totals)[BLOCK], const int rows)
-{
-    uint16_t values[32];
-    for (int i = 0; i < 32; i++) { /* a nibble and one bit of the next choose among 32 words */
-        float value = (float)(i % 16 - 8);
-        uint32_t bits;
-        memcpy(&bits, &value, 4);
-        values[i] = (uint16_t)(bits >> 16);
-    }
-    const __m512i table = _mm512_loadu_si512(values);
-    for (int64_t from = 0; from < a->k; from += a->group, scale += BLOCK) {
-        vf acc[INT4_ROWS][NV];
-        UNROLL for (int r = 0; r < rows; r++) UNROLL for (int v = 0; v < NV; v++) acc[r][v] = (vf){0};
-        for (int64_t k = from; k < from + a->group; k += 8, w += BLOCK * 4) {
-            __m512i values_of[NV][4];
-            UNROLL for (int v = 0; v < NV; v++) {
-                prefetch_weight(w + 64 * v, once);
-                __m512i nibbles = _mm512_loadu_si512(w + 64 * v);
-                UNROLL for (int p = 0; p < 4; p++)
-                    values_of[v][p] = _mm512_permutexvar_epi16(_mm512_srli_epi16(nibbles, 4 * p), table);
-            }
-            UNROLL for (int r = 0; r < rows; r++) UNROLL for (int p = 0; p < 4; p++)
-            {
-                vi xr = splat_int(word_at(x + r * a->k + k + 2 * p));
-                __asm__("" : "+v"(xr)); /* hides the broadcast from clang 16, which crashes on one of bf16 */
-                UNROLL for (int v = 0; v < NV; v++)
-                    acc[r][v] = (vf)_mm512_dpbf16_ps((__m512)acc[r][v], (__m512bh)values_of[v][p], (__m512bh)xr);
-            }
-        }
-        UNROLL for (int r = 0; r < rows; r++) UNROLL for (int v = 0; v < NV; v++)
-            add_group(totals[r] + v * VL, acc[r][v], scale + v * VL);
-    }
-}
-#else
-typedef float int4_input; /* what round_int4 made of it */
-
-/* A nibble as a float without a conversion: put into the low bits of 2^23 it is 2^23 + nibble * 16^place, and what is
- * subtracted leaves (nibble - 8) * 16^place, exactly. The input has been divided by 16^place (round_int4). Places are 0
- * and 1, so that the constants find registers. */
-INLINE vf nibble_value(vi word, const int place)
-{
-    vf value = (vf)((word & splat_int(15 << 4 * place)) | splat_int(0x4b000000));
-    return value - splat(8388608.0f + (float)(8 << 4 * place));
-}
-
-#define INT4_DECODED 64 /* inputs whose weights are decoded ahead of their products */
-
-/* The values of n inputs of NV / 2 vectors of outputs. */
-NOINLINE void decode_int4(const uint8_t *p, int64_t n, int once, vf (*values)[NV / 2])
-{
-    static const int8_t order[8] = {0, 2, 4, 6, 1, 3, 5, 7}; /* nibble -> input, see pack_int4 */
-    for (int64_t i = 0; i < n; i += 8, p += BLOCK * 4) {
-        if (once)
-            prefetch_weight(p, 1);
-        UNROLL for (int v = 0; v < NV / 2; v++) {
-            vi word = *(const vi_any *)(p + v * VL * 4);
-            UNROLL for (int nibble = 0; nibble < 8; nibble++) {
-                values[i + order[nibble]][v] = nibble_value(word, nibble % 2);
-                word = nibble % 2 ? (vi)((vu)word >> 8) : word;
-            }
-        }
-    }
-}
-
-/* acc[rows][NV / 2] += x[rows][n] @ values */
-INLINE void decoded_tile(const vf (*values)[NV / 2], const float *x, int64_t stride, int64_t n, const int rows,
-                         vf (*sums)[NV])
-{
-    vf acc[INT4_ROWS][NV / 2];
-    UNROLL for (int r = 0; r < rows; r++) UNROLL for (int v = 0; v < NV / 2; v++) acc[r][v] = sums[r][v];
-    for (int64_t i = 0; i < n; i++)
-        UNROLL for (int r = 0; r < rows; r++) {
-            vf xr = splat(x[r * stride + i]);
-            UNROLL for (int v = 0; v < NV / 2; v++) {
-                acc[r][v] = fma_(xr, values[i][v], acc[r][v]);
-                KEEP(acc[r][v]);
-            }
-        }
-    UNROLL for (int r = 0; r < rows; r++) UNROLL for (int v = 0; v < NV / 2; v++) sums[r][v] = acc[r][v];
-}
-
-NOINLINE void decoded_products(const vf (*values)[NV / 2], const float *x, int64_t stride, int64_t n, int rows,
-                               vf (*sums)[NV])
-{
-    switch (rows) {
-    case 3: decoded_tile(values, x, stride, n, 3, sums); break;
-    case 4: decoded_tile(values, x, stride, n, 4, sums); break;
-    case 5: decoded_tile(values, x, stride, n, 5, sums); break;
-    default: decoded_tile(values, x, stride, n, 6, sums); break;
-    }
-}
-
-/* totals[rows][32] of one block. */
-INLINE void int4_float_tile(const struct int4_linear_args *a, const uint8_t *w, const uint16_t *scale,
-                            const int4_input *x, const int once, float (*totals)[BLOCK], const int rows)
-{
-    const int columns = INT4_COLUMNS(rows), first_decoded = ISA_AVX2 && rows > 2;
-    for (int64_t from = 0; from < a->k; from += a->group, scale += BLOCK, w += BLOCK * a->group / 2)
-        UNROLL for (int v0 = 0; v0 < NV; v0 += columns) {
-            vf acc[INT4_ROWS][NV];
-            UNROLL for (int r = 0; r < rows; r++) UNROLL for (int v = 0; v < columns; v++) acc[r][v] = (vf){0};
-            const uint8_t *p = w + v0 * VL * 4;
-            const int4_input *xk = x + from;
-            if (first_decoded) /* more registers are needed than there are: the values go through the L1 cache */
-                for (int64_t k = 0; k < a->group;) {
-                    vf values[INT4_DECODED][NV / 2];
-                    int64_t taken = a->group - k < INT4_DECODED ? a->group - k : INT4_DECODED;
-                    decode_int4(p, taken, once, values);
-                    decoded_products(values, xk, a->k, taken, rows, acc);
-                    p += taken / 2 * BLOCK;
-                    xk += taken;
-                    k += taken;
-                }
-            else
-                for (int64_t k = 0; k < a->group; k += 8, p += BLOCK * 4, xk += 8) {
-                    vi word[NV];
-                    UNROLL for (int v = 0; v < columns; v++) {
-                        if (v0 == 0)
-                            prefetch_weight(p + v * VL * 4, once);
-                        word[v] = *(const vi_any *)(p + v * VL * 4);
-                    }
-                    UNROLL for (int i = 0; i < 8; i++) { /* the inputs in the order that both ways share */
-                        const int nibble = i % 2 * 4 + i / 2;
-                        UNROLL for (int v = 0; v < columns; v++) {
-                            vf value = nibble_value((vi)((vu)word[v] >> (nibble / 2 * 8)), nibble % 2);
-                            UNROLL for (int r = 0; r < rows; r++) {
-                                acc[r][v] = fma_(splat(xk[r * a->k + i]), value, acc[r][v]);
-                                KEEP(acc[r][v]);
-                            }
-                        }
-                    }
-                }
-            UNROLL for (int r = 0; r < rows; r++) UNROLL for (int v = 0; v < columns; v++)
-                add_group(totals[r] + (v0 + v) * VL, acc[r][v], scale + (v0 + v) * VL);
-        }
-}
-#endif
+/* Rows are divided evenly among as few tiles as there can be: the first row of tile `tile`. */
+INLINE int64_t int4_tiles(int64_t m, int digits) { return (m + INT4_ROWS(digits) - 1) / INT4_ROWS(digits); }
+INLINE int64_t int4_tile_row(int64_t m, int digits, int64_t tile) { return m * tile / int4_tiles(m, digits); }
 
 /* acc += the dot products of four nibbles (0 .. 15), `low` or `high` ones of 8 inputs, with four inputs each. */
 INLINE vi add_nibbles(vi acc, vi low, vi high, vi x_low, vi x_high)
@@ -197,7 +47,7 @@ INLINE vi add_nibbles(vi acc, vi low, vi high, vi x_low, vi x_high)
 #elif ISA_AVXVNNI
     acc = (vi)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)low, (__m256i)x_low);
     return (vi)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)high, (__m256i)x_high);
-#elif ISA_AVX2 /* int16 sums of pairs, which int4_int8_tile widens before they can overflow */
+#elif ISA_AVX2 /* int16 sums of pairs, which int4_tile widens before they can overflow */
     acc = (vi)_mm256_add_epi16((__m256i)acc, _mm256_maddubs_epi16((__m256i)low, (__m256i)x_low));
     KEEP(acc);
     return (vi)_mm256_add_epi16((__m256i)acc, _mm256_maddubs_epi16((__m256i)high, (__m256i)x_high));
@@ -214,42 +64,37 @@ INLINE vi add_nibbles(vi acc, vi low, vi high, vi x_low, vi x_high)
 #endif
 }
 
-/* Inputs after which sums must be widened: 512 / 4 pairs of at most 2 * 15 * 7 stay below 2^15. */
+/* Inputs after which sums must be widened: pairs of at most 2 * 15 * 7, or 2 * 15 * 64, stay below 2^15. */
 #if ISA_AVX2 && !ISA_AVXVNNI
-#define INT4_STEP 512
+#define INT4_WIDENS 1
+#define INT4_STEP(digits) ((digits) == 2 ? 64 : 512)
 #else
-#define INT4_STEP INT64_MAX
+#define INT4_WIDENS 0
+#define INT4_STEP(digits) INT64_MAX
 #endif
 
-/* totals[rows][32] of one block. x: int8 [rows, k] in the order of `prepare_int4`; sums [rows, groups]: 8 times the sum
- * of a group of x. */
-INLINE void int4_int8_tile(const struct int4_linear_args *a, const uint8_t *w, const uint16_t *scale, const int8_t *x,
-                           const int32_t *sums, const int once, float (*totals)[BLOCK], const int rows)
+/* totals[rows][32] of one block. x, x_scale and sums begin with the tile's first row; has_offset is whether there is one. */
+INLINE void int4_tile(const struct int4_linear_args *a, const uint8_t *w, const uint16_t *scale, const uint16_t *offset,
+                      const int8_t *x, const float *x_scale, const int32_t *sums, float (*totals)[BLOCK], const int rows,
+                      const int digits, const int has_offset)
 {
-    const int columns = INT4_BYTE_COLUMNS(rows);
+    const int parts = rows * digits, columns = INT4_COLUMNS(parts);
     const int64_t groups = a->k / a->group;
     const vi nibble = splat_int(0x0f0f0f0f);
-    for (int64_t g = 0; g < groups; g++, scale += BLOCK, w += BLOCK * a->group / 2)
+    for (int64_t g = 0; g < groups; g++, scale += BLOCK, w += BLOCK * a->group / 2, x += parts * a->group)
         UNROLL for (int v0 = 0; v0 < NV; v0 += columns) {
-            vi acc[INT4_ROWS][NV];
-#if ISA_AVX2 && !ISA_AVXVNNI
-            vi wide[INT4_ROWS][NV];
-            UNROLL for (int r = 0; r < rows; r++) UNROLL for (int v = 0; v < columns; v++)
-                wide[r][v] = splat_int(-sums[r * groups + g]);
-#else
-            UNROLL for (int r = 0; r < rows; r++) UNROLL for (int v = 0; v < columns; v++)
-                acc[r][v] = splat_int(-sums[r * groups + g]);
-#endif
+            vi acc[INT4_MOST_ROWS * 2][NV], wide[INT4_MOST_ROWS * 2][NV]; /* the last digit's sum takes 8 times the inputs off */
+            UNROLL for (int c = 0; c < parts; c++) UNROLL for (int v = 0; v < columns; v++)
+                acc[c][v] = wide[c][v] = splat_int(c % digits == digits - 1 ? sums[c / digits * groups + g] : 0);
             const uint8_t *p = w + v0 * VL * 4;
-            const int8_t *xk = x + g * a->group;
-            for (int64_t left = a->group; left > 0; left -= INT4_STEP) {
-#if ISA_AVX2 && !ISA_AVXVNNI
-                UNROLL for (int r = 0; r < rows; r++) UNROLL for (int v = 0; v < columns; v++) acc[r][v] = (vi){0};
-#endif
-                for (int64_t k = left < INT4_STEP ? left : INT4_STEP; k > 0; k -= 8, p += BLOCK * 4, xk += 8) {
+            const int8_t *xk = x;
+            for (int64_t left = a->group; left > 0; left -= INT4_STEP(digits)) {
+                if (INT4_WIDENS)
+                    UNROLL for (int c = 0; c < parts; c++) UNROLL for (int v = 0; v < columns; v++) acc[c][v] = (vi){0};
+                for (int64_t k = left < INT4_STEP(digits) ? left : INT4_STEP(digits); k > 0; k -= 8, p += BLOCK * 4) {
                     if (v0 == 0) {
-                        prefetch_weight(p, once);
-                        prefetch_weight(p + 64, once);
+                        prefetch_weight(p, 1);
+                        prefetch_weight(p + 64, 1);
                     }
                     vi low[NV], high[NV];
                     UNROLL for (int v = 0; v < columns; v++) {
@@ -257,110 +102,170 @@ INLINE void int4_int8_tile(const struct int4_linear_args *a, const uint8_t *w, c
                         low[v] = word & nibble;
                         high[v] = (word >> 4) & nibble;
                     }
-                    UNROLL for (int r = 0; r < rows; r++) {
-                        vi x_low = splat_int(word_at(xk + r * a->k)), x_high = splat_int(word_at(xk + r * a->k + 4));
+                    UNROLL for (int c = 0; c < parts; c++, xk += 8) {
+                        vi x_low = splat_int(word_at(xk)), x_high = splat_int(word_at(xk + 4));
                         UNROLL for (int v = 0; v < columns; v++)
                         {
-                            acc[r][v] = add_nibbles(acc[r][v], low[v], high[v], x_low, x_high);
-                            KEEP(acc[r][v]);
+                            acc[c][v] = add_nibbles(acc[c][v], low[v], high[v], x_low, x_high);
+                            KEEP(acc[c][v]);
                         }
                     }
                 }
-#if ISA_AVX2 && !ISA_AVXVNNI
-                UNROLL for (int r = 0; r < rows; r++) UNROLL for (int v = 0; v < columns; v++)
-                    wide[r][v] += (vi)_mm256_madd_epi16((__m256i)acc[r][v], _mm256_set1_epi16(1));
+#if INT4_WIDENS
+                UNROLL for (int c = 0; c < parts; c++) UNROLL for (int v = 0; v < columns; v++)
+                    wide[c][v] += (vi)_mm256_madd_epi16((__m256i)acc[c][v], _mm256_set1_epi16(1));
 #endif
             }
-#if ISA_AVX2 && !ISA_AVXVNNI
-            UNROLL for (int r = 0; r < rows; r++) UNROLL for (int v = 0; v < columns; v++) acc[r][v] = wide[r][v];
-#endif
-            UNROLL for (int r = 0; r < rows; r++) UNROLL for (int v = 0; v < columns; v++)
-                add_group(totals[r] + (v0 + v) * VL, __builtin_convertvector(acc[r][v], vf), scale + (v0 + v) * VL);
+            if (INT4_WIDENS)
+                UNROLL for (int c = 0; c < parts; c++) UNROLL for (int v = 0; v < columns; v++) acc[c][v] = wide[c][v];
+            UNROLL for (int v = 0; v < columns; v++) {
+                const int j = (v0 + v) * VL;
+                const vf factor = widen_scale(scale + j);
+                const vf added = has_offset ? widen_scale(offset + g * BLOCK + j) * splat(-0.125f) : (vf){0};
+                UNROLL for (int r = 0; r < rows; r++) {
+                    vi whole = acc[r * digits][v];
+                    if (digits == 2) /* unsigned: half of it may pass 2^31 and come back */
+                        whole = (vi)(((vu)whole << INT4_DIGIT_BITS) + (vu)acc[r * digits + 1][v]);
+                    vf sum = __builtin_convertvector(whole, vf), total = load(totals[r] + j);
+                    vf x_sum = __builtin_convertvector(splat_int(sums[r * groups + g]), vf);
+                    if (digits == 2) { /* by a power of two: exact */
+                        sum = sum * splat(x_scale[r * groups + g]);
+                        x_sum = x_sum * splat(x_scale[r * groups + g]);
+                    }
+                    total = fma_(sum, factor, total);
+                    store(totals[r] + j, has_offset ? fma_(x_sum, added, total) : total);
+                }
+            }
         }
 }
 
-/* Each 8 inputs in the order in which the nibbles lie (pack_int4), and 8 times the sum of every group. */
-static void prepare_int4(const struct int4_linear_args *a, const int8_t *x, int64_t rows, int8_t *ordered, int32_t *sums)
+INLINE void int4_rows(const struct int4_linear_args *a, const uint8_t *w, const uint16_t *scale, const uint16_t *offset,
+                      const int8_t *x, const float *x_scale, const int32_t *sums, float (*totals)[BLOCK],
+                      const int digits, const int has_offset, int64_t rows)
 {
-    static const int8_t order[8] = {0, 4, 1, 5, 2, 6, 3, 7};
-    for (int64_t i = 0; i < rows * a->k; i += 8)
-        for (int j = 0; j < 8; j++)
-            ordered[i + j] = x[i + order[j]];
-    for (int64_t i = 0; i < rows * a->k; i += a->group) {
-        int32_t sum = 0;
-        for (int64_t j = 0; j < a->group; j++)
-            sum += x[i + j];
-        *sums++ = 8 * sum;
-    }
-}
-
-INLINE void int4_rows(const struct int4_linear_args *a, const uint8_t *w, const uint16_t *scale, const void *x,
-                      const int32_t *sums, const int once, float (*totals)[BLOCK], int64_t rows)
-{
-#define INT4_CASE(n)                                                                                               \
-    case n:                                                                                                        \
-        if (sums)                                                                                                  \
-            int4_int8_tile(a, w, scale, x, sums, once, totals, n);                                                 \
-        else                                                                                                       \
-            int4_float_tile(a, w, scale, x, once, totals, n);                                                       \
-        break
+#define INT4_CASE(n) \
+    case n: int4_tile(a, w, scale, offset, x, x_scale, sums, totals, n, digits, has_offset); break
     switch (rows) {
         INT4_CASE(1);
-#if INT4_ROWS >= 6
+#if ISA_AVX512 || ISA_AVX2 || ISA_DOTPROD
         INT4_CASE(2);
         INT4_CASE(3);
         INT4_CASE(4);
         INT4_CASE(5);
         INT4_CASE(6);
 #endif
-#if INT4_ROWS >= 8
-        INT4_CASE(7);
-        INT4_CASE(8);
-#endif
     }
+#if ISA_AVX512
+    if (digits == 1)
+        switch (rows) {
+            INT4_CASE(7);
+            INT4_CASE(8);
+        }
+#endif
 #undef INT4_CASE
 }
 
-static void int4_linear(void *data, int thread, int threads)
+INLINE void int4_blocks(const struct int4_linear_args *a, const int digits, const int has_offset, int thread, int threads)
 {
-    const struct int4_linear_args *a = data;
-    const int64_t groups = a->k / a->group, x_bytes = a->x_scale ? 1 : (int64_t)sizeof(int4_input);
+    const int64_t groups = a->k / a->group, tiles = int4_tiles(a->m, digits);
     int64_t from, to;
     share((a->n + BLOCK - 1) / BLOCK, thread, threads, &from, &to);
-    int8_t *ordered = a->x_scale ? (int8_t *)a->scratch + thread * a->scratch_bytes : NULL;
-    int32_t *all_sums = ordered ? (int32_t *)(ordered + INT4_PANEL * a->k) : NULL;
-    for (int64_t panel = 0; panel < a->m; panel += INT4_PANEL) {
-        int64_t panel_end = panel + INT4_PANEL < a->m ? panel + INT4_PANEL : a->m;
-        const char *x = (const char *)a->x + panel * a->k * x_bytes;
-        if (ordered) {
-            prepare_int4(a, (const int8_t *)x, panel_end - panel, ordered, all_sums);
-            x = (const char *)ordered;
-        }
+    for (int64_t panel = 0; panel < tiles; panel += INT4_PANEL)
         for (int64_t block = from; block < to; block++) {
             const uint8_t *w = a->weight + block * a->k / 2 * BLOCK;
             const uint16_t *scale = a->w_scale + block * groups * BLOCK;
+            const uint16_t *offset = has_offset ? a->offset + block * groups * BLOCK : NULL;
             int64_t column = block * BLOCK, columns = a->n - column < BLOCK ? a->n - column : BLOCK;
-            const int64_t tiles = (panel_end - panel + INT4_ROWS - 1) / INT4_ROWS;
-            for (int64_t tile = 0, row = panel; tile < tiles; tile++) {
-                float totals[INT4_ROWS][BLOCK] __attribute__((aligned(64)));
+            for (int64_t tile = panel; tile < tiles && tile < panel + INT4_PANEL; tile++) {
+                const int64_t row = int4_tile_row(a->m, digits, tile), rows = int4_tile_row(a->m, digits, tile + 1) - row;
+                float totals[INT4_MOST_ROWS][BLOCK] __attribute__((aligned(64)));
                 memset(totals, 0, sizeof totals);
-                int64_t rows = panel + (panel_end - panel) * (tile + 1) / tiles - row;
-                const int32_t *sums = ordered ? all_sums + (row - panel) * groups : NULL;
-                if (tile == 0 && panel_end == a->m)
-                    int4_rows(a, w, scale, x + (row - panel) * a->k * x_bytes, sums, 1, totals, rows);
-                else
-                    int4_rows(a, w, scale, x + (row - panel) * a->k * x_bytes, sums, 0, totals, rows);
+                int4_rows(a, w, scale, offset, a->x + row * digits * a->k, a->x_scale + row * groups, a->sums + row * groups,
+                          totals, digits, has_offset, rows);
                 for (int64_t r = 0; r < rows; r++)
                     for (int64_t j = 0; j < columns; j += VL) {
                         vf y = load(totals[r] + j);
-                        if (a->x_scale)
+                        if (digits == 1)
                             y = y * a->x_scale[row + r];
                         if (a->bias)
                             y = y + load_up_to(a->bias + column + j, columns - j);
                         store_up_to(a->out + (row + r) * a->n + column + j, y, columns - j);
                     }
-                row += rows;
             }
+        }
+}
+
+static void int4_linear(void *data, int thread, int threads)
+{
+    const struct int4_linear_args *a = data;
+    if (a->digits == 2)
+        a->offset ? int4_blocks(a, 2, 1, thread, threads) : int4_blocks(a, 2, 0, thread, threads);
+    else
+        a->offset ? int4_blocks(a, 1, 1, thread, threads) : int4_blocks(a, 1, 0, thread, threads);
+}
+
+/* The first lanes, which are a multiple of 4: [n / 8, stride] from input i on. */
+INLINE void store_inputs(int8_t *q, int64_t stride, int64_t i, vi values, int64_t n)
+{
+    const vb bytes = narrow(values);
+    for (int j = 0; j < VL && j < n; j += VL < 8 ? VL : 8)
+        memcpy(q + (i + j) / 8 * stride + (i + j) % 8, (const char *)&bytes + j, VL < 8 ? VL : 8);
+}
+
+/* max|x| of a group, NaN above infinity, as the bits of a float. */
+INLINE uint32_t peak_bits(const float *x, int64_t n)
+{
+    vi top = {0};
+    for (int64_t i = 0; i < n; i += VL)
+        top = max_int(top, (vi)load_up_to(x + i, n - i) & splat_int(0x7fffffff));
+    return (uint32_t)max_int_lanes(top);
+}
+
+/* The operand of int4_linear. Of floats it makes integers of 14 bits, X = 128 u + l, by a power of two that a group
+ * shares: 64 times as fine as bfloat16 at the group's peak, and as fine at a 64th of it. */
+static void int4_inputs(void *data, int thread, int threads)
+{
+    const struct int4_inputs_args *a = data;
+    const int digits = a->scale ? 2 : 1;
+    const int64_t groups = a->k / a->group;
+    int64_t from, to, tile = 0;
+    share(a->m, thread, threads, &from, &to);
+    for (int64_t row = from; row < to; row++) {
+        while (int4_tile_row(a->m, digits, tile + 1) <= row)
+            tile++;
+        const int64_t first = int4_tile_row(a->m, digits, tile);
+        const int64_t stride = (int4_tile_row(a->m, digits, tile + 1) - first) * digits * 8;
+        int8_t *q = a->q + first * digits * a->k + (row - first) * digits * 8;
+        for (int64_t g = 0; g < groups; g++) {
+            const int64_t at = row * a->k + g * a->group;
+            float inverse = 1;
+            if (digits == 2) {
+                uint32_t peak = peak_bits((const float *)a->x + at, a->group), exponent = peak >> 23;
+                exponent = exponent < 27 ? 27 : exponent; /* what is smaller than 2^-100 stays so many steps */
+                uint32_t scale = (exponent - 12) << 23, up = (254 + 12 - exponent) << 23;
+                if (exponent == 255) /* infinity and NaN become the scale, and with it the row */
+                    scale = peak, up = 0;
+                memcpy(a->scale + row * groups + g, &scale, 4);
+                memcpy(&inverse, &up, 4);
+            }
+            vi sum = {0};
+            for (int64_t i = 0; i < a->group; i += VL) {
+                const int64_t n = a->group - i < VL ? a->group - i : VL, k = g * a->group + i;
+                vi whole;
+                if (digits == 2) {
+                    whole = round_to_int(load_up_to((const float *)a->x + at + i, n) * splat(inverse));
+                    vi upper = (whole + splat_int(64)) >> INT4_DIGIT_BITS;
+                    store_inputs(q, stride, k, upper, n);
+                    store_inputs(q + 8, stride, k, whole - (upper << INT4_DIGIT_BITS), n);
+                } else {
+                    vb bytes = {0};
+                    memcpy(&bytes, (const int8_t *)a->x + at + i, n < VL ? (size_t)n : sizeof bytes);
+                    whole = __builtin_convertvector(bytes, vi);
+                    store_inputs(q, stride, k, whole, n);
+                }
+                sum += whole;
+            }
+            a->sums[row * groups + g] = -8 * sum_int_lanes(sum);
         }
     }
 }

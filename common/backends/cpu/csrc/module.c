@@ -175,39 +175,31 @@ FUNCTION(py_float_linear, 10)
     return run(&call, k * BLOCK, INT(8));
 }
 
-/* x, x_scale (0: x is what round_bf16 made for it), weight, w_scale, bias, out, m, n, k, group, threads */
-FUNCTION(py_int4_linear, 11)
-    int64_t n = INT(7), k = INT(8), blocks = (n + BLOCK - 1) / BLOCK;
+/* x, q, scale (0: x is int8), sums, m, k, group, threads */
+FUNCTION(py_int4_inputs, 8)
     struct call call = {
-        .name = "int4_linear", .task = isa->int4_linear, .items = blocks,
-        .weight = ADDRESS(2), .block_bytes = k / 2 * BLOCK, .blocks = blocks,
-        .int4_linear = {
-            .x = ADDRESS(0), .x_scale = ADDRESS(1), .weight = ADDRESS(2), .w_scale = ADDRESS(3), .bias = ADDRESS(4),
-            .out = ADDRESS(5), .m = INT(6), .n = n, .k = k, .group = INT(9),
-            .scratch_bytes = int4_scratch_bytes(k, INT(9)),
+        .name = "int4_inputs", .task = isa->int4_inputs, .items = INT(4),
+        .int4_inputs = {
+            .x = ADDRESS(0), .q = ADDRESS(1), .scale = ADDRESS(2), .sums = ADDRESS(3), .m = INT(4), .k = INT(5),
+            .group = INT(6),
         },
     };
-    if (call.int4_linear.x_scale) {
-        call.scratch = scratch(team(blocks, INT(10)) * call.int4_linear.scratch_bytes);
-        if (!(call.int4_linear.scratch = call.scratch))
-            return PyErr_NoMemory();
-    }
-    return run(&call, k * BLOCK, INT(10));
+    return run(&call, INT(5), INT(7));
 }
 
-/* x, x_scale (0: x is float), offset, out, m, n, k, group, threads */
-FUNCTION(py_add_offsets, 9)
-    int64_t n = INT(5), k = INT(6), blocks = (n + BLOCK - 1) / BLOCK, groups = k / INT(7);
-    if (groups > MAX_GROUPS)
-        return PyErr_Format(PyExc_ValueError, "%lld groups of inputs; at most %d", (long long)groups, MAX_GROUPS);
+/* x, x_scale, sums, weight, w_scale, offset, bias, out, m, n, k, group, digits, threads */
+FUNCTION(py_int4_linear, 14)
+    int64_t n = INT(9), k = INT(10), blocks = (n + BLOCK - 1) / BLOCK;
     struct call call = {
-        .name = "add_offsets", .task = isa->add_offsets, .items = blocks,
-        .offsets = {
-            .x = ADDRESS(0), .x_scale = ADDRESS(1), .offset = ADDRESS(2), .out = ADDRESS(3), .m = INT(4), .n = n, .k = k,
-            .group = INT(7),
+        .name = "int4_linear", .task = isa->int4_linear, .items = blocks,
+        .weight = ADDRESS(3), .block_bytes = k / 2 * BLOCK, .blocks = blocks,
+        .int4_linear = {
+            .x = ADDRESS(0), .x_scale = ADDRESS(1), .sums = ADDRESS(2), .weight = ADDRESS(3), .w_scale = ADDRESS(4),
+            .offset = ADDRESS(5), .bias = ADDRESS(6), .out = ADDRESS(7), .m = INT(8), .n = n, .k = k, .group = INT(11),
+            .digits = INT(12),
         },
     };
-    return run(&call, groups * BLOCK, INT(8));
+    return run(&call, k * BLOCK, INT(13));
 }
 
 /* x, y, block, m, k, threads */
@@ -233,10 +225,10 @@ FUNCTION(py_embed, 8)
     return run(&call, INT(6), INT(7));
 }
 
-/* x, rounded, m, k, threads, for int4_linear? */
-FUNCTION(py_round_bf16, 6)
+/* x, rounded, m, k, threads */
+FUNCTION(py_round_bf16, 5)
     struct call call = {
-        .name = "round_bf16", .task = INT(5) ? isa->round_int4 : isa->round_bf16, .items = INT(2),
+        .name = "round_bf16", .task = isa->round_bf16, .items = INT(2),
         .round = {.x = ADDRESS(0), .rounded = ADDRESS(1), .m = INT(2), .k = INT(3)},
     };
     return run(&call, INT(3), INT(4));
@@ -656,7 +648,7 @@ static PyMethodDef methods[] = {
     FAST("int8_linear", py_int8_linear),
     FAST("float_linear", py_float_linear),
     FAST("int4_linear", py_int4_linear),
-    FAST("add_offsets", py_add_offsets),
+    FAST("int4_inputs", py_int4_inputs),
     FAST("hadamard", py_hadamard),
     FAST("pack_scales", py_pack_scales),
     FAST("embed", py_embed),

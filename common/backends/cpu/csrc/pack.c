@@ -35,24 +35,19 @@ void pack_int8(const struct layout *layout, const int8_t *weight, uint8_t *packe
             }
 }
 
-/* int4 (-8 .. 7) -> [blocks, k / 8, 32, 4] of nibbles 8 too large. Of 8 inputs in order, nibbles 0, 4, 1, 5, 2, 6, 3, 7
- * stand from the lowest bits up as 0, 2, 4, 6, 1, 3, 5, 7: so that inputs 0 and 1, 2 and 3 and so on are the low
- * nibbles of two 16-bit words after a shift, which is a pair of bfloat16's dot product. */
+/* int4 (-8 .. 7) -> [blocks, k / 8, 32, 4] of nibbles 8 too large: of 8 inputs the first four are the low ones of four
+ * bytes, the others the high ones. */
 void pack_int4(const int8_t *weight, uint8_t *packed, int64_t n, int64_t k)
 {
     int64_t blocks = (n + BLOCK - 1) / BLOCK;
     use_huge_pages(packed, (size_t)(blocks * BLOCK * k / 2));
     for (int64_t block = 0; block < blocks; block++)
         for (int64_t i = 0; i < k; i += 8)
-            for (int64_t j = block * BLOCK; j < (block + 1) * BLOCK; j++, packed += 4) {
-                uint8_t v[8];
-                for (int b = 0; b < 8; b++)
-                    v[b] = (uint8_t)((j < n ? weight[j * k + i + b] : 0) + 8);
-                packed[0] = (uint8_t)(v[0] | v[2] << 4);
-                packed[1] = (uint8_t)(v[4] | v[6] << 4);
-                packed[2] = (uint8_t)(v[1] | v[3] << 4);
-                packed[3] = (uint8_t)(v[5] | v[7] << 4);
-            }
+            for (int64_t j = block * BLOCK; j < (block + 1) * BLOCK; j++)
+                for (int64_t b = i; b < i + 4; b++) {
+                    int low = j < n ? weight[j * k + b] : 0, high = j < n ? weight[j * k + b + 4] : 0;
+                    *packed++ = (uint8_t)((low + 8) | (high + 8) << 4);
+                }
 }
 
 /* bf16 [n, groups] -> [blocks, groups, 32] */

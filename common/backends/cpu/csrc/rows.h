@@ -115,26 +115,6 @@ static void round_bf16(void *data, int thread, int threads)
     }
 }
 
-/* W4A16's operand of this instruction set's int4_linear: bfloat16 [m, k]; or float32 [m, k], rounded, and divided by
- * 16 where the weight's nibble is the upper one of its byte (pack_int4), k a multiple of 8. */
-static void round_int4(void *data, int thread, int threads)
-{
-#if ISA_AVX512BF16
-    round_bf16(data, thread, threads);
-#else
-    static const float places[8] = {1, 1, 1.0f / 16, 1.0f / 16, 1, 1, 1.0f / 16, 1.0f / 16};
-    const struct round_args *a = data;
-    int64_t from, to;
-    share(a->m, thread, threads, &from, &to);
-    for (int64_t i = from * a->k; i < to * a->k; i += 8)
-        for (int j = 0; j < 8; j += VL < 8 ? VL : 8) {
-            int64_t n = 8 - j;
-            vf rounded = (vf)round_bits(load_up_to(a->x + i + j, n)) * load_up_to(places + j, n);
-            store_up_to((float *)a->rounded + i + j, rounded, n);
-        }
-#endif
-}
-
 static void quantize(void *data, int thread, int threads)
 {
     const struct quantize_args *a = data;

@@ -126,6 +126,30 @@ INLINE float max_lanes(vf v)
     return best;
 }
 
+/* Of integers any order will do. */
+INLINE int32_t sum_int_lanes(vi v)
+{
+#if ISA_AVX512
+    return _mm512_reduce_add_epi32((__m512i)v);
+#else
+    int32_t sum = 0;
+    for (int lane = 0; lane < VL; lane++)
+        sum += v[lane];
+    return sum;
+#endif
+}
+INLINE int32_t max_int_lanes(vi v)
+{
+#if ISA_AVX512
+    return _mm512_reduce_max_epi32((__m512i)v);
+#else
+    int32_t best = v[0];
+    for (int lane = 1; lane < VL; lane++)
+        best = v[lane] > best ? v[lane] : best;
+    return best;
+#endif
+}
+
 /* Round half to even for |x| < 2^22; the integer stands in the low bits of the sum. */
 #define ROUND_MAGIC 12582912.0f
 INLINE vi round_to_int(vf x)
