@@ -1,24 +1,24 @@
 /* out = x @ weight.T + bias with int4 weights in groups along k, a bfloat16 scale each and perhaps an offset: W4A16 and
  * W4A4 over one copy.
  *
- * Both multiply int8 with the nibbles as they are, 8 too large, and take 8 times the sum of the group's inputs off. W4A4
- * has one digit for each input, W4A16 two of 7 bits (int4_inputs in rows.h). A group's sum is an exact integer, so its
- * order is free; it is scaled once. */
+ * Both multiply integers with the nibbles as they are, 8 too large, and take 8 times the sum of the group's inputs off.
+ * W4A4 has one int8 digit for each input, W4A16 two of 7 bits; or all 14 as int16 where pairs of those are the fastest
+ * product (AVX2). A group's sum is an exact integer, so its order is free; it is scaled once. */
 #pragma once
 #include "simd.h"
 
 #if ISA_AVX512
 #define INT4_ROWS(digits) ((digits) == 2 ? 6 : 8) /* that share one pass over a block */
-#define INT4_COLUMNS(sums) NV /* vectors of its outputs at a time, of so many sums each: what the registers hold */
+#define INT4_COLUMNS(sums, whole) NV /* vectors of its outputs at a time, of so many sums each: what the registers hold */
 #elif ISA_AVX2
 #define INT4_ROWS(digits) ((void)(digits), 6)
-#define INT4_COLUMNS(sums) ((sums) <= 1 ? NV : (sums) <= 3 ? NV / 2 : NV / 4)
+#define INT4_COLUMNS(sums, whole) ((sums) <= 1 ? NV : (whole) || (sums) <= 3 ? NV / 2 : NV / 4)
 #elif ISA_DOTPROD
 #define INT4_ROWS(digits) ((void)(digits), 6)
-#define INT4_COLUMNS(sums) ((sums) <= 3 ? NV : (sums) <= 6 ? NV / 2 : NV / 4)
+#define INT4_COLUMNS(sums, whole) ((sums) <= 3 ? NV : (sums) <= 6 ? NV / 2 : NV / 4)
 #else
 #define INT4_ROWS(digits) ((void)(digits), 1)
-#define INT4_COLUMNS(sums) NV
+#define INT4_COLUMNS(sums, whole) NV
 #endif
 #define INT4_MOST_ROWS 8
 #define INT4_PANEL 10 /* tiles of rows between two reads of the weights */
@@ -64,13 +64,34 @@ INLINE vi add_nibbles(vi acc, vi low, vi high, vi x_low, vi x_high)
 #endif
 }
 
-/* Inputs after which sums must be widened: pairs of at most 2 * 15 * 7, or 2 * 15 * 64, stay below 2^15. */
 #if ISA_AVX2 && !ISA_AVXVNNI
-#define INT4_WIDENS 1
-#define INT4_STEP(digits) ((digits) == 2 ? 64 : 512)
+#define INT4_WIDENS 1 /* sums of 16 bits, */
+#define INT4_STEP 512 /* after so many inputs: 512 / 4 pairs of at most 2 * 15 * 7 stay below 2^15 */
+#define INT4_WHOLE(digits) ((digits) == 2) /* inputs are one int16 instead of two digits */
+
+/* acc[rows][columns] += the products of 8 inputs: pairs of nibbles, one in each half of 32 bits, with pairs of int16. */
+INLINE void add_pairs(vi (*acc)[NV], const uint8_t *p, const int8_t *x, const int rows, const int columns)
+{
+    UNROLL for (int pair = 0; pair < 4; pair++) {
+        __m256i nibbles[NV];
+        UNROLL for (int v = 0; v < columns; v++)
+            nibbles[v] = _mm256_and_si256(_mm256_srli_epi16(_mm256_loadu_si256((const void *)(p + v * VL * 4)), 4 * pair),
+                                          _mm256_set1_epi16(15));
+        UNROLL for (int r = 0; r < rows; r++) {
+            __m256i xr = _mm256_set1_epi32(word_at(x + 16 * r + 4 * pair));
+            UNROLL for (int v = 0; v < columns; v++)
+            {
+                acc[r][v] += (vi)_mm256_madd_epi16(nibbles[v], xr);
+                KEEP(acc[r][v]);
+            }
+        }
+    }
+}
 #else
 #define INT4_WIDENS 0
-#define INT4_STEP(digits) INT64_MAX
+#define INT4_STEP INT64_MAX
+#define INT4_WHOLE(digits) 0
+#define add_pairs(...) (void)0
 #endif
 
 /* totals[rows][32] of one block. x, x_scale and sums begin with the tile's first row; has_offset is whether there is one. */
@@ -78,23 +99,29 @@ INLINE void int4_tile(const struct int4_linear_args *a, const uint8_t *w, const 
                       const int8_t *x, const float *x_scale, const int32_t *sums, float (*totals)[BLOCK], const int rows,
                       const int digits, const int has_offset)
 {
-    const int parts = rows * digits, columns = INT4_COLUMNS(parts);
+    const int whole = INT4_WHOLE(digits), per_row = whole ? 1 : digits, parts = rows * per_row;
+    const int columns = INT4_COLUMNS(parts, whole), widens = INT4_WIDENS && !whole;
     const int64_t groups = a->k / a->group;
     const vi nibble = splat_int(0x0f0f0f0f);
-    for (int64_t g = 0; g < groups; g++, scale += BLOCK, w += BLOCK * a->group / 2, x += parts * a->group)
+    for (int64_t g = 0; g < groups; g++, scale += BLOCK, w += BLOCK * a->group / 2, x += rows * digits * a->group)
         UNROLL for (int v0 = 0; v0 < NV; v0 += columns) {
             vi acc[INT4_MOST_ROWS * 2][NV], wide[INT4_MOST_ROWS * 2][NV]; /* the last digit's sum takes 8 times the inputs off */
             UNROLL for (int c = 0; c < parts; c++) UNROLL for (int v = 0; v < columns; v++)
-                acc[c][v] = wide[c][v] = splat_int(c % digits == digits - 1 ? sums[c / digits * groups + g] : 0);
+                acc[c][v] = wide[c][v] = splat_int(c % per_row == per_row - 1 ? sums[c / per_row * groups + g] : 0);
             const uint8_t *p = w + v0 * VL * 4;
             const int8_t *xk = x;
-            for (int64_t left = a->group; left > 0; left -= INT4_STEP(digits)) {
-                if (INT4_WIDENS)
+            for (int64_t left = a->group; left > 0; left -= widens ? INT4_STEP : a->group) {
+                if (widens)
                     UNROLL for (int c = 0; c < parts; c++) UNROLL for (int v = 0; v < columns; v++) acc[c][v] = (vi){0};
-                for (int64_t k = left < INT4_STEP(digits) ? left : INT4_STEP(digits); k > 0; k -= 8, p += BLOCK * 4) {
+                for (int64_t k = widens && left > INT4_STEP ? INT4_STEP : left; k > 0; k -= 8, p += BLOCK * 4) {
                     if (v0 == 0) {
                         prefetch_weight(p, 1);
                         prefetch_weight(p + 64, 1);
+                    }
+                    if (whole) {
+                        add_pairs(acc, p, xk, rows, columns);
+                        xk += 16 * rows;
+                        continue;
                     }
                     vi low[NV], high[NV];
                     UNROLL for (int v = 0; v < columns; v++) {
@@ -112,21 +139,22 @@ INLINE void int4_tile(const struct int4_linear_args *a, const uint8_t *w, const 
                     }
                 }
 #if INT4_WIDENS
-                UNROLL for (int c = 0; c < parts; c++) UNROLL for (int v = 0; v < columns; v++)
+                if (widens)
+                    UNROLL for (int c = 0; c < parts; c++) UNROLL for (int v = 0; v < columns; v++)
                     wide[c][v] += (vi)_mm256_madd_epi16((__m256i)acc[c][v], _mm256_set1_epi16(1));
 #endif
             }
-            if (INT4_WIDENS)
+            if (widens)
                 UNROLL for (int c = 0; c < parts; c++) UNROLL for (int v = 0; v < columns; v++) acc[c][v] = wide[c][v];
             UNROLL for (int v = 0; v < columns; v++) {
                 const int j = (v0 + v) * VL;
                 const vf factor = widen_scale(scale + j);
                 const vf added = has_offset ? widen_scale(offset + g * BLOCK + j) * splat(-0.125f) : (vf){0};
                 UNROLL for (int r = 0; r < rows; r++) {
-                    vi whole = acc[r * digits][v];
-                    if (digits == 2) /* unsigned: half of it may pass 2^31 and come back */
-                        whole = (vi)(((vu)whole << INT4_DIGIT_BITS) + (vu)acc[r * digits + 1][v]);
-                    vf sum = __builtin_convertvector(whole, vf), total = load(totals[r] + j);
+                    vi exact = acc[r * per_row][v];
+                    if (per_row == 2) /* unsigned: half of it may pass 2^31 and come back */
+                        exact = (vi)(((vu)exact << INT4_DIGIT_BITS) + (vu)acc[r * per_row + 1][v]);
+                    vf sum = __builtin_convertvector(exact, vf), total = load(totals[r] + j);
                     vf x_sum = __builtin_convertvector(splat_int(sums[r * groups + g]), vf);
                     if (digits == 2) { /* by a power of two: exact */
                         sum = sum * splat(x_scale[r * groups + g]);
@@ -204,12 +232,24 @@ static void int4_linear(void *data, int thread, int threads)
         a->offset ? int4_blocks(a, 1, 1, thread, threads) : int4_blocks(a, 1, 0, thread, threads);
 }
 
-/* The first lanes, which are a multiple of 4: [n / 8, stride] from input i on. */
-INLINE void store_inputs(int8_t *q, int64_t stride, int64_t i, vi values, int64_t n)
+/* Integers of n inputs from i on, or of the VL lanes, as int4_tile reads them: 8 inputs of every row at a time, a multiple of
+ * `stride` bytes apart. */
+INLINE void store_inputs(int8_t *q, int64_t stride, int64_t i, vi values, int64_t n, const int digits)
 {
-    const vb bytes = narrow(values);
-    for (int j = 0; j < VL && j < n; j += VL < 8 ? VL : 8)
-        memcpy(q + (i + j) / 8 * stride + (i + j) % 8, (const char *)&bytes + j, VL < 8 ? VL : 8);
+#if INT4_WIDENS
+    if (digits == 2) { /* inputs 0 and 2, 4 and 6, 1 and 3, 5 and 7 are the nibbles of 16 bits, see pack_int4 */
+        __m128i words = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)values),
+                                        _mm256_extracti128_si256((__m256i)values, 1));
+        const __m128i order = _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+        _mm_storeu_si128((void *)(q + i / 8 * stride), _mm_shuffle_epi8(words, order));
+        return;
+    }
+#endif
+    const vi upper = (values + splat_int(1 << INT4_DIGIT_BITS >> 1)) >> INT4_DIGIT_BITS;
+    const vb bytes[2] = {narrow(digits == 2 ? upper : values), narrow(values - (upper << INT4_DIGIT_BITS))};
+    for (int digit = 0; digit < digits; digit++)
+        for (int j = 0; j < VL && j < n; j += VL < 8 ? VL : 8)
+            memcpy(q + (i + j) / 8 * stride + digit * 8 + (i + j) % 8, (const char *)&bytes[digit] + j, VL < 8 ? VL : 8);
 }
 
 /* max|x| of a group, NaN above infinity, as the bits of a float. */
@@ -252,17 +292,14 @@ static void int4_inputs(void *data, int thread, int threads)
             for (int64_t i = 0; i < a->group; i += VL) {
                 const int64_t n = a->group - i < VL ? a->group - i : VL, k = g * a->group + i;
                 vi whole;
-                if (digits == 2) {
+                if (digits == 2)
                     whole = round_to_int(load_up_to((const float *)a->x + at + i, n) * splat(inverse));
-                    vi upper = (whole + splat_int(64)) >> INT4_DIGIT_BITS;
-                    store_inputs(q, stride, k, upper, n);
-                    store_inputs(q + 8, stride, k, whole - (upper << INT4_DIGIT_BITS), n);
-                } else {
+                else {
                     vb bytes = {0};
                     memcpy(&bytes, (const int8_t *)a->x + at + i, n < VL ? (size_t)n : sizeof bytes);
                     whole = __builtin_convertvector(bytes, vi);
-                    store_inputs(q, stride, k, whole, n);
                 }
+                store_inputs(q, stride, k, whole, n, digits);
                 sum += whole;
             }
             a->sums[row * groups + g] = -8 * sum_int_lanes(sum);
