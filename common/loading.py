@@ -120,10 +120,11 @@ def quantize(
     prompts are texts to calibrate on, heldout texts to measure on (None: built-in ones). For w8a8 alpha is
     SmoothQuant's migration strength ("fitted": scales fitted to a model of rounding noise; None: searched per layer),
     rounding of weights is "gptq" or "nearest"; inputs of the linear layers `wide` keep 12 bits, and the linear layers
-    whose rounding costs most stay in 16 bits, as long as they add no more than `budget` (0.02: 2 %) to the
-    bytes of a pass. lm_head "w8a8" makes that layer int8 too. keep_full
-    keeps the full-precision decoder in `model.full`. Raises QuasarError if the result is garbage, unless force.
-    Returns None for a model without a tokenizer, which has no text to be measured on.
+    whose rounding costs most stay in 16 bits, as long as they add no more than `budget` (0.02: 2 %) to the bytes of a
+    pass. lm_head "w8a8" makes that layer int8 too. keep_full keeps the full-precision decoder in `model.full`.
+
+    Raises QuasarError if the result is garbage, unless force. Returns None for a model without a tokenizer, which has
+    no text to be measured on.
     """
     if model.weights is None or model.precision != "full":
         raise QuasarError(f"{model.name} is already quantised ({model.precision}); load it again in full precision")

@@ -69,8 +69,9 @@ class Engine:
         draft_memory: DraftMemory | None = None,
     ) -> None:
         """kv_bytes bounds the keys and values of all sequences, also of ended ones that are kept for their prefix
-        (None: two fifths of the host's free memory). own_thread=False: whoever waits for a result calls `step`.
-        draft_memory: what drafters learn from the requests, this engine's alone (None: from now on, in memory).
+        (None: two fifths of the host's free memory). own_thread=False: passes run in `step`, which the caller calls
+        until it returns False. draft_memory: what drafters learn from the requests, this engine's alone (None: from
+        now on, in memory).
         Raises QuasarError where lossless is asked of a model without full-precision weights.
         """
         if max_sequences < 1:

@@ -28,8 +28,8 @@ def model_card(
     weights = "int8 weights, one scale per output channel"
     if name == "w4a16":
         weights, activations = f"int4 weights, a scale and zero point per {settings.group} inputs", "16-bit activations"
-    elif settings.recipe.wide:
-        activations += f", 16-bit ones before {' and '.join(settings.recipe.wide)}"
+    elif wide := [each for each in settings.recipe.wide if each != "lm_head" or settings.lm_head == "w8a8"]:
+        activations += f", 16-bit ones before {' and '.join(wide)}"
     full = ["embedding", "norms", *([] if settings.lm_head == "w8a8" else ["lm_head"])]
     full += [f"layer {each.layer} {each.name}" for each in kept]
     serve = "vllm serve DIR" + (" --quantization ascend   # vLLM-Ascend" if settings.format == "ascend" else "")

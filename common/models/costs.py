@@ -6,8 +6,9 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from math import exp, log
 
-ROWS_TIMED = (1, 2, 4, 8, 16, 32, 64)  # rows that are timed; between them costs are interpolated
-_SECONDS, _ROUNDS = 0.06, 50  # spent on each size, whichever comes first, unless one pass takes longer
+SIZES = (1, 2, 4, 8, 16, 32, 64)  # rows whose seconds are learnt; between them costs are interpolated
+_TIMED_FIRST = SIZES[::2]  # the others begin between them: a first draft waits for this
+_SECONDS, _ROUNDS = 0.03, 50  # spent on each size, whichever comes first, unless one pass takes longer
 _WARM_UP = 2  # passes of each size: the first pays for allocations and compilation, the second for capturing a graph
 _LITTLE = 0.5  # what the first timing of a size weighs, in passes
 _LEAST_ROW = 0.02  # of a pass, by which each further row counts at least: a flat measurement is noise, and would keep
@@ -71,9 +72,10 @@ def rising(sizes: Sequence[int], seconds: Sequence[float], weights: Sequence[flo
     return [max(s, found[0] * (1 + _LEAST_ROW * (size - sizes[0]))) for size, s in zip(sizes, found, strict=True)]
 
 
-def measure(timed: Callable[[int], float], sizes: Sequence[int]) -> PassCosts:
-    """Times a few passes of each size; timed(rows) runs one and returns its seconds."""
-    for size in [*sizes] * _WARM_UP:
+def measure(timed: Callable[[int], float], most: int) -> PassCosts:
+    """Times a few passes of some sizes, of up to `most` rows; timed(rows) runs one and returns its seconds."""
+    sizes = [size for size in _TIMED_FIRST if size <= max(1, most)]
+    for size in sizes * _WARM_UP:
         timed(size)
     rounds: list[list[float]] = []
     spent = 0.0
@@ -81,7 +83,8 @@ def measure(timed: Callable[[int], float], sizes: Sequence[int]) -> PassCosts:
     while not rounds or (spent < _SECONDS * len(sizes) and len(rounds) < _ROUNDS):
         rounds.append([timed(size) for size in sizes])
         spent += sum(rounds[-1])
-    fastest = [min(times) for times in zip(*rounds, strict=True)]
     # A pass may be slow by accident but not fast, and fewer rows never cost more.
+    fastest = [min(times) for times in zip(*rounds, strict=True)]
     fastest = [min(fastest[i:]) for i in range(len(fastest))]
-    return PassCosts(dict(zip(sizes, rising(sizes, fastest, fastest), strict=True)))
+    between = PassCosts(dict(zip(sizes, rising(sizes, fastest, fastest), strict=True)))
+    return PassCosts({size: between(size) for size in SIZES if size <= max(1, most)})

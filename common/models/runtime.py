@@ -15,7 +15,7 @@ from quasar.backends.base import Backend, Batch, Segment, Slot
 from quasar.backends.capture import CapturedPasses
 from quasar.errors import QuasarError
 from quasar.models.config import ModelConfig
-from quasar.models.costs import ROWS_TIMED, PassCosts, measure
+from quasar.models.costs import SIZES, PassCosts, measure
 from quasar.models.decoder import CHUNK_ROWS, Decoder
 
 PROMPT_ROWS = CHUNK_ROWS  # of a prompt in one pass
@@ -89,10 +89,10 @@ class Runtime:
 
     def _measure_costs(self) -> PassCosts:
         positions = self.config.max_position_embeddings
-        sizes = [size for size in ROWS_TIMED if size == 1 or size + _CONTEXT_TIMED <= positions]
-        slot = self.new_slot(min(_CONTEXT_TIMED + sizes[-1], positions))
-        if slot.capacity > sizes[-1]:
-            self.prefill(slot, [0] * (slot.capacity - sizes[-1]), logits_to_keep=0)
+        most = max(1, min(SIZES[-1], positions - _CONTEXT_TIMED))
+        slot = self.new_slot(min(_CONTEXT_TIMED + most, positions))
+        if slot.capacity > most:
+            self.prefill(slot, [0] * (slot.capacity - most), logits_to_keep=0)
 
         def timed(rows: int) -> float:
             batch = Batch([Segment(slot, [0] * rows, logits_to_keep=rows)])
@@ -101,7 +101,7 @@ class Runtime:
             self.backend.argmax(self.run(batch)).tolist()
             return time.perf_counter() - clock
 
-        return measure(timed, sizes)
+        return measure(timed, most)
 
 
 _runtimes: weakref.WeakSet[Runtime] = weakref.WeakSet()

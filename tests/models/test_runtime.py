@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-from quasar.models.costs import ROWS_TIMED
+from quasar.models.costs import SIZES
 from quasar.models.runtime import Runtime
 from tests.helpers.unmeasured import measured_costs
 
@@ -12,7 +12,7 @@ from tests.helpers.unmeasured import measured_costs
 def test_measured_costs_grow_with_the_rows(shipped) -> None:
     runtime = Runtime(shipped("qwen3").decoder)
     costs = measured_costs(runtime)
-    seconds = [costs(rows) for rows in ROWS_TIMED]
+    seconds = [costs(rows) for rows in SIZES]
     assert seconds[0] > 0
     assert all(fewer < more for fewer, more in itertools.pairwise(seconds))
 

@@ -13,6 +13,7 @@ from quasar.quantization.methods import W8A8
 from quasar.quantization.stream import quantized_decoder
 from tests.conftest import FAMILIES
 from tests.helpers.random_models import random_model
+from tests.helpers.watching import watch
 
 TEXTS = [list(range(start, start + 40)) for start in range(0, 120, 20)]
 
@@ -45,15 +46,9 @@ def test_the_worst_input_is_kept_and_pays(family: str) -> None:
 
 def test_what_is_kept_is_full_precision_and_smoothed_as_the_others() -> None:
     model = random_model("qwen3")
-    seen = {}
-
-    class Looking(W8A8):
-        def round(self, adapted, stats):  # type: ignore[no-untyped-def]
-            made = super().round(adapted, stats)
-            seen[adapted.index] = adapted, made
-            return made
-
-    quantized_decoder(model.config, model.weights, model.decoder.backend, Looking(model.config, keep=[(1, "o")]), TEXTS)
+    method = W8A8(model.config, keep=[(1, "o")])
+    seen = watch(method)
+    quantized_decoder(model.config, model.weights, model.decoder.backend, method, TEXTS)
     for index, (_, made) in seen.items():
         kinds = {name: type(linear) for name, linear in made.linears().items()}
         assert kinds.pop("o") is (FullWeights if index == 1 else Int8Weights)

@@ -28,6 +28,7 @@ from quasar.quantization.recipe import Recipe
 from quasar.quantization.rounding import to_int8
 from quasar.quantization.stream import quantized_decoder
 from tests.helpers.random_models import random_model
+from tests.helpers.watching import watch
 
 TEXTS = [list(range(start, start + 40)) for start in range(0, 120, 20)]
 
@@ -104,15 +105,8 @@ def test_inputs_that_are_not_numbers_stay_so(name: str) -> None:
 
 def test_what_is_wide_is_not_smoothed() -> None:
     model = random_model("qwen3")
-    seen = {}
-
-    class Looking(W8A8):
-        def round(self, adapted, stats):  # type: ignore[no-untyped-def]
-            made = super().round(adapted, stats)
-            seen[adapted.index] = adapted, made
-            return made
-
-    method = Looking(model.config, 0.5, wide=("qkv", "down"))
+    method = W8A8(model.config, 0.5, wide=("qkv", "down"))
+    seen = watch(method)
     quantized_decoder(model.config, model.weights, model.decoder.backend, method, TEXTS)
     for (adapted, made), full in zip(seen.values(), model.weights.layers, strict=True):
         assert {name: linear.wide for name, linear in made.linears().items()} == {
