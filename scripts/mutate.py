@@ -24,7 +24,9 @@ import json
 import os
 import random
 import sys
+import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
@@ -51,8 +53,10 @@ TESTS: dict[str, list[list[str]]] = {
 }
 # Words that are not Python's own semantics: names of exceptions, and loops that run no time, fail by themselves.
 _LEFT_OUT = ("no-op", "variable-inserter", "VariableReplacer", "NoOp", "VariableInserter", "RemoveDecorator")
-_PASSED, _FAILED, _NO_TESTS = 0, 1, 5
+_PASSED, _FAILED = 0, 1
 _MOST_SECONDS = 120
+_QUIET = ("-W", "ignore::pytest.PytestAssertRewriteWarning")  # what was imported before the fork
+_SAID = Path(tempfile.gettempdir()) / f"quasar-mutant-{os.getpid()}.txt"  # by the last tests
 
 
 def main() -> int:
@@ -82,6 +86,7 @@ def main() -> int:
                     log.write(json.dumps(row) + "\n")
                     log.flush()
                 rows.append(row)
+    _SAID.unlink(missing_ok=True)
     return summary(rows)
 
 
@@ -144,9 +149,8 @@ def import_what_tests_share() -> None:
     """All that is slow to import and holds nothing of Quasar."""
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
-    os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = "/tmp/quasar-mutants-hypothesis"
+    os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = f"{_SAID}.examples"
     os.environ["HF_HUB_OFFLINE"] = "1"
-    import hypothesis  # noqa: F401
     import pytest  # noqa: F401
     import torch
     import transformers  # noqa: F401
@@ -160,7 +164,8 @@ def require_passing(files: list[Path]) -> None:
         clock = time.monotonic()
         code = run(files[0], files[0].read_text(), tests)
         if code != _PASSED:
-            raise SystemExit(f"pytest {' '.join(tests)}: ends with {code} before anything was changed")
+            said = _SAID.read_text(errors="replace")[-3000:]
+            raise SystemExit(f"{said}\npytest {' '.join(tests)}: ends with {code} before anything was changed")
         print(f"pytest {' '.join(tests)}: {time.monotonic() - clock:.1f} s", flush=True)
 
 
@@ -180,16 +185,19 @@ def run(file: Path, code: str, tests: list[str]) -> int:
     """pytest's exit code, in a fork that imports `code` for the file; 137 where it took too long."""
     child = os.fork()
     if not child:
-        with contextlib.suppress(BaseException):
-            quiet = os.open(os.devnull, os.O_RDWR)
-            for stream in (0, 1, 2):
-                os.dup2(quiet, stream)
+        try:
+            silence, said = os.open(os.devnull, os.O_RDONLY), os.open(_SAID, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            for stream, shown in enumerate((silence, said, said)):
+                os.dup2(shown, stream)
             os.setsid()
             sys.meta_path.insert(0, _Changed(file, code))
             import pytest
 
-            argv = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--hypothesis-seed=0", *tests]
+            argv = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *_QUIET, "--hypothesis-seed=0", *tests]
             os._exit(int(pytest.main(argv)))
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
         os._exit(_FAILED)
     end = time.monotonic() + _MOST_SECONDS
     while time.monotonic() < end:
