@@ -149,11 +149,12 @@ def import_what_tests_share() -> None:
     """All that is slow to import and holds nothing of Quasar."""
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
-    os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = f"{_SAID}.examples"
     os.environ["HF_HUB_OFFLINE"] = "1"
     import pytest  # noqa: F401
+    import safetensors.torch  # noqa: F401
+    import tokenizers  # noqa: F401
     import torch
-    import transformers  # noqa: F401
+    from transformers import LlamaForCausalLM, Qwen3ForCausalLM  # noqa: F401 - as tests/conftest.py
 
     torch.set_num_threads(1)
 
@@ -191,9 +192,14 @@ def run(file: Path, code: str, tests: list[str]) -> int:
                 os.dup2(shown, stream)
             os.setsid()
             sys.meta_path.insert(0, _Changed(file, code))
+            import hypothesis
             import pytest
 
-            argv = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *_QUIET, "--hypothesis-seed=0", *tests]
+            # A failure is enough: none is made smaller. The same examples for every mutant.
+            phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
+            hypothesis.settings.register_profile("mutants", phases=phases, derandomize=True, database=None)
+            hypothesis.settings.load_profile("mutants")
+            argv = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *_QUIET, *tests]
             os._exit(int(pytest.main(argv)))
         except BaseException:
             traceback.print_exc()
