@@ -1,6 +1,6 @@
 """What each way to quantise costs on text that the model writes itself: KL against bytes, on a real chat model.
 
-    python scripts/experiments/quantization_quality.py --plot docs/images/quality_smollm2.svg
+    python scripts/experiments/quantization_quality.py --plot docs/images/quality_smollm2.png
 
 Methods see the built-in calibration texts, as users' do, or the questions of --calibration with the model's answers.
 They are measured on --questions with answers sampled from the full-precision model at temperature 0.7: on whole
@@ -19,13 +19,13 @@ from pathlib import Path
 
 import torch
 
-from quasar import Engine, GenerationSettings
+from quasar import Engine, GenerationSettings, load
 from quasar.checkpoints.weights import LINEARS
 from quasar.models.build import build
 from quasar.models.model import ASSETS, Checkpoint, LoadOptions, open_model
 from quasar.quantization.budget import choose_kept, describe
 from quasar.quantization.calibration import read_texts
-from quasar.quantization.fidelity import FidelityTally
+from quasar.quantization.fidelity import FidelityProbe, FidelityTally
 from quasar.quantization.methods import W8A8, Int4, Method, int8_head
 from quasar.quantization.recipe import DEFAULT_RECIPE, Recipe, pass_bytes
 from quasar.quantization.stream import LayerQuantizer
@@ -81,8 +81,8 @@ def ways(
             print(f"budget 2%: {describe(chosen, pass_bytes(c))}", flush=True)
             kept = recipe.method(c, [(each.layer, each.name) for each in chosen])
             yield name, kept, False
-    yield "the default, lm_head int8", DEFAULT_RECIPE.method(c), True
-    yield "the default, lm_head int8 under int8 inputs", Recipe(wide=("qkv", "down")).method(c), True
+    yield "W8A8, the default, lm_head int8", DEFAULT_RECIPE.method(c), True
+    yield "W8A8, the default, lm_head int8 under int8 inputs", Recipe(wide=("qkv", "down")).method(c), True
     yield "W4A16 symmetric 128, rotated, to nearest", Int4(c), False
     for group in (32, 128):
         for whole in (False, True):
@@ -118,6 +118,16 @@ def measure(
     return cells, nbytes + quantized.nbytes
 
 
+def measure_checkpoint(found: Checkpoint, name: str, texts: Sequence[Conversation]) -> tuple[list[str], int]:
+    """As `measure`, of a checkpoint that holds the model quantised."""
+    full, theirs = found.decoder(), load(name).decoder
+    cells = []
+    for sequences in ([text.ids for text in texts], [text.ids[: text.question] for text in texts]):
+        figures = FidelityProbe(full, sequences).compare(theirs)
+        cells += [f"{figures.mean_kl:.2e}", f"{figures.top1_agreement:.1%}"]
+    return cells, theirs.weight_bytes_per_pass
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
@@ -129,6 +139,10 @@ def main() -> None:
     parser.add_argument(
         "--only", default="", metavar="WORDS", help="ways whose name holds one of these, with ; between"
     )
+    parser.add_argument("--checkpoint", metavar="DIR", help="measure what another program made of the model, too")
+    parser.add_argument(
+        "--keep-calibration", type=Path, metavar="FILE", help="write the calibration texts for it, JSONL of input_ids"
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw KL against bytes (needs matplotlib)")
     args = parser.parse_args()
     found = open_model(args.model, LoadOptions())
@@ -136,6 +150,8 @@ def main() -> None:
         calibration, _ = calibration_and_heldout(found.config, found.tokenizer)
     else:
         calibration = [t.ids for t in sampled(found, args.calibration, args.count, args.tokens, args.samples)]
+    if args.keep_calibration is not None:
+        args.keep_calibration.write_text("".join(json.dumps({"input_ids": list(ids)}) + "\n" for ids in calibration))
     texts = sampled(found, args.questions, args.count, args.tokens, args.samples)
     measured = sum(len(text.ids) for text in texts)
     print(f"{args.model}: {sum(map(len, calibration))} tokens to calibrate on, {measured} to measure on")
@@ -153,6 +169,9 @@ def main() -> None:
             seconds = time.process_time() - clock
             print(f"| {name} | {' | '.join(cells)} | {nbytes / 1e6:.1f} | {seconds:.0f} |", flush=True)
             points.append((name, nbytes / 1e6, float(cells[0])))
+    if args.checkpoint is not None:
+        cells, nbytes = measure_checkpoint(found, args.checkpoint, texts)
+        print(f"| {args.checkpoint} | {' | '.join(cells)} | {nbytes / 1e6:.1f} | |")
     if args.plot is not None:
         draw(args.plot, args.model, points)
 
@@ -164,19 +183,23 @@ def draw(path: Path, model: str, points: list[tuple[str, float, float]]) -> None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(9, 5.5))
+    figure, axes = pyplot.subplots(figsize=(9, 5))
+    together: dict[tuple[float, float], list[int]] = {}  # points that the eye cannot tell apart share their numbers
     for number, (name, megabytes, kl) in enumerate(points, 1):
         axes.plot(megabytes, kl, "o", color="C0" if name.startswith("W8A8") else "C1")
-        axes.annotate(str(number), (megabytes, kl), textcoords="offset points", xytext=(5, 3), fontsize=8)
+        near = next((at for at in together if at[0] == megabytes and 0.8 < at[1] / kl < 1.25), (megabytes, kl))
+        together.setdefault(near, []).append(number)
+    for at, numbers in together.items():
+        label = ", ".join(map(str, numbers))
+        axes.annotate(label, at, textcoords="offset points", xytext=(6, -3), fontsize=8)
     names = "\n".join(f"{number}  {name}" for number, (name, _, _) in enumerate(points, 1))
-    figure.text(0.6, 0.5, names, fontsize=7, va="center")
-    figure.subplots_adjust(right=0.58, left=0.09)
+    axes.text(1.04, 0.5, names, transform=axes.transAxes, fontsize=8, va="center", linespacing=1.5)
     axes.set_yscale("log")
     axes.set_xlabel("MB that a pass reads")
     axes.set_ylabel("mean KL to full precision, nats")
     axes.set_title(f"{model}, its own conversations", fontsize=10)
     axes.grid(alpha=0.3, which="both")
-    figure.savefig(path)
+    figure.savefig(path, bbox_inches="tight")
 
 
 if __name__ == "__main__":
