@@ -2,13 +2,15 @@
 # Drives `quasar serve` with programs from outside, each in an environment of its own under QUASAR_SERVING
 # (default: ~/.cache/quasar-serving), made on the first run from the package registries.
 #   scripts/test_serving.sh [soak|npm|schemathesis|lm-eval|guidellm|anthropic|figures ...]   default: all but figures
-# MODEL (default tiny-qwen3) names the model; SECONDS_OF_SOAK (default 600) how long the soak goes on at least.
+# MODEL (default tiny-qwen3) names the model, TOKENIZER the folder of its tokenizer; SECONDS_OF_SOAK (default 600) how long
+# the soak goes on at least.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 repository=$PWD
 home=${QUASAR_SERVING:-$HOME/.cache/quasar-serving}
 python=${PYTHON:-python}   # of Quasar's own environment, with the extra [serve]
 model=${MODEL:-tiny-qwen3}
+tokenizer=${TOKENIZER:-$repository/common/assets/tiny-qwen3}   # of the model: lm-eval and guidellm count with it
 port=${PORT:-8765}
 url=http://127.0.0.1:$port
 work=$(mktemp -d)
@@ -83,11 +85,11 @@ schemathesis() {
 
 lm-eval() {
     say "lm-eval: a small task of texts and log-probabilities through local-completions"
-    local env; env=$(environment lm-eval "lm-eval[api]")
+    local env; env=$(environment lm-eval "lm-eval[api]" transformers)
     start
     "$python" scripts/serving/small_task.py "$work"
     "$env/bin/lm-eval" run --model local-completions --include_path "$work" --tasks quasar_small_choice,quasar_small_text \
-        --model_args "model=$model,base_url=$url/v1/completions,num_concurrent=4,tokenizer_backend=none,tokenized_requests=False"
+        --model_args "model=$model,base_url=$url/v1/completions,num_concurrent=4,tokenizer=$tokenizer"
     stop
 }
 
@@ -95,9 +97,10 @@ guidellm() {
     say "guidellm: 4 clients"
     local env; env=$(environment guidellm guidellm)
     start
-    (cd "$work" && GUIDELLM__PREFERRED_BACKEND=openai "$env/bin/guidellm" benchmark run --target "$url" \
-        --profile concurrent --rate 4 --max-requests 40 --request-type text_completions \
-        --processor "$repository/common/assets/tiny-qwen3" --data "prompt_tokens=64,output_tokens=32" --disable-console-interactive)
+    (cd "$work" && "$env/bin/guidellm" run --backend "kind=openai_http,target=$url,request_format=/v1/completions" \
+        --profile kind=concurrent,streams=4 --constraint kind=max_requests,count=40 \
+        --constraint kind=max_errors,count=1 --tokenizer "kind=huggingface_auto,model=$tokenizer" \
+        --data kind=synthetic_text,prompt_tokens=64,output_tokens=32 --disable-console-interactive)
     stop
 }
 

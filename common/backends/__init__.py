@@ -27,6 +27,8 @@ def get_backend(device: str = "auto", dtype: torch.dtype | None = None, kv: str 
     kind = device.partition(":")[0]
     if kind == "auto":
         device = kind = _best_device()
+    if kind != device and kind in ("cpu", "reference"):
+        raise QuasarError(f"--device {device} is unknown: {kind} has no number")
     if kind == "cpu" and dtype in (None, torch.float32, torch.bfloat16) and kernels.available():
         chosen = CpuBfloat16Backend if dtype == torch.bfloat16 else CpuBackend
         return chosen(KV_DEFAULT if kv == "auto" else kv)

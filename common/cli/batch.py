@@ -14,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from quasar.cli import flags
+from quasar.drafting import check_draft
 from quasar.engine.engine import Engine
 from quasar.errors import QuasarError
 from quasar.reading import parse_json, read_lines
@@ -43,6 +44,8 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    flags.require_positive(args, "max_sequences")
+    check_draft(args.draft)
     requests = read_requests(Path(args.file))
     output = Path(args.output)
     if output.exists():

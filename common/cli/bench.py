@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +13,7 @@ from tqdm import tqdm
 from quasar.backends import get_backend
 from quasar.backends.base import Backend
 from quasar.backends.cpu import kernels
-from quasar.cli import flags
+from quasar.cli import flags, report
 from quasar.errors import QuasarError
 from quasar.evaluation import decode, footprint, peers, profile, serving, speed
 from quasar.generation import GenerationSettings
@@ -92,7 +90,7 @@ def add_parser(subparsers: Any) -> None:
     many.set_defaults(run=run_serving)
     for each, repeats in ((step, 9), (ends, 3), (many, 3)):
         each.add_argument("--repeats", type=int, default=repeats, metavar="N", help="rounds (default: %(default)s)")
-        each.add_argument("--json", metavar="FILE", help="write the figures there too")
+        report.add_json_flag(each)
         flags.add_model_flags(each)
     memory = kinds.add_parser(
         "memory",
@@ -107,14 +105,19 @@ def add_parser(subparsers: Any) -> None:
         help=f"of auto (as the checkpoint is), {', '.join(PRECISIONS)} (default: full,w8a8)",
     )
     memory.add_argument("--max-new-tokens", type=int, default=16, metavar="N", help="(default: %(default)s)")
-    memory.add_argument("--json", metavar="FILE", help="write the figures there too")
+    report.add_json_flag(memory)
     flags.add_model_flags(memory)
     memory.set_defaults(run=run_memory)
-    step.add_argument("--plot", metavar="FILE.png", help="draw bars against the memory floor (needs matplotlib)")
+    step.add_argument(
+        "--plot",
+        type=report.picture_to_write,
+        metavar="FILE.png",
+        help="draw bars against the memory floor (needs matplotlib)",
+    )
 
 
 def run_step(args: argparse.Namespace) -> None:
-    _positive(args, "repeats", "context")
+    flags.require_positive(args, "repeats", "context")
     if args.profile:
         run_profile(args)
         return
@@ -138,7 +141,7 @@ def run_step(args: argparse.Namespace) -> None:
             f"(other engines in the same run: {'; '.join(f'--peer {peer}: {line}' for peer, line in others.items())})"
         )
     figures = [asdict(c) | {"floor_ms": c.floor_ms, "gigabytes_per_second": c.gigabytes_per_second} for c in costs]
-    _write_json(args, {"backend": backend.name, "device": str(backend.device), "steps": figures})
+    report.write_json(args, {"backend": backend.name, "device": str(backend.device), "steps": figures})
     if target is not None:
         target(costs)
 
@@ -153,11 +156,11 @@ def run_profile(args: argparse.Namespace) -> None:
             times = profile.profile_pass(model.decoder, args.context, rows, args.repeats)
             figures += [{"precision": precision, "rows": rows} | asdict(t) for t in times]
             print("\n".join(f"M={rows:<4}{t.kernel:<20}{t.milliseconds:>9.2f}{t.share:>8.1%}" for t in times))
-    _write_json(args, {"backend": _name(model.decoder.backend), "profile": figures})
+    report.write_json(args, {"backend": _name(model.decoder.backend), "profile": figures})
 
 
 def run_memory(args: argparse.Namespace) -> None:
-    _positive(args, "max_new_tokens")
+    flags.require_positive(args, "max_new_tokens")
     name = f"{DUMMY_PREFIX}{args.dummy}" if args.dummy else args.model
     tokens = args.max_new_tokens
     print(f"{name}, {footprint.PROMPT_TOKENS} tokens of prompt and {tokens} new ones; peak MiB of the process")
@@ -168,7 +171,7 @@ def run_memory(args: argparse.Namespace) -> None:
         figures.append(asdict(f))
         quantise = "" if f.quantise is None else f"{f.quantise:.0f}"
         print(f"{precision:<12}{f.imports:>9.0f}{f.load:>9.0f}{quantise:>10}{f.generate:>10.0f}{f.weights:>20.0f}")
-    _write_json(args, {"memory": figures})
+    report.write_json(args, {"memory": figures})
 
 
 def _name(backend: Backend) -> str:
@@ -197,7 +200,7 @@ def step_table(costs: list[speed.StepCost], name: str, context: int, backend: st
 
 
 def run_decode(args: argparse.Namespace) -> None:
-    _positive(args, "repeats", "context", "limit", "max_new_tokens")
+    flags.require_positive(args, "repeats", "context", "limit", "max_new_tokens")
     if args.acceptance is not None and not 1 <= args.acceptance <= decode.PUBLISHED_GAMMA + 1:
         most = decode.PUBLISHED_GAMMA + 1
         raise QuasarError(f"--acceptance {args.acceptance}: tokens per pass lie between 1 and {most}")
@@ -215,7 +218,7 @@ def run_decode(args: argparse.Namespace) -> None:
         speeds = decode.compare_runs(runs, args.repeats, args.acceptance is not None, bar.update)
     print(f"backend {_name(models['full'].decoder.backend)}, {torch.get_num_threads()} threads")
     print(decode_table(speeds))
-    _write_json(args, {"backend": models["full"].decoder.backend.name, "decode": [s.as_dict() for s in speeds]})
+    report.write_json(args, {"backend": models["full"].decoder.backend.name, "decode": [s.as_dict() for s in speeds]})
 
 
 def decode_table(speeds: list[decode.DecodeSpeed]) -> str:
@@ -232,7 +235,7 @@ def decode_table(speeds: list[decode.DecodeSpeed]) -> str:
 
 
 def run_serving(args: argparse.Namespace) -> None:
-    _positive(args, "repeats", "context", "max_new_tokens")
+    flags.require_positive(args, "repeats", "context", "max_new_tokens")
     models = {precision: flags.load_model(args, precision) for precision in ("full", "w8a8")}
     model = models["full"]
 
@@ -255,7 +258,7 @@ def run_serving(args: argparse.Namespace) -> None:
     with tqdm(total=total, desc="serving", unit="run", disable=not sys.stderr.isatty(), leave=False) as bar:
         served = serving.compare(models, prompts, args.sequences, settings, args.repeats, bar.update)
     print(serving_table(served))
-    _write_json(args, {"backend": model.decoder.backend.name, "serving": [s.as_dict() for s in served]})
+    report.write_json(args, {"backend": model.decoder.backend.name, "serving": [s.as_dict() for s in served]})
 
 
 def serving_table(served: list[serving.Served]) -> str:
@@ -314,19 +317,6 @@ def _plotter(path: str) -> Any:
     return draw
 
 
-def _write_json(args: argparse.Namespace, figures: dict[str, Any]) -> None:
-    if args.json is None:
-        return
-    path = Path(args.json)
-    beside = path.with_name(path.name + ".partial")
-    settings = {k: v for k, v in vars(args).items() if k != "run"}
-    try:
-        beside.write_text(json.dumps({"settings": settings, **figures}, indent=1) + "\n", encoding="utf-8")
-        beside.replace(path)
-    except OSError as error:
-        raise QuasarError(f"--json {path}: cannot be written ({error})") from None
-
-
 def _numbers(text: str) -> list[int]:
     try:
         rows = [int(part) for part in text.split(",")]
@@ -342,9 +332,3 @@ def _precisions(text: str, *more: str) -> list[str]:
     if unknown := [name for name in names if name not in known]:
         raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(known)}")
     return names
-
-
-def _positive(args: argparse.Namespace, *names: str) -> None:
-    for name in names:
-        if getattr(args, name) < 1:
-            raise QuasarError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")

@@ -74,6 +74,8 @@ def run(args: argparse.Namespace) -> None:
     )
     ask = line_reader()
     model = flags.load_model(args, args.precision, args.lossless)
+    if model.tokenizer is None:
+        raise QuasarError(f"{model.name} has no tokenizer to chat with")
     from quasar.engine.engine import Engine
 
     with (

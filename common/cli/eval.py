@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from quasar.cli import flags, replay
+from quasar.cli import flags, replay, report
 from quasar.drafting import check_draft
 from quasar.errors import QuasarError
 from quasar.evaluation import fidelity, tasks
@@ -57,7 +56,12 @@ def add_parser(subparsers: Any) -> None:
         metavar="D,D",
         help=f"drafters (default: {','.join(_DRAFTS)})",
     )
-    table.add_argument("--plot", metavar="FILE.png", help="draw divergence against bytes (needs matplotlib)")
+    table.add_argument(
+        "--plot",
+        type=report.picture_to_write,
+        metavar="FILE.png",
+        help="draw divergence against bytes (needs matplotlib)",
+    )
     table.set_defaults(run=run_fidelity)
     bench = kinds.add_parser(
         "tasks",
@@ -84,13 +88,14 @@ def add_parser(subparsers: Any) -> None:
     bench.set_defaults(run=run_tasks)
     replay.add_parser(kinds)
     for each in (table, bench):
-        each.add_argument("--json", metavar="FILE", help="write the figures there too")
+        report.add_json_flag(each)
         flags.add_model_flags(each)
 
 
 def run_fidelity(args: argparse.Namespace) -> None:
     for name in args.drafts:
         check_draft(name)
+    flags.require_positive(args, "limit", "prompt_tokens")
     settings = GenerationSettings(max_new_tokens=args.max_new_tokens, gamma=args.gamma, ignore_eos=True)
     draw = None if args.plot is None else _plotter(args.plot)
     model = flags.load_model(args, "full")
@@ -113,7 +118,7 @@ def run_fidelity(args: argparse.Namespace) -> None:
             bar.update()
     about = f"{model.name}, backend {model.decoder.backend.name}; measured on {measured_texts.about}"
     print(fidelity_table(rows, args.drafts, about))
-    _write_json(args, {"text": measured_texts.about, "verifiers": [row.as_dict() for row in rows]})
+    report.write_json(args, {"text": measured_texts.about, "verifiers": [row.as_dict() for row in rows]})
     if draw is not None:
         draw(rows)
 
@@ -152,6 +157,8 @@ def run_tasks(args: argparse.Namespace) -> None:
         raise QuasarError(f"--schemes {unknown[0]} is unknown; use some of {', '.join(known)}")
     schemes = [known[name] for name in chosen]
     settings = GenerationSettings(max_new_tokens=args.max_new_tokens, gamma=args.gamma, temperature=args.temperature)
+    if args.limit is not None:
+        flags.require_positive(args, "limit")
     questions = tasks.read_questions(Path(args.tasks), args.limit)
     wanted = dict.fromkeys(scheme.precision for scheme in schemes)
     lossless = any(scheme.lossless for scheme in schemes)
@@ -165,7 +172,7 @@ def run_tasks(args: argparse.Namespace) -> None:
     rows = run.rows()
     about = _about_tasks(args, next(iter(models.values())), questions)
     print(f"{about}\n\n{tasks_table(rows)}")
-    _write_json(args, {"text": about, "rows": [row.as_dict() for row in rows]})
+    report.write_json(args, {"text": about, "rows": [row.as_dict() for row in rows]})
     if args.answers is not None:
         for path in tasks.write_answers(run, Path(args.answers)):
             print(f"answers: {path}", file=sys.stderr)
@@ -218,13 +225,3 @@ def _plotter(path: str) -> Any:
         figure.savefig(path, dpi=150, bbox_inches="tight")
 
     return draw
-
-
-def _write_json(args: argparse.Namespace, figures: dict[str, Any]) -> None:
-    if args.json is None:
-        return
-    settings = {k: v for k, v in vars(args).items() if k != "run"}
-    try:
-        Path(args.json).write_text(json.dumps({"settings": settings, **figures}, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise QuasarError(f"--json {args.json}: cannot be written ({error})") from None

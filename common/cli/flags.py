@@ -160,7 +160,7 @@ def add_generation_flags(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=defaults.seed,
         metavar="S",
-        help="the same seed gives the same text, with ngram and suffix drafts that of no drafts (default: %(default)s)",
+        help="the same seed gives the same text, whatever the drafts (default: %(default)s)",
     )
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be repeated")
     group.add_argument("--ignore-eos", action="store_true", help="go on past the model's end token")
@@ -284,6 +284,13 @@ def _prompt_text(args: argparse.Namespace) -> str:
     if args.prompt is None and sys.stdin.isatty():
         raise QuasarError('no prompt; give one, as quasar generate "def main():", or pipe it in')
     return streams.read_all()
+
+
+def require_positive(args: argparse.Namespace, *names: str) -> None:
+    """Raises QuasarError where one of these flags is below 1."""
+    for name in names:
+        if getattr(args, name) < 1:
+            raise QuasarError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
 
 
 def recipe_of(args: argparse.Namespace) -> Recipe:

@@ -41,7 +41,7 @@ def add_parser(subparsers: Any) -> None:
         "calibrated; w4a16: int4 weights with zero points, 16-bit activations (default: w8a8)",
     )
     parser.add_argument(
-        "--group", choices=[str(size) for size in sorted(GROUPS)], default="32", help="inputs that share an int4 scale"
+        "--group", choices=[str(size) for size in sorted(GROUPS)], help="inputs that share an int4 scale (default: 32)"
     )
     parser.add_argument(
         "--engine", choices=ENGINES, default="quasar", help="who quantises (default: quasar); the other runs the tool"
@@ -54,6 +54,8 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.dummy is not None:
         raise QuasarError(f"--dummy {args.dummy}: random weights are not worth saving; name a --model")
+    if args.group is not None and args.scheme != "w4a16":
+        raise QuasarError(f"--group {args.group} goes with --scheme w4a16")
     options = LoadOptions(args.device, args.dtype, args.trust_remote_code, sys.stderr.isatty())
     if args.engine == "msmodelslim":
         _refuse_what_the_tool_decides(args)
@@ -65,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
         args.model,
         args.output,
         ExportSettings(
-            args.format or "compressed-tensors", args.scheme, flags.recipe_of(args), args.lm_head, int(args.group)
+            args.format or "compressed-tensors", args.scheme, flags.recipe_of(args), args.lm_head, int(args.group or 32)
         ),
         calibration=texts_or_default(args.calibration),
         heldout=texts_or_default(args.heldout),

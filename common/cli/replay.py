@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from quasar.cli import report
 from quasar.drafting.free import FREE_DRAFTS, new_free_drafter
 from quasar.drafting.memory import DraftMemory
-from quasar.errors import QuasarError
 from quasar.evaluation import replay
 
 _MOST_ROWS = 256
@@ -42,7 +41,7 @@ def add_parser(kinds: Any) -> None:
     parser.add_argument("--warm", action="store_true", help="let earlier requests of a file teach later ones")
     parser.add_argument("--model", metavar="M", help="whose tokenizer reads text")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that the tokenizer brings")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+    report.add_json_flag(parser)
     parser.set_defaults(run=run)
 
 
@@ -67,16 +66,8 @@ def run(args: argparse.Namespace) -> None:
     kind = "warm: earlier requests of a file teach later ones" if args.warm else "cold: every request by itself"
     print(f"acceptance length (tokens per pass), {kind}\n")
     print("\n".join(_table(names, table, all_files, args.draft, args.rows)))
-    if args.json is not None:
-        figures = {
-            "settings": {k: v for k, v in vars(args).items() if k != "run"},
-            "results": [result.as_dict() for result in results],
-            "together": [result.as_dict() for result in all_files],
-        }
-        try:
-            Path(args.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise QuasarError(f"--json {args.json}: cannot be written ({error})") from None
+    figures = {"results": results, "together": all_files}
+    report.write_json(args, {name: [result.as_dict() for result in some] for name, some in figures.items()})
 
 
 def _table(

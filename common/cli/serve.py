@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -15,9 +17,9 @@ from quasar.checkpoints import open_checkpoint
 from quasar.checkpoints.ascend import AscendFolder
 from quasar.checkpoints.folder import read_json
 from quasar.cli import flags
-from quasar.drafting import DEFAULT_DRAFT
+from quasar.drafting import DEFAULT_DRAFT, check_draft
 from quasar.drafting.ngram import MAX_NGRAM
-from quasar.errors import QuasarError
+from quasar.errors import QuasarError, shorten
 from quasar.models.config import ModelConfig, read_config
 from quasar.models.model import find_checkpoint
 from quasar.speculation.rows import PUBLISHED_GAMMA
@@ -25,6 +27,7 @@ from quasar.speculation.rows import PUBLISHED_GAMMA
 PLATFORMS = ("cuda", "npu", "cpu")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 KEY_VARIABLE = "QUASAR_API_KEY"
+_ORIGIN = re.compile(r"https?://[^\s/]+")
 _VISIBLE = {"cuda": "CUDA_VISIBLE_DEVICES", "npu": "ASCEND_RT_VISIBLE_DEVICES"}
 # As vLLM 0.27 and vLLM-Ascend for it read --speculative-config. ngram: the published settings, up to 5 tokens, found by
 # n-grams of 1 to 3. suffix needs pip install arctic-inference. On Ascend at most 15 tokens: attention takes 16 rows.
@@ -106,15 +109,20 @@ def run(args: argparse.Namespace) -> None:
     if args.engine == "vllm":
         run_vllm(args)
         return
-    if args.print:
-        raise QuasarError("--print goes with --engine vllm")
+    for flag, given in (("--print", args.print), ("--tensor-parallel", args.tensor_parallel != 1)):
+        if given:
+            raise QuasarError(f"{flag} goes with --engine vllm")
     key = api_key(args.api_key)
     check_exposure(args.host, key, args.no_api_key)
-    for flag in ("max_sequences", "default_max_tokens"):
-        if getattr(args, flag) < 1:
-            raise QuasarError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be 1 or more")
-    if args.max_queue < 0 or args.shutdown_seconds < 0:
+    flags.require_positive(args, "max_sequences", "default_max_tokens")
+    check_draft(args.draft)
+    if args.max_queue < 0 or not 0 <= args.shutdown_seconds < math.inf:
         raise QuasarError("--max-queue and --shutdown-seconds: must be 0 or more")
+    if args.served_name == "":
+        raise QuasarError("--served-name: the name is empty; leave the flag out, or give at least one character")
+    for origin in args.cors:
+        if origin != "*" and not _ORIGIN.fullmatch(origin):
+            raise QuasarError(f"--cors {shorten(origin)}: should be an origin, as https://example.com, or *")
     if not 0 <= args.port < 65536:
         raise QuasarError(f"--port {args.port}: ports lie between 0 and 65535")
     serving = require_server()
@@ -149,13 +157,13 @@ def require_server() -> Any:
 
 def api_key(given: str | None) -> str | None:
     """The key that clients must give."""
-    if given != "env":
-        if given == "":
-            raise QuasarError("--api-key: the key is empty; leave the flag out, or give at least one character")
-        return given
-    key = os.environ.get(KEY_VARIABLE)
-    if not key:
+    key = os.environ.get(KEY_VARIABLE) if given == "env" else given
+    if given == "env" and not key:
         raise QuasarError(f"--api-key env: {KEY_VARIABLE} is not set")
+    if key == "":
+        raise QuasarError("--api-key: the key is empty; leave the flag out, or give at least one character")
+    if key is not None and (not key.isprintable() or key != key.strip()):
+        raise QuasarError("--api-key: no request can bring a key with line breaks in it or spaces around it")
     return key
 
 

@@ -185,7 +185,7 @@ def config_of(fields: dict[str, Any], path: Path) -> ModelConfig:
     _refuse_variants(path, fields, family, positions)
     rope = rope_fields(path, fields)
     scaling = rope_scaling(path, rope, positions)
-    bias = family.bias if family.bias_field is None else bool(fields.get(family.bias_field, family.bias))
+    bias = family.bias if family.bias_field is None else numbers.flag(family.bias_field, family.bias)
     config = ModelConfig(
         architecture=architecture,
         vocab_size=size("vocab_size"),
@@ -199,7 +199,7 @@ def config_of(fields: dict[str, Any], path: Path) -> ModelConfig:
         max_position_embeddings=positions if scaling is None else min(MAX_POSITIONS, scaling.positions(positions)),
         rope_theta=number("rope_theta", fields.get("rope_theta", rope.get("rope_theta", 10000.0))),
         rms_norm_eps=number("rms_norm_eps", fields.get("rms_norm_eps", 1e-6)),
-        tie_word_embeddings=bool(fields.get("tie_word_embeddings", False)),
+        tie_word_embeddings=numbers.flag("tie_word_embeddings", False),
         attention_bias=bias,
         output_bias=bias and family.bias_field is not None,
         qk_norm=family.qk_norm,
@@ -217,7 +217,7 @@ def config_of(fields: dict[str, Any], path: Path) -> ModelConfig:
 
 
 class _Numbers:
-    """Numbers in the fields of config.json."""
+    """Numbers and switches in the fields of config.json."""
 
     def __init__(self, path: Path, fields: dict[str, Any]) -> None:
         self.path, self.fields = path, fields
@@ -236,6 +236,13 @@ class _Numbers:
     def number(self, name: str, value: Any) -> float:
         """A finite number above zero."""
         return positive_number(self.path, name, value)
+
+    def flag(self, name: str, default: bool) -> bool:
+        """True or false; the default where it is absent or null."""
+        value = self.fields.get(name)
+        if value is not None and not isinstance(value, bool):
+            raise QuasarError(f"{self.path}: {name} is {shorten(repr_of(value))}; it must be true or false")
+        return default if value is None else value
 
 
 def _refuse_variants(path: Path, fields: dict[str, Any], family: _Family, positions: int) -> None:

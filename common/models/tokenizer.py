@@ -231,8 +231,6 @@ def stop_ids(folder: Path, tokenizer: Tokenizer | PreTrainedTokenizerBase | None
 
 
 def _from_tokenizer_json(folder: Path, config: dict[str, Any]) -> Tokenizer:
-    from tokenizers import AddedToken
-
     path = folder / "tokenizer.json"
     backend = _parse(path)
     config_path = folder / "tokenizer_config.json"
@@ -254,13 +252,13 @@ def _from_tokenizer_json(folder: Path, config: dict[str, Any]) -> Tokenizer:
     for token in declared.values():
         if token["content"] not in added:
             flags = {k: bool(token.get(k)) for k in ("single_word", "lstrip", "rstrip", "normalized", "special")}
-            backend.add_tokens([AddedToken(token["content"], **flags)])
+            backend.add_tokens([_added(config_path, token["content"], **flags)])
     extra = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
     texts = list(extra.values()) if isinstance(extra, dict) else extra if isinstance(extra, list) else []
     texts = [token.get("content") if isinstance(token, dict) else token for token in texts]
     for text in [*special.values(), *(text for text in texts if isinstance(text, str))]:
         if text and not (text in added and added[text].special):
-            backend.add_special_tokens([AddedToken(text, normalized=False, special=True)])
+            backend.add_special_tokens([_added(config_path, text, normalized=False, special=True)])
     if config.get("tokenizer_class") in _LLAMA_CLASSES and ("add_bos_token" in config or "add_eos_token" in config):
         set_begin_and_end(
             backend,
@@ -272,6 +270,15 @@ def _from_tokenizer_json(folder: Path, config: dict[str, Any]) -> Tokenizer:
     except Exception as error:  # a bare one
         raise QuasarError(f"{folder}: no usable tokenizer ({_first_line(error)})") from None
     return Tokenizer(backend, str(folder), special, _template_of(folder, config))
+
+
+def _added(path: Path, text: str, **flags: bool) -> tokenizers.AddedToken:
+    from tokenizers import AddedToken
+
+    try:
+        return AddedToken(text, **flags)
+    except UnicodeEncodeError:
+        raise QuasarError(f"{path}: the token {shorten(repr(text))} holds half a surrogate pair") from None
 
 
 def set_begin_and_end(backend: tokenizers.Tokenizer, begin: str | None, end: str | None) -> None:

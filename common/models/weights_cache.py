@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -359,6 +360,6 @@ def _default_gigabytes() -> float:
         value = float(text)
     except ValueError:
         value = -1.0
-    if not value >= 0:
+    if not 0 <= value < math.inf:
         raise QuasarError(f"QUASAR_CACHE_GB is {text!r}; it should be a number of gigabytes, 0 for no cache")
     return value

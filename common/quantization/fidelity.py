@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ class FidelityTally:
         return Fidelity(n, kl.double().mean().item(), self._agree / n, full, changed, kl.quantile(0.99).item())
 
 
-def held_out(sequences: Sequence[Sequence[int]], vocab: int, positions: int, tokens: int = 4096) -> list[list[int]]:
+def held_out(sequences: Iterable[Sequence[int]], vocab: int, positions: int, tokens: int = 4096) -> list[list[int]]:
     """As many leading tokens of each sequence as make up `tokens` and fit the memory meant for their distributions."""
     budget = min(tokens, _KEPT_BYTES // (4 * vocab))
     kept: list[list[int]] = []

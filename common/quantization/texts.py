@@ -38,23 +38,25 @@ def calibration_and_heldout(
     calibration: list[list[int]] = []
     tokens = 0
     for ids in map(tokenizer.encode, prompts) if prompts else built_in(tokenizer, "calibration"):
-        if ids and (prompts or tokens < CALIBRATION_TOKENS):
+        if not prompts and tokens >= CALIBRATION_TOKENS:
+            break
+        if ids:
             calibration.append(ids[:limit])
             tokens += len(calibration[-1])
-    own = [tokenizer.encode(text) for text in heldout] if heldout else list(built_in(tokenizer, "heldout"))
+    own = map(tokenizer.encode, heldout) if heldout else built_in(tokenizer, "heldout")
     most = 4096 if heldout or config.matrix_parameters < _SMALL else 1536
     return calibration, held_out(own, config.vocab_size, config.max_position_embeddings, most)
 
 
 def built_in(tokenizer: PreTrainedTokenizerBase, name: str) -> Iterator[list[int]]:
     """Token ids of the built-in "calibration" or "heldout" texts: code, and for chat models conversations, in turn."""
-    code = [tokenizer.encode(text) for text in read_texts(ASSETS / f"{name}.jsonl")]
-    chats = conversations(tokenizer, ASSETS / f"{name}_chat.jsonl") if tokenizer.chat_template else []
+    code = map(tokenizer.encode, read_texts(ASSETS / f"{name}.jsonl"))
+    chats = conversations(tokenizer, ASSETS / f"{name}_chat.jsonl") if tokenizer.chat_template else ()
     for pair in zip_longest(chats, code):
         yield from (ids for ids in pair if ids is not None)
 
 
-def conversations(tokenizer: PreTrainedTokenizerBase, path: Path) -> list[list[int]]:
+def conversations(tokenizer: PreTrainedTokenizerBase, path: Path) -> Iterator[list[int]]:
     """Token ids of a JSONL file's `messages`, in the model's chat template, answers included."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [render_chat(tokenizer, row["messages"], add_generation_prompt=False) for row in rows]
+    return (render_chat(tokenizer, row["messages"], add_generation_prompt=False) for row in rows)

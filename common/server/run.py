@@ -45,8 +45,12 @@ def listen(host: str, port: int) -> Iterator[list[socket.socket]]:
 
 
 def warm_up(engine: Any, options: ServerOptions) -> None:
-    """The first pass packs weights and measures costs, which no client should wait for."""
-    settings = GenerationSettings(max_new_tokens=4, ignore_eos=True, lossless=getattr(engine, "lossless", False))
+    """The first pass packs weights and measures costs, which no client should wait for.
+
+    Raises QuasarError for drafts that this model cannot have.
+    """
+    lossless = getattr(engine, "lossless", False)
+    settings = GenerationSettings(max_new_tokens=4, ignore_eos=True, lossless=lossless, draft=options.draft)
     engine.submit([1, 2, 3, 1, 2, 3], settings).result()
 
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from quasar import QuasarError
+from quasar import QuasarError, load
+from quasar.quantization import texts
 from quasar.quantization.calibration import read_texts
 
 
@@ -37,3 +38,19 @@ def test_faults_name_file_and_line(tmp_path, content, message):
 def test_missing_file(tmp_path):
     with pytest.raises(QuasarError, match=r"nowhere\.jsonl: no such file"):
         read_texts(tmp_path / "nowhere.jsonl")
+
+
+def test_no_more_conversations_are_put_into_a_template_than_are_used(monkeypatch):
+    """A template may make a million tokens of each: a checkpoint's fuzzed one took ten seconds here."""
+    model = load("tiny-qwen3", device="reference")
+    rendered = []
+
+    def render(tokenizer, messages, **settings):
+        rendered.append(messages)
+        return [1] * 5000
+
+    monkeypatch.setattr(texts, "render_chat", render)
+    calibration, heldout = texts.calibration_and_heldout(model.config, model.tokenizer)
+    assert texts.CALIBRATION_TOKENS <= sum(map(len, calibration)) < texts.CALIBRATION_TOKENS + texts.TEXT_TOKENS
+    assert sum(len(ids) - 1 for ids in heldout) == 4096
+    assert len(rendered) < 20

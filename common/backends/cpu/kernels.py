@@ -20,29 +20,53 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-try:
-    from . import _kernels
-except ImportError:  # not built: no C compiler at install time
-    _kernels = None
+from quasar.errors import QuasarError, shorten
 
-# The processor's fastest set unless QUASAR_NATIVE_ISA names another: avx512bf16, avx512, avxvnni, avx2 or plain on
-# x86-64, dotprod or plain on aarch64.
-_isa: str | None = None
-_threads_shared = False
-if _kernels is not None:
-    # The runtime that torch itself is linked to, whatever its file is called.
-    _threads_shared = _kernels.use_openmp(str(Path(torch.__path__[0]) / "lib" / "libtorch_cpu.so"))
-    _isa = os.environ.get("QUASAR_NATIVE_ISA") or _kernels.supported()[0]
-    _kernels.select(_isa)
+# What the C functions take and do, as csrc/module.c numbers it; both change together.
+INTERFACE = 1
+
+_NAME = "quasar.backends.cpu._kernels"
+_REBUILD = "build it again with pip install -e . (or pip install --force-reinstall quasar-inference)"
+
+
+def _open() -> tuple[ModuleType | None, str | None, str | None]:
+    """(the extension, the instruction set in use, why there is none although one was built).
+
+    The processor's fastest set unless QUASAR_NATIVE_ISA names another: amx, avx512bf16, avx512, avxvnni, avx2 or plain
+    on x86-64, dotprod or plain on aarch64.
+    """
+    try:
+        extension = import_module(_NAME)
+    except ModuleNotFoundError:  # not built: no C compiler at install time
+        return None, None, None
+    except ImportError as error:
+        return None, None, f"the C kernels cannot be loaded ({shorten(str(error))}): {_REBUILD}"
+    if getattr(extension, "INTERFACE", 1) != INTERFACE:
+        return None, None, f"the C kernels are of another version than the Python code that calls them: {_REBUILD}"
+    sets = extension.supported()
+    name = os.environ.get("QUASAR_NATIVE_ISA") or sets[0]
+    if name not in sets:
+        return None, None, f"QUASAR_NATIVE_ISA={shorten(name)}: this processor runs {', '.join(sets)}"
+    extension.select(name)
+    return extension, name, None
+
+
+_kernels, _isa, _problem = _open()
+# The runtime that torch itself is linked to, whatever its file is called.
+_threads_shared = bool(_kernels and _kernels.use_openmp(str(Path(torch.__path__[0]) / "lib" / "libtorch_cpu.so")))
 
 
 def available() -> bool:
-    """Whether the kernels were built."""
+    """Whether the kernels were built. Raises QuasarError where they were, and cannot run as they are."""
+    if _problem is not None:
+        raise QuasarError(_problem)
     return _kernels is not None
 
 

@@ -642,6 +642,9 @@ static PyObject *py_takes_int16(PyObject *Py_UNUSED(self), PyObject *Py_UNUSED(u
     return PyBool_FromLong(isa->takes_int16);
 }
 
+/* Counts the changes of what these functions take and do; kernels.py says for which number it is written. */
+#define INTERFACE 1
+
 #define FAST(name, function) {name, (PyCFunction)(void (*)(void))function, METH_FASTCALL, NULL}
 
 static PyMethodDef methods[] = {
@@ -689,5 +692,8 @@ static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_kernels", NULL, -1,
 
 PyMODINIT_FUNC PyInit__kernels(void)
 {
-    return PyModule_Create(&module);
+    PyObject *made = PyModule_Create(&module);
+    if (made && PyModule_AddIntConstant(made, "INTERFACE", INTERFACE) < 0)
+        Py_CLEAR(made);
+    return made;
 }
