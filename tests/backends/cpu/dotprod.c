@@ -103,26 +103,30 @@ static void float_linear(int64_t m, int64_t n, int64_t k, int bf16)
 /* W4A16 and W4A4 against float64, 128 inputs a group; and each row alone, to the bit. */
 static void int4_linear(int64_t m, int64_t n, int64_t groups, int w4a4)
 {
-    static float x[MOST], prepared[MOST], x_scale[MOST], out[MOST], alone[MOST];
-    static int8_t weight[MOST], q[MOST];
+    static float x[MOST], x_scale[MOST], out[MOST], alone[MOST];
+    static int8_t weight[MOST], q[MOST], inputs[2 * MOST];
+    static int32_t sums[MOST];
     static uint8_t packed[MOST];
     static uint16_t scale[MOST], packed_scale[MOST];
-    static char scratch[1 << 20] __attribute__((aligned(64)));
     const int64_t group = 128, k = groups * group;
     for (int i = 0; i < MOST; i++) {
-        x[i] = (float)(rand() % 15 - 7); /* what bfloat16 holds */
+        x[i] = (float)(rand() % 15 - 7); /* what both hold */
         q[i] = (int8_t)x[i];
-        x_scale[i] = uniform();
         weight[i] = (int8_t)(rand() % 16 - 8);
         scale[i] = (uint16_t)(0x3f80 + rand() % 64);
     }
     pack_int4(weight, packed, n, k);
     pack_scales(scale, packed_scale, n, groups);
-    run(kernels_dotprod.round_int4, &(struct round_args){.x = x, .rounded = prepared, .m = m, .k = k});
-    struct int4_linear_args a = {
-        .x = w4a4 ? (void *)q : (void *)prepared, .x_scale = w4a4 ? x_scale : NULL, .weight = packed,
-        .w_scale = packed_scale, .out = out, .scratch = scratch, .scratch_bytes = sizeof scratch, .m = m, .n = n, .k = k,
+    struct int4_inputs_args prepare = {
+        .x = w4a4 ? (void *)q : (void *)x, .q = inputs, .scale = w4a4 ? NULL : x_scale, .sums = sums, .m = m, .k = k,
         .group = group,
+    };
+    run(kernels_dotprod.int4_inputs, &prepare);
+    for (int64_t row = 0; w4a4 && row < m; row++)
+        x_scale[row] = uniform();
+    struct int4_linear_args a = {
+        .x = inputs, .x_scale = x_scale, .sums = sums, .weight = packed, .w_scale = packed_scale, .out = out, .m = m,
+        .n = n, .k = k, .group = group, .digits = w4a4 ? 1 : 2,
     };
     run(kernels_dotprod.int4_linear, &a);
     int close = 1, same = 1;
@@ -137,8 +141,12 @@ static void int4_linear(int64_t m, int64_t n, int64_t groups, int w4a4)
             }
             close &= fabs(out[row * n + j] - sum * (w4a4 ? x_scale[row] : 1)) <= 1e-2;
         }
-        a.x = w4a4 ? (void *)(q + row * k) : (void *)(prepared + row * k);
-        a.x_scale = w4a4 ? x_scale + row : NULL;
+    }
+    for (int64_t row = 0; row < m; row++) {
+        prepare.x = w4a4 ? (void *)(q + row * k) : (void *)(x + row * k);
+        prepare.m = 1;
+        run(kernels_dotprod.int4_inputs, &prepare);
+        a.x_scale = w4a4 ? x_scale + row : x_scale;
         a.out = alone;
         a.m = 1;
         run(kernels_dotprod.int4_linear, &a);

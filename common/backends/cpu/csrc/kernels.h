@@ -35,14 +35,16 @@ struct float_linear_args {
 #define INT4_DIGIT_BITS 7 /* of the lower digit of W4A16's inputs */
 #define INT4_MOST_GROUP 16384 /* inputs: 2^13 * 15 * that is what int32 holds */
 struct int4_inputs_args {
+    int64_t m;
     const void *x;           /* float [m, k]; or int8 [m, k] between -7 and 7 where there is no scale */
     int8_t *q;               /* [m, k, digits], in an order of int4_linear's own: tile by tile, 8 inputs at a time */
     float *scale;            /* [m, k / group], powers of two; or NULL: the inputs are digits already */
     int32_t *sums;           /* [m, k / group]: -8 times the sum of a group's integers */
-    int64_t m, k, group;
+    int64_t k, group;
 };
 
 struct int4_linear_args {
+    int64_t m;
     const int8_t *x;         /* what int4_inputs made */
     const float *x_scale;    /* [m, k / group] with two digits, [m] with one */
     const int32_t *sums;     /* [m, k / group], from int4_inputs */
@@ -51,7 +53,7 @@ struct int4_linear_args {
     const uint16_t *offset;  /* likewise, or NULL */
     const float *bias;       /* [n] or NULL */
     float *out;              /* [m, n] */
-    int64_t m, n, k, group, digits;
+    int64_t n, k, group, digits;
 };
 
 struct embed_args {

@@ -643,7 +643,7 @@ static PyObject *py_takes_int16(PyObject *Py_UNUSED(self), PyObject *Py_UNUSED(u
 }
 
 /* Counts the changes of what these functions take and do; kernels.py says for which number it is written. */
-#define INTERFACE 1
+#define INTERFACE 2
 
 #define FAST(name, function) {name, (PyCFunction)(void (*)(void))function, METH_FASTCALL, NULL}
 
