@@ -262,7 +262,7 @@ INLINE uint32_t peak_bits(const float *x, int64_t n)
 }
 
 /* The operand of int4_linear. Of floats it makes integers of 14 bits, X = 128 u + l, by a power of two that a group
- * shares: 64 times as fine as bfloat16 at the group's peak, and as fine at a 64th of it. */
+ * shares: 32 times as fine as bfloat16 at the group's peak, and as fine at a 32nd of it. */
 static void int4_inputs(void *data, int thread, int threads)
 {
     const struct int4_inputs_args *a = data;
@@ -292,7 +292,9 @@ static void int4_inputs(void *data, int thread, int threads)
             for (int64_t i = 0; i < a->group; i += VL) {
                 const int64_t n = a->group - i < VL ? a->group - i : VL, k = g * a->group + i;
                 vi whole;
-                if (digits == 2)
+                if (!inverse)
+                    whole = (vi){0};
+                else if (digits == 2)
                     whole = round_to_int(load_up_to((const float *)a->x + at + i, n) * splat(inverse));
                 else {
                     vb bytes = {0};
