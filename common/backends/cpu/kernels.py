@@ -420,8 +420,8 @@ class PackedInt4:
 def int4_linear(x: Tensor | Quantized, weight: PackedInt4, bias: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias`, the exact sum of each group times its scale, summed in float32: -> float32 [m, n].
 
-    x: float32 [m, k], rounded to integers of 14 bits by a power of two for each group (W4A16); or int8 [m, k] between -7
-    and 7 with its float32 scale [m] (W4A4).
+    x: float32 [m, k], rounded to integers of 14 bits by a power of two for each group (W4A16); or int8 [m, k] between
+    -7 and 7 with its float32 scale [m] (W4A4).
     """
     values, scale = (x, None) if isinstance(x, Tensor) else x
     m, n, k = values.shape[0], weight.n, weight.k
