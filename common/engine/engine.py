@@ -402,11 +402,11 @@ class Engine:
     def _measure(self, windows: Sequence[Window], seconds: float, pass_seconds: float) -> bool:
         """Learns what a step took; returns whether it was one as most are: no prompt, nothing for the first time."""
         rows = sum(len(window.uncached_tokens) + len(window.draft) for window in windows)
-        decoding = all(window.chooser is not None and len(window.uncached_tokens) == 1 for window in windows)
-        usual = decoding and self.runtime.settled
-        if rows > MOST_ROWS:
+        read = sum(len(window.uncached_tokens) for window in windows) - len(windows)  # beside everybody's last token
+        usual = not read and all(window.chooser is not None for window in windows) and self.runtime.settled
+        if read >= _LEAST_PROMPT_ROWS - 1:  # each time, so that one slow pass does not cut all prompts small
             self._prompt_row_seconds = pass_seconds / rows
-        elif self.runtime.costs_known:
+        elif self.runtime.costs_known and rows <= MOST_ROWS:
             self._around.append(seconds - pass_seconds)
             if usual:
                 self.runtime.costs.learn(rows, pass_seconds)

@@ -35,13 +35,14 @@ def profile_pass(decoder: Decoder, context: int, rows: int, repeats: int) -> lis
     slot = runtime.new_slot(context + rows)
     runtime.prefill(slot, context_ids(decoder.config.vocab_size, context).tolist())
     try:
-        recorded = decoder.backend.capture(decoder, Batch([Segment(slot, list(range(rows)), logits_to_keep=rows)]))
+        batch = Batch([Segment(slot, list(range(rows)), logits_to_keep=rows)])
+        recorded = decoder.backend.capture(decoder, batch)
     except NotImplementedError as error:
         raise QuasarError(f"--profile: a pass of this model cannot be recorded ({error})") from None
     samples: dict[str, list[float]] = defaultdict(list)
     for repeat in range(_WARM_UP + repeats):
         start = time.perf_counter()
-        calls = recorded.timed_replay()
+        calls = recorded.timed_replay(batch)
         whole = time.perf_counter() - start
         if repeat < _WARM_UP:
             continue

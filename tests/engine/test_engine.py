@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -263,3 +265,20 @@ def test_shutdown_ends_what_runs():
     assert handle.done and handle.result().finish_reason in ("cancelled", "length")
     with pytest.raises(QuasarError, match="shutting down"):
         engine.submit([1, 2, 3])
+
+
+def test_one_slow_pass_does_not_cut_all_prompts_small(monkeypatch):
+    """A prompt beside a decoding sequence comes in few rows after a pass of a second, and whole after a quick one."""
+    clock = itertools.count(step=0.001)
+    monkeypatch.setattr(engine_module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    engine = Engine(shared_random_model("qwen3", "w8a8", DEVICE), 2, own_thread=False)
+    engine.submit([1, 2, 3], max_new_tokens=60, ignore_eos=True, draft="none")
+    engine.step()
+    engine._prompt_row_seconds = 1.0
+    handle = engine.submit(list(range(100, 150)), max_new_tokens=1, draft="none")
+    steps = 0
+    while not handle.done:
+        engine.step()
+        steps += 1
+    assert steps == 2
+    engine.shutdown()

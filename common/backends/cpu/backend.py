@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -34,8 +33,6 @@ class CpuBackend(ReferenceBackend):
         """kv: what keys and values are kept in, one of kernels.KV_FORMATS."""
         super().__init__("cpu", torch.float32)
         self.kv = kv
-        # By decoder: one pass of each runs at a time, and its logits are read before the next.
-        self._results: WeakKeyDictionary[Forward, kernels.SharedMemory] = WeakKeyDictionary()
 
     def full_weight(self, weight: Tensor) -> Any:
         if weight.dtype == torch.bfloat16:
@@ -119,6 +116,11 @@ class CpuBackend(ReferenceBackend):
             return super().attention(q, spec, batch, layer)
         return kernels.attention(q, batch.on_device, layer, spec.kv_heads, spec.head_dim**-0.5)
 
+    def kept(self, x: Tensor, batch: Batch) -> Tensor:
+        if batch.on_device is None:
+            return super().kept(x, batch)
+        return kernels.keep_rows(x, batch.on_device, len(batch.kept_rows))
+
     def argmax(self, logits: Tensor) -> Tensor:
         return kernels.argmax(logits)
 
@@ -141,7 +143,7 @@ class CpuBackend(ReferenceBackend):
         return pass_key(batch)
 
     def capture(self, forward: Forward, batch: Batch) -> CapturedPass:
-        return RecordedPass(forward, batch, self._results.setdefault(forward, kernels.SharedMemory()))
+        return RecordedPass(forward, batch)
 
 
 class CpuBfloat16Backend(CpuBackend):

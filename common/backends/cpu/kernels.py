@@ -30,7 +30,7 @@ from torch import Tensor
 from quasar.errors import QuasarError, shorten
 
 # What the C functions take and do, as csrc/module.c numbers it; both change together.
-INTERFACE = 1
+INTERFACE = 2
 
 _NAME = "quasar.backends.cpu._kernels"
 _REBUILD = "build it again with pip install -e . (or pip install --force-reinstall quasar-inference)"
@@ -99,61 +99,47 @@ def use_instruction_set(name: str) -> Iterator[None]:
         _isa = previous
 
 
-class SharedMemory:
-    """Memory for the results of recorded passes of which one runs at a time. It grows, and moves when it does."""
-
-    def __init__(self) -> None:
-        self.memory = torch.empty(0, dtype=torch.uint8)
-
-    def reserve(self, nbytes: int) -> None:
-        if nbytes > self.memory.nbytes:
-            self.memory = torch.empty(nbytes, dtype=torch.uint8)
-
-
 class Recording:
-    """The kernel calls of one pass, in order, made again by one call: no Python and one team of threads.
+    """The kernel calls of one pass, in order, made by one call: no Python and one team of threads.
 
-    A replay reads and writes the memory of the recorded pass, which the recording keeps until it is told to `share`
-    another. What may differ: the contents of the ids' tensor, and what the pass's `Segments` were filled with since.
+    Every result has so many elements for each row of the pass, so one recording serves passes of any number of rows.
+    What else may differ: the contents of the ids' tensor, and what the pass's `Segments` were filled with since.
     """
 
     def __init__(self) -> None:
-        self.results: list[Tensor] = []  # of the recorded calls
+        self.results: list[Tensor] = []  # of the recorded calls: shapes, whose memory the calls point to until `finish`
         self.kept: list[object] = []  # weights, and what went in
         self._calls = None
         self._threads = _threads()
-        self._shared: SharedMemory | None = None
-        self._placed = 0  # the address of the shared memory that the calls point to
+        self._width = 0  # of the pass's result
+        self._memory = torch.empty(0, dtype=torch.uint8)  # of the results; it grows, and moves when it does
 
-    def share(self, shared: SharedMemory, result: Tensor) -> int:
-        """Moves the results of all calls into shared memory, where each takes the place of those that were used for the
-        last time. Returns the offset at which `result`, what the pass returns, lies."""
+    def finish(self, result: Tensor) -> None:
+        """Gives the results of all calls their places in one memory, where each takes that of others which were used
+        for the last time. result: what the pass returns, float32 [kept rows, width]."""
         last = next(i for i, made in enumerate(self.results) if made.data_ptr() == result.data_ptr())
         self.results.append(self.results.pop(last))
         addresses = torch.tensor([[made.data_ptr(), made.nbytes] for made in self.results])
-        nbytes, offset = _kernels.share(self._calls, len(self.results), addresses.data_ptr())
-        shared.reserve(nbytes)
-        self._shared = shared
+        _kernels.share(self._calls, len(self.results), addresses.data_ptr())
+        self._width = result.shape[1]
         self.results = []
-        return offset
 
-    def _settle(self) -> None:
-        if self._shared is not None and self._placed != self._shared.memory.data_ptr():
-            self._placed = self._shared.memory.data_ptr()
-            _kernels.place(self._calls, self._placed)
+    def replay(self, rows: int, kept: int, nanoseconds: int = 0) -> Tensor:
+        """Makes the calls for a pass over so many rows; returns its result, which the next replay overwrites.
 
-    def replay(self) -> None:
-        """Makes the calls again. Raises IndexError, and changes nothing, for ids that `embed` has no rows for, rotary
-        positions beyond the tables, and segments of another model or number of rows."""
-        self._settle()
-        _kernels.replay(self._calls, self._threads, 0)
+        Raises IndexError, and changes nothing, for ids that `embed` has no rows for, rotary positions beyond the
+        tables, and segments of another model or number of rows."""
+        nbytes, result = _kernels.replay_bytes(self._calls, rows, kept)
+        if nbytes > self._memory.nbytes:
+            self._memory = torch.empty(nbytes, dtype=torch.uint8)
+        _kernels.replay(self._calls, self._threads, rows, kept, self._memory.data_ptr(), nanoseconds)
+        return self._memory[result : result + 4 * kept * self._width].view(_float32).view(kept, self._width)
 
-    def timed_replay(self) -> list[tuple[str, float]]:
+    def timed_replay(self, rows: int, kept: int) -> list[tuple[str, float]]:
         """The same; returns each call's name with the seconds until all threads had done it."""
-        self._settle()
         names = _kernels.calls(self._calls)
         nanoseconds = torch.zeros(len(names), dtype=torch.int64)
-        _kernels.replay(self._calls, self._threads, nanoseconds.data_ptr())
+        self.replay(rows, kept, nanoseconds.data_ptr())
         return [(name, 1e-9 * n) for name, n in zip(names, nanoseconds.tolist(), strict=True)]
 
 
@@ -167,14 +153,13 @@ _recorder = _Recorder()
 
 
 @contextmanager
-def recording() -> Iterator[Recording]:
-    """Records the kernel calls that this thread makes inside while it makes them.
+def recording(rows: int) -> Iterator[Recording]:
+    """Records the kernel calls that this thread makes inside, a pass over so many rows, and runs none of them.
 
-    Raises NotImplementedError from
-    the call that cannot be repeated: `int8_linear` whose inputs are no multiple of 4.
+    Raises NotImplementedError from the call that cannot be repeated: `int8_linear` whose inputs are no multiple of 4.
     """
     made = Recording()
-    _kernels.record()
+    _kernels.record(rows)
     _recorder.recording = made
     try:
         yield made
@@ -272,8 +257,9 @@ class Segments:
         self.pointer = self._table.data_ptr()
         self.fill([])
 
-    def fill(self, segments: list[tuple[int, int, int, Sequence[int] | None]]) -> None:
-        """A tuple for each segment: its `SlotMemory.pointer`, committed positions, rows, and parents (None: a chain).
+    def fill(self, segments: list[tuple[int, int, int, Sequence[int] | None, int]]) -> None:
+        """A tuple for each segment: its `SlotMemory.pointer`, committed positions, rows, parents (None: a chain), and
+        how many of the last rows are kept.
 
         Raises ValueError where rows do not fit their slot or the table, or a parent does not come before its row.
         """
@@ -458,22 +444,20 @@ def int8_linear(
 
     x: int8 [m, k], x_scale: float32 [m], bias: float32 [n] or None; returns float32 [m, n] (`out` if given).
     """
-    m, n, k = x.shape[0], weight.n, weight.k
+    m = x.shape[0]
+    x_pointer, scale_pointer = _pointer(x, _int8, m * weight.k), _pointer(x_scale, _float32, m)
+    return _int8_linear(x_pointer, scale_pointer, weight, bias, out, m, wide=False)
+
+
+def _int8_linear(
+    x: int, scale: int, weight: PackedInt8, bias: Tensor | None, out: Tensor | None, m: int, wide: bool
+) -> Tensor:
+    n, k = weight.n, weight.k
     out, out_pointer = _output(out, m, n)
     _kernels.int8_linear(
-        _pointer(x, _int8, m * k), _pointer(x_scale, _float32, m), _weight(weight), weight._scale_pointer,
-        _constant(bias, _float32, n), out_pointer, 0, m, n, k, _threads(), False,
+        x, scale, _weight(weight), weight._scale_pointer, _constant(bias, _float32, n), out_pointer, m, n, k,
+        _threads(), wide,
     )  # fmt: skip
-    return out
-
-
-def int8_accumulate(x: Tensor, weight: PackedInt8) -> Tensor:
-    """The exact sums `x @ weight.T` alone: int8 [m, k] -> int32 [m, n]."""
-    m, n, k = x.shape[0], weight.n, weight.k
-    out = torch.empty(m, n, dtype=torch.int32)
-    _kernels.int8_linear(
-        _pointer(x, _int8, m * k), 0, _weight(weight), 0, 0, 0, out.data_ptr(), m, n, k, _threads(), False
-    )
     return out
 
 
@@ -555,25 +539,13 @@ def quantize_static(x: Tensor, scale: Tensor) -> Quantized:
 def wide_int8_linear(x: Tensor, weight: PackedInt8, bias: Tensor | None = None) -> Tensor:
     """`int8_linear` of float32 [m, k] that keeps 12 bits of each number (`Backend.digits`), with exact int32 sums.
 
-    The numbers go through one product as int16 where the instruction set takes those, else through one over 2 m rows as
-    two int8 digits each, whose sums are then put together: bit for bit the same.
+    The numbers are int16 where the instruction set takes those, else two rows of int8 digits: bit for bit the same.
     """
-    m, n, k = x.shape[0], weight.n, weight.k
-    whole = _kernels.takes_int16()
-    rows = m if whole else 2 * m
-    q, scale, out = _new((rows, k), torch.int16 if whole else _int8), _new((m,)), _new((rows, n))
-    q_pointer, scale_pointer, out_pointer = q.data_ptr(), scale.data_ptr(), out.data_ptr()
-    bias_pointer = _constant(bias, _float32, n)
-    _kernels.digits(_pointer(x, _float32, m * k), q_pointer, scale_pointer, m, k, _threads())
-    if whole:
-        _kernels.int8_linear(
-            q_pointer, scale_pointer, _weight(weight), weight._scale_pointer, bias_pointer, out_pointer, 0,
-            m, n, k, _threads(), True,
-        )  # fmt: skip
-    else:
-        _kernels.int8_linear(q_pointer, 0, _weight(weight), 0, 0, 0, out_pointer, rows, n, k, _threads(), False)
-        _kernels.fold(out_pointer, scale_pointer, weight._scale_pointer, bias_pointer, m, n, _threads())
-    return out[:m]
+    m, k = x.shape[0], weight.k
+    shape, dtype = ((m, k), torch.int16) if _kernels.takes_int16() else ((m, 2, k), _int8)
+    q, scale = _new(shape, dtype), _new((m,))
+    _kernels.digits(_pointer(x, _float32, m * k), q.data_ptr(), scale.data_ptr(), m, k, _threads())
+    return _int8_linear(q.data_ptr(), scale.data_ptr(), weight, bias, None, m, wide=True)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
@@ -671,6 +643,14 @@ def attention(q: Tensor, segments: Segments, layer: int, kv_heads: int, scale: f
         _pointer(q, _float32, m * heads * dim), _segments(segments), layer, out.data_ptr(),
         scale, m, heads, kv_heads, dim, _threads(),
     )  # fmt: skip
+    return out
+
+
+def keep_rows(x: Tensor, segments: Segments, kept: int) -> Tensor:
+    """The rows of x, float32 [m, k], that the segments keep: float32 [kept, k]."""
+    m, k = x.shape
+    out = _new((kept, k))
+    _kernels.keep_rows(_pointer(x, _float32, m * k), _segments(segments), out.data_ptr(), kept, k, _threads())
     return out
 
 

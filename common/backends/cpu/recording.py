@@ -1,7 +1,7 @@
 """Passes on CPU that are recorded once and made again: one call into C instead of hundreds.
 
-The pass runs through the decoder once for each number of rows, and its kernel calls are recorded (kernels.Recording).
-The next pass of that many rows makes them again, whichever sequences they belong to. What would not be repeated, any
+The decoder runs once over a stand-in batch, and its kernel calls are recorded instead of made (kernels.Recording).
+Every pass then makes them, whatever its rows and whichever sequences they belong to. What would not be repeated, any
 operation of PyTorch's own, is refused while recording: then the decoder's passes go on running plainly.
 """
 
@@ -14,62 +14,60 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from quasar.backends.base import Batch, Forward
+from quasar.backends.base import Batch, Forward, Segment
 from quasar.backends.cpu import kernels
+from quasar.backends.cpu.slot import CpuSlot
 
-LONGEST = 64  # rows: longer passes are bound by arithmetic
+LONGEST = 1024  # rows of a recorded pass
+_MOST_KEPT = 256  # rows of logits: a recording holds the memory of the largest pass that it made
 
 
 def pass_key(batch: Batch) -> Hashable | None:
-    """What a recording depends on: not on how the rows are divided among sequences, nor on their slots."""
-    if not 0 < batch.rows <= LONGEST:
+    """What a recording depends on: not on the rows, how they are divided among sequences, nor on their slots."""
+    if not 0 < batch.rows <= LONGEST or len(batch.kept_rows) > _MOST_KEPT:
         return None
-    kept = batch.rows
-    if not batch.keeps_all:
-        rows = batch.kept_rows
-        kept = len(rows)
-        if not rows or rows[0] != batch.rows - kept:  # picking rows is no kernel of ours
-            return None
-    return (batch.rows, kept, torch.get_num_threads(), kernels.instruction_set())
+    return (torch.get_num_threads(), kernels.instruction_set())
 
 
 def segments_of(batch: Batch, table: kernels.Segments | None = None) -> kernels.Segments:
     """The table of a batch over CpuSlots, or `table` filled with it."""
     table = table or kernels.Segments(batch.rows)
-    table.fill([(s.slot.memory.pointer, s.slot.length, len(s.ids), s.parents) for s in batch.segments])
+    table.fill(
+        [(s.slot.memory.pointer, s.slot.length, len(s.ids), s.parents, s.logits_to_keep) for s in batch.segments]
+    )
     return table
 
 
 class RecordedPass:
-    """A pass that was recorded as it ran. Its results lie in memory that a decoder's passes share."""
+    """The passes of a decoder."""
 
-    def __init__(self, forward: Forward, batch: Batch, shared: kernels.SharedMemory) -> None:
-        self._ids = torch.tensor(batch.ids)
-        self._segments = kernels.Segments(batch.rows)
-        batch.on_device = self._segments
-        with kernels.recording() as self._recording, _KernelsOnly():
-            logits = forward(self._ids, batch)
-        self._shape = logits.shape
-        self._shared = shared
-        self._offset = self._recording.share(shared, logits)
-        self.logits.copy_(logits)
-
-    @property
-    def logits(self) -> Tensor:
-        """float32 [kept rows, vocab], overwritten by the decoder's next pass."""
-        nbytes = 4 * self._shape.numel()
-        return self._shared.memory[self._offset : self._offset + nbytes].view(torch.float32).view(self._shape)
+    def __init__(self, forward: Forward, batch: Batch) -> None:
+        """Records, and makes the pass over `batch`."""
+        self._ids = torch.zeros(LONGEST, dtype=torch.int64)
+        self._segments = kernels.Segments(LONGEST)
+        slot = CpuSlot(layers=1, kv_heads=1, capacity=2, head_dim=16, kv="float32")
+        two = Batch([Segment(slot, [0, 0])])  # which no kernel sees: rows and kept rows differ
+        two.on_device = self._segments
+        with kernels.recording(two.rows) as self._recording, _KernelsOnly():
+            logits = forward(self._ids[: two.rows], two)
+        self._recording.finish(logits)
+        self.logits = self.replay(batch)
 
     def replay(self, batch: Batch) -> Tensor:
-        """The pass over another batch of the same key. Raises ValueError or IndexError where it does not fit."""
-        segments_of(batch, self._segments)
-        self._ids.copy_(torch.tensor(batch.ids))
-        self._recording.replay()
-        return self.logits
+        """The pass over another batch: float32 [kept rows, vocab], overwritten by the next one.
 
-    def timed_replay(self) -> list[tuple[str, float]]:
-        """The last pass once more: the name of each kernel call, and its seconds until all threads had done it."""
-        return self._recording.timed_replay()
+        Raises ValueError or IndexError where the batch does not fit."""
+        self._place(batch)
+        return self._recording.replay(batch.rows, len(batch.kept_rows))
+
+    def timed_replay(self, batch: Batch) -> list[tuple[str, float]]:
+        """The same: the name of each kernel call, and its seconds until all threads had done it."""
+        self._place(batch)
+        return self._recording.timed_replay(batch.rows, len(batch.kept_rows))
+
+    def _place(self, batch: Batch) -> None:
+        segments_of(batch, self._segments)
+        self._ids[: batch.rows] = torch.tensor(batch.ids)
 
 
 class _KernelsOnly(TorchDispatchMode):

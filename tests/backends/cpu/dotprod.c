@@ -29,7 +29,6 @@ static void int8_linear(int64_t m, int64_t n, int64_t k4)
     static int8_t x[MOST], weight[MOST];
     static uint8_t packed[MOST * 2];
     static float scale[MOST], outs[2][MOST];
-    static int32_t sums[MOST];
     int64_t k = 4 * k4;
     for (int i = 0; i < MOST; i++) {
         int extreme = k4 == 64; /* where sums are largest */
@@ -38,9 +37,10 @@ static void int8_linear(int64_t m, int64_t n, int64_t k4)
         scale[i] = uniform();
     }
     pack_int8(&kernels_dotprod.layout, weight, packed, n, k);
+    const float *w_scale = scale + m, *bias = w_scale + n;
     struct int8_linear_args a = {
-        .x = x, .x_scale = scale, .weight = packed, .w_scale = scale + m, .bias = scale + m + n, .accumulators = sums,
-        .m = m, .n = n, .k4 = k4,
+        .x = x, .x_scale = scale, .weight = packed, .w_scale = w_scale, .bias = bias, .out = outs[0], .m = m, .n = n,
+        .k4 = k4,
     };
     run(kernels_dotprod.int8_linear, &a);
     int same = 1;
@@ -49,12 +49,9 @@ static void int8_linear(int64_t m, int64_t n, int64_t k4)
             int32_t sum = 0;
             for (int64_t i = 0; i < k; i++)
                 sum += x[row * k + i] * weight[j * k + i];
-            same &= sums[row * n + j] == sum;
+            same &= outs[0][row * n + j] == (float)sum * scale[row] * w_scale[j] + bias[j];
         }
     check(same, "int8 sum", m, n, k);
-    a.accumulators = NULL;
-    a.out = outs[0];
-    run(kernels_dotprod.int8_linear, &a);
     pack_int8(&kernels_plain.layout, weight, packed, n, k);
     a.out = outs[1];
     run(kernels_plain.int8_linear, &a);
@@ -200,17 +197,15 @@ static void attention(int64_t m, int64_t length)
     check(!segments_finish(&segments), "segments", m, heads, length);
     const struct kernels *const tables[2] = {&kernels_dotprod, &kernels_plain};
     for (int i = 0; i < 2; i++) {
-        int64_t scratch_bytes = attention_scratch_bytes(2 * m, dim, m), bytes = 0;
-        char *scratch = aligned_alloc(64, (size_t)(scratch_bytes + 63) / 64 * 64);
-        void *partials = NULL;
-        struct attention_args a = {
-            .q = q, .segments = &segments, .out = outs[i], .scale = 0.2f, .scratch = scratch, .m = m, .heads = heads,
-            .kv_heads = kv_heads, .dim = dim, .tokens_per_item = m, .scratch_bytes = scratch_bytes,
-        };
-        attention_prepare(&a, 1, &partials, &bytes);
-        run(tables[i]->attention, &a);
-        free(partials);
-        free(scratch);
+        int64_t bytes = 0;
+        void *memory = NULL;
+        struct call call = {.attention = {
+            .q = q, .segments = &segments, .out = outs[i], .scale = 0.2f, .m = m, .heads = heads, .kv_heads = kv_heads,
+            .dim = dim, .tokens_per_item = m,
+        }};
+        attention_prepare(&call, 1, &memory, &bytes);
+        run(tables[i]->attention, &call.attention);
+        free(memory);
     }
     check(all_close(outs[0], outs[1], m * heads * dim, 2e-6f), "attention", m, heads, length);
 }

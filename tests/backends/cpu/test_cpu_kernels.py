@@ -54,6 +54,10 @@ def packed_int8(weight: Tensor) -> kernels.PackedInt8:
     return kernels.PackedInt8(weight, torch.ones(weight.shape[0]))
 
 
+def int8_sums(x: Tensor, weight: Tensor) -> Tensor:
+    return kernels.int8_linear(x, torch.ones(len(x)), packed_int8(weight))
+
+
 # Linear layers
 
 
@@ -63,7 +67,7 @@ def test_int8_sums_are_exact(shape: tuple[int, int, int], seed: int) -> None:
     torch.manual_seed(seed)
     m, n, k = shape
     x, weight = random_int8(m, k), random_int8(n, k)
-    assert torch.equal(kernels.int8_accumulate(x, packed_int8(weight)), exact(x, weight))
+    assert torch.equal(int8_sums(x, weight), exact(x, weight).float())
 
 
 @pytest.mark.parametrize("k", [1, 3, 4, 64, 1023, 3072])
@@ -71,7 +75,7 @@ def test_int8_sums_are_exact(shape: tuple[int, int, int], seed: int) -> None:
 def test_int8_sums_are_exact_at_the_extremes(extremes: tuple[int, int], k: int) -> None:
     x = torch.full((3, k), extremes[0], dtype=torch.int8)
     weight = torch.full((33, k), extremes[1], dtype=torch.int8)
-    assert torch.equal(kernels.int8_accumulate(x, packed_int8(weight)), exact(x, weight))
+    assert torch.equal(int8_sums(x, weight), exact(x, weight).float())
 
 
 @pytest.mark.parametrize("m", [1, 9])
@@ -79,7 +83,7 @@ def test_int8_sums_that_wrap_on_the_way_come_back(m: int) -> None:
     """255 * 127 * 70016 passes 2^31 before the shift is undone."""
     x = torch.full((m, 70016), 127, dtype=torch.int8)
     weight = torch.full((2, 70016), 127, dtype=torch.int8)
-    assert torch.equal(kernels.int8_accumulate(x, packed_int8(weight)), exact(x, weight))
+    assert torch.equal(int8_sums(x, weight), exact(x, weight).float())
 
 
 @pytest.mark.parametrize("value", [-128, 127])
@@ -89,7 +93,7 @@ def test_int8_sums_of_every_tile(m: int, value: int) -> None:
     for n, k in ((70, 64), (33, 576), (64, 1600), (16, 4160), (40, 516)):
         x, weight = random_int8(m, k), random_int8(n, k)
         x[-1], weight[-1] = value, -128
-        assert torch.equal(kernels.int8_accumulate(x, packed_int8(weight)), exact(x, weight))
+        assert torch.equal(int8_sums(x, weight), exact(x, weight).float())
         linear = kernels.int8_linear(x, torch.rand(m), kernels.PackedInt8(weight, torch.rand(n)), torch.randn(n))
         assert linear.isfinite().all()
 
@@ -100,7 +104,7 @@ def test_a_weight_of_another_instruction_set_is_refused(instruction_set: str) ->
     if other is None:
         pytest.skip("this processor has one instruction set")
     with kernels.use_instruction_set(other), pytest.raises(ValueError, match=f"packed for {instruction_set}"):
-        kernels.int8_accumulate(random_int8(1, 64), weight)
+        kernels.int8_linear(random_int8(1, 64), torch.ones(1), weight)
 
 
 @few
@@ -295,7 +299,7 @@ class Sequence:
 
     def table(self, rows: int) -> kernels.Segments:
         segments = kernels.Segments(rows)
-        segments.fill([(self.memory.pointer, self.length, rows, None)])
+        segments.fill([(self.memory.pointer, self.length, rows, None, rows)])
         return segments
 
     def append(self, qkv: Tensor, cos: Tensor, sin: Tensor, *norms: Tensor | None) -> Tensor:

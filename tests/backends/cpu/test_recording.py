@@ -105,9 +105,8 @@ def test_passes_in_bfloat16_replay():
     slot = filled_slot(runtime)
     for ids in ([1, 2, 3], [7, 8, 9]):
         assert torch.equal(runtime.run(window(slot, *ids)), plain(runtime, window(slot, *ids)))
-    with kernels.recording() as recording:
-        plain(runtime, window(slot, 1, 2))
-    names = [name for name, _ in recording.timed_replay()]
+    batch = window(slot, 1, 2)
+    names = [name for name, _ in RecordedPass(runtime.decoder, batch).timed_replay(batch)]
     assert names[1:4] == ["add_rms_norm", "round_bf16", "float_linear"]
 
 
@@ -134,19 +133,44 @@ def test_only_the_kept_rows_are_computed(shipped):
         assert torch.equal(logits, plain(runtime, batch))
 
 
-def test_recorded_passes_share_the_memory_of_few_operations(shipped):
-    """Passes of many sizes need little more than the largest alone, and moving them changes nothing."""
+def test_one_recording_serves_prompts_beside_windows(shipped, monkeypatch):
+    """Whatever rows a pass has, and whichever of them it keeps, few, many or none: nothing is recorded again."""
+    runtime = Runtime(shipped("qwen3", "w8a8").decoder)
+    slots = [filled_slot(runtime, 700) for _ in range(3)]
+    runtime.run(window(slots[0], 1))
+    batches = [
+        Batch([Segment(slots[0], [1, 2, 3], logits_to_keep=3), Segment(slots[1], list(range(600)), logits_to_keep=0)]),
+        Batch([Segment(slots[1], list(range(40))), Segment(slots[0], [4]), Segment(slots[2], list(range(9)))]),
+        Batch([Segment(slots[2], list(range(90)), logits_to_keep=0)]),
+        window(slots[2], *range(100)),
+    ]
+    expected = [plain(runtime, batch) for batch in batches]
+    monkeypatch.setattr(Decoder, "forward", lambda *_: pytest.fail("the decoder ran again"))
+    for batch, logits in zip(batches, expected, strict=True):
+        assert torch.equal(runtime.run(batch), logits)
+
+
+def test_a_recorded_pass_has_the_memory_of_few_operations(shipped):
+    """Results take the places of those that no call needs any more."""
     decoder = shipped("qwen3", "w8a8").decoder
-    backend = CpuBackend()
-    c, shared = decoder.config, kernels.SharedMemory()
-    slot = backend.new_slot(c.num_layers, c.num_kv_heads, 60, c.head_dim)
-    batches = [window(slot, *range(3, 3 + rows)) for rows in (1, 6, 3, 32)]
-    passes = [RecordedPass(decoder, batch, shared) for batch in batches]
-    for batch, recorded in zip(batches, passes, strict=True):
-        expected = decoder(torch.tensor(batch.ids), batch)
-        assert torch.equal(recorded.replay(batch), expected)
-    one_layer = 32 * 4 * (8 * c.hidden_size + 4 * c.intermediate_size + 4 * c.num_heads * c.head_dim)
-    assert shared.memory.nbytes < 32 * 4 * c.vocab_size + one_layer
+    c, rows = decoder.config, 32
+    batch = window(CpuBackend().new_slot(c.num_layers, c.num_kv_heads, 60, c.head_dim), *range(rows))
+    memory = RecordedPass(decoder, batch).logits.untyped_storage().nbytes()
+    one_layer = rows * 4 * (8 * c.hidden_size + 4 * c.intermediate_size + 4 * c.num_heads * c.head_dim)
+    assert memory < rows * 4 * c.vocab_size + one_layer
+
+
+def test_passes_of_very_many_rows_or_logits_run_plainly(shipped, monkeypatch):
+    """They would hold much memory; and their rows have the same bits."""
+    monkeypatch.setattr("quasar.backends.cpu.recording.LONGEST", 8)
+    monkeypatch.setattr("quasar.backends.cpu.recording._MOST_KEPT", 4)
+    runtime = Runtime(shipped("qwen3").decoder)
+    slot = filled_slot(runtime)
+    recorded = runtime.run(window(slot, 1, 2, 3, 4)).clone()
+    monkeypatch.setattr(CpuBackend, "capture", lambda *_: pytest.fail("this was to run plainly"))
+    assert torch.equal(runtime.run(window(slot, *range(1, 7)))[:4], recorded)
+    longer = Batch([Segment(slot, [1, 2, 3, 4], logits_to_keep=4), Segment(filled_slot(runtime), [1] * 9, None, 0)])
+    assert torch.equal(runtime.run(longer), recorded)
 
 
 @pytest.mark.parametrize(("name", "recorded"), [("llm-compressor-static", True), ("msmodelslim-static", False)])
@@ -199,19 +223,14 @@ def test_a_replay_stays_within_the_slot_and_the_rope_tables(shipped):
 def test_more_threads_than_a_recording_has_room_for(shipped):
     runtime = Runtime(shipped("qwen3", "w8a8").decoder)
     slot = filled_slot(runtime)
-    table, ids = kernels.Segments(3), torch.tensor([1, 2, 3])
-    batch = window(slot, 1, 2, 3)
-    batch.on_device = table
-    with kernels.recording() as recording:
-        logits = runtime.decoder(ids, batch)
-    expected = logits.clone()
-    recording._threads = 1000
-    recording.replay()
-    assert torch.equal(logits, expected)
+    recorded = RecordedPass(runtime.decoder, window(slot, 1, 2, 3))
+    expected = recorded.logits.clone()
+    recorded._recording._threads = 1000
+    assert torch.equal(recorded.replay(window(slot, 1, 2, 3)), expected)
 
 
 def test_one_recording_at_a_time():
-    first, second = kernels.recording(), kernels.recording()
+    first, second = kernels.recording(1), kernels.recording(1)
     with first, pytest.raises(RuntimeError, match="recording already"), second:
         pass
 
@@ -229,7 +248,7 @@ def test_recordings_go_with_their_runtime():
 def test_inputs_that_are_padded_anew_are_not_recorded():
     weight = kernels.PackedInt8(torch.ones(4, 6, dtype=torch.int8), torch.ones(4))
     x, scale = torch.ones(2, 6, dtype=torch.int8), torch.ones(2)
-    with pytest.raises(NotImplementedError, match="inputs of 6 are padded"), kernels.recording():
+    with pytest.raises(NotImplementedError, match="inputs of 6 are padded"), kernels.recording(2):
         kernels.int8_linear(x, scale, weight)
     assert kernels.int8_linear(x, scale, weight).tolist() == [[6.0] * 4] * 2
 
@@ -237,11 +256,11 @@ def test_inputs_that_are_padded_anew_are_not_recorded():
 def test_replays_report_the_time_of_each_call(shipped):
     runtime = Runtime(shipped("openpangu", "w8a8").decoder)
     slot = filled_slot(runtime)
-    with kernels.recording() as recording:
-        plain(runtime, window(slot, 1, 2))
-    calls = recording.timed_replay()
+    batch = window(slot, 1, 2)
+    calls = RecordedPass(runtime.decoder, batch).timed_replay(batch)
     assert all(seconds > 0 for _, seconds in calls)
-    wide = ["digits", "int8_linear", "fold"]
+    wide = ["digits", "int8_linear"]
     layer = ["add_rms_norm", *wide, "rope_qk_append", "attention", "quantize", "int8_linear"]
     layer += ["add_rms_norm", "int8_linear", "swiglu", *wide]
-    assert [name for name, _ in calls] == ["embed", *layer * runtime.config.num_layers, "add_rms_norm", "float_linear"]
+    head = ["keep_rows", "keep_rows", "add_rms_norm", "float_linear"]
+    assert [name for name, _ in calls] == ["embed", *layer * runtime.config.num_layers, *head]

@@ -236,7 +236,7 @@ def test_tables_that_would_leave_memory_are_refused(segments, message):
     memory = kernels.SlotMemory(1, 2, 2, 16)
     table = kernels.Segments(3)
     with pytest.raises(ValueError, match=message):
-        table.fill([(memory.pointer, *segment) for segment in segments])
+        table.fill([(memory.pointer, *segment, 0) for segment in segments])
     with pytest.raises(IndexError, match="another number of rows"):
         kernels.attention(torch.randn(2, 2, 16), table, 0, 2, 1.0)
 
@@ -245,7 +245,7 @@ def test_slots_of_different_models_are_refused():
     table = kernels.Segments(100)
     memories = [kernels.SlotMemory(1, heads, 100, 16) for heads in (1, 2)]
     with pytest.raises(ValueError, match="the slots of a batch differ"):
-        table.fill([(memory.pointer, 0, 1, None) for memory in memories])
-    table.fill([(memories[0].pointer, 0, 65, None)])
+        table.fill([(memory.pointer, 0, 1, None, 1) for memory in memories])
+    table.fill([(memories[0].pointer, 0, 65, None, 1)])
     with pytest.raises(IndexError, match="the slots are of another model"):
         kernels.attention(torch.randn(65, 2, 16), table, 1, 1, 1.0)

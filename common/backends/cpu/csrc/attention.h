@@ -341,6 +341,8 @@ struct item {
     const struct attention_args *a;
     const struct segment *s;
     int64_t head, first, last, rows;
+    const char *next;                             /* keys that the thread probably reads next, */
+    int64_t next_bytes;                           /* fetched with the last values */
     float *keys;                                  /* [dim, PART] */
     float *slab;                                  /* [64, SLAB]: values as floats */
     float *scores;                               /* [rows, 64] */
@@ -484,8 +486,8 @@ INLINE int64_t seen_keys(const struct item *i, int64_t row, int64_t chunk)
     return seen < KEYS ? seen : KEYS;
 }
 
-/* Positions `from` .. `to` as they lie, from a multiple of 1024 on. `next_head` probably follows on this thread. */
-INLINE void attend_chunks(const struct item *i, int64_t from, int64_t to, int64_t next_head, const int format)
+/* Positions `from` .. `to` as they lie, from a multiple of 1024 on. */
+INLINE void attend_chunks(const struct item *i, int64_t from, int64_t to, const int format)
 {
     const struct attention_args *a = i->a;
     const struct slot *slot = &i->s->slot;
@@ -523,16 +525,9 @@ INLINE void attend_chunks(const struct item *i, int64_t from, int64_t to, int64_
             store_up_to(i->rescale + row, shrink, left);
             store_up_to(i->sum + row, load_up_to(i->sum + row, left) * shrink + load_up_to(i->added + row, left), left);
         }
-        /* What comes next: this head's keys, or those of the next one. */
-        int64_t ahead = to - chunk - KEYS, next = chunk + KEYS, head = i->head;
-        if (ahead <= 0) {
-            next = from;
-            head = next_head;
-            ahead = head < a->kv_heads ? to - from : 0;
-        }
-        ahead = ahead < KEYS ? ahead * bytes : kv_chunk_bytes(slot);
-        const int64_t together = VECTORS(most, tiles > 1 ? SLAB / VL : 8);
-        f = fetch_evenly(slot->k + (ahead > 0 ? kv_chunk_at(slot, a->layer, head, next) : 0), ahead,
+        const int64_t left = to - chunk - KEYS, together = VECTORS(most, tiles > 1 ? SLAB / VL : 8);
+        const char *next = left > 0 ? slot->k + kv_chunk_at(slot, a->layer, i->head, chunk + KEYS) : i->next;
+        f = fetch_evenly(next, left <= 0 ? i->next_bytes : left < KEYS ? left * bytes : kv_chunk_bytes(slot),
                          n * tiles * ((dim / VL + together - 1) / together));
         /* Several tiles share a slab of values, as floats. One reads all columns, as they are. */
         const int64_t width = tiles > 1 ? SLAB : dim;
@@ -567,17 +562,17 @@ INLINE void attend_chunks(const struct item *i, int64_t from, int64_t to, int64_
 }
 
 /* The span's own keys where it is an item, all keys otherwise; the last span's items see the segment's own rows too. */
-INLINE void attend_keys(const struct item *i, int64_t span, int64_t last_span, int64_t next_head, const int format)
+INLINE void attend_keys(const struct item *i, int64_t span, int64_t last_span, const int format)
 {
     const struct segment *s = i->s;
     int64_t from = i->a->is_split ? span * ATTENTION_SPAN : 0, to = s->length + i->last;
     if (i->a->is_split && span < last_span)
-        attend_chunks(i, from, from + ATTENTION_SPAN, i->a->kv_heads, format);
+        attend_chunks(i, from, from + ATTENTION_SPAN, format);
     else if (!s->is_tree)
-        attend_chunks(i, from, to, next_head, format);
+        attend_chunks(i, from, to, format);
     else {
         int64_t base = s->length / KEYS * KEYS;
-        attend_chunks(i, from, base, next_head, format);
+        attend_chunks(i, from, base, format);
         if (base > from && base % ATTENTION_SPAN == 0)
             for (int64_t row = 0; row < i->rows; row++)
                 end_span(i, row, base / ATTENTION_SPAN - 1);
@@ -585,17 +580,17 @@ INLINE void attend_keys(const struct item *i, int64_t span, int64_t last_span, i
     }
 }
 
-static void attend_keys_f32(const struct item *i, int64_t span, int64_t last_span, int64_t next_head)
+static void attend_keys_f32(const struct item *i, int64_t span, int64_t last_span)
 {
-    attend_keys(i, span, last_span, next_head, KV_FLOAT32);
+    attend_keys(i, span, last_span, KV_FLOAT32);
 }
-static void attend_keys_bf16(const struct item *i, int64_t span, int64_t last_span, int64_t next_head)
+static void attend_keys_bf16(const struct item *i, int64_t span, int64_t last_span)
 {
-    attend_keys(i, span, last_span, next_head, KV_BFLOAT16);
+    attend_keys(i, span, last_span, KV_BFLOAT16);
 }
-static void attend_keys_int8(const struct item *i, int64_t span, int64_t last_span, int64_t next_head)
+static void attend_keys_int8(const struct item *i, int64_t span, int64_t last_span)
 {
-    attend_keys(i, span, last_span, next_head, KV_INT8);
+    attend_keys(i, span, last_span, KV_INT8);
 }
 
 static void finish_row(const struct item *i, int64_t row)
@@ -607,8 +602,7 @@ static void finish_row(const struct item *i, int64_t row)
 }
 
 /* counter: spans of these rows that are done */
-static void attention_item(struct item *i, int64_t span, int64_t last_span, int32_t *counter, int64_t next_head,
-                           char *scratch)
+static void attention_item(struct item *i, int64_t span, int64_t last_span, int32_t *counter, char *scratch)
 {
     const struct attention_args *a = i->a;
     const struct row *row_of = a->segments->row + i->s->first_row;
@@ -640,9 +634,9 @@ static void attention_item(struct item *i, int64_t span, int64_t last_span, int3
             partial_of(i, row, span + 1)[dim + 1] = 0.0f; /* unless the row reaches into it */
     }
     switch (i->s->slot.format) {
-    case KV_FLOAT32: attend_keys_f32(i, span, last_span, next_head); break;
-    case KV_BFLOAT16: attend_keys_bf16(i, span, last_span, next_head); break;
-    case KV_INT8: attend_keys_int8(i, span, last_span, next_head); break;
+    case KV_FLOAT32: attend_keys_f32(i, span, last_span); break;
+    case KV_BFLOAT16: attend_keys_bf16(i, span, last_span); break;
+    case KV_INT8: attend_keys_int8(i, span, last_span); break;
     }
     for (int64_t row = 0; row < rows; row++) {
         int64_t ends_in = row_of[i->first + row / group].position / ATTENTION_SPAN;
@@ -664,30 +658,54 @@ static void attention_item(struct item *i, int64_t span, int64_t last_span, int3
     }
 }
 
+/* Where an item lies: of segment n, behind so many items of the segments before it, and items without spans. */
+struct found {
+    int64_t n, before, whole_before, blocks, spans;
+    int64_t head, block, span;
+};
+
+/* Goes on to an item further on; whether there is one. */
+INLINE int find_item(const struct attention_args *a, int64_t item, struct found *f)
+{
+    for (; f->n < a->segments->count; f->n++) {
+        const struct segment *s = a->segments->segment + f->n;
+        f->blocks = (s->rows + a->tokens_per_item - 1) / a->tokens_per_item;
+        f->spans = a->is_split ? s->length / ATTENTION_SPAN + 1 : 1;
+        const int64_t whole = (item - f->before) / f->spans, all = f->blocks * a->kv_heads;
+        if (whole < all) {
+            f->head = whole % a->kv_heads;
+            f->block = f->blocks - 1 - whole / a->kv_heads; /* last tokens first: they see most, short items even out the end */
+            f->span = (item - f->before) % f->spans;
+            return 1;
+        }
+        f->before += all * f->spans;
+        f->whole_before += all;
+    }
+    return 0;
+}
+
 static void attention(void *data, int thread, int threads)
 {
     struct attention_args *a = data;
-    const struct segments *t = a->segments;
-    int64_t n = 0, before = 0, whole_before = 0; /* of segment n: items of the segments before it, and without spans */
-    int64_t blocks = 0, spans = 1;
-    char *scratch = a->scratch + thread * a->scratch_bytes;
+    struct found found = {0};
     for (;;) {
-        int64_t item = __atomic_fetch_add(&a->next, 1, __ATOMIC_RELAXED);
-        for (; n < t->count; n++, before += blocks * a->kv_heads * spans, whole_before += blocks * a->kv_heads) {
-            blocks = (t->segment[n].rows + a->tokens_per_item - 1) / a->tokens_per_item;
-            spans = a->is_split ? t->segment[n].length / ATTENTION_SPAN + 1 : 1;
-            if (item < before + blocks * a->kv_heads * spans)
-                break;
-        }
-        if (n == t->count)
+        const int64_t item = __atomic_fetch_add(&a->next, 1, __ATOMIC_RELAXED);
+        if (!find_item(a, item, &found))
             return;
-        const struct segment *s = t->segment + n;
-        /* Last tokens first: they see most, and short items even out the end. */
-        int64_t whole = (item - before) / spans, head = whole % a->kv_heads, block = blocks - 1 - whole / a->kv_heads;
-        int64_t first = block * a->tokens_per_item;
-        int64_t last = first + a->tokens_per_item < s->rows ? first + a->tokens_per_item : s->rows;
-        struct item made = {.a = a, .s = s, .head = head, .first = first, .last = last};
-        int32_t *counter = a->is_split ? a->finished + whole_before + whole : NULL;
-        attention_item(&made, (item - before) % spans, spans - 1, counter, head + threads, scratch);
+        const struct segment *s = a->segments->segment + found.n;
+        const int64_t first = found.block * a->tokens_per_item, last = first + a->tokens_per_item;
+        struct item made = {
+            .a = a, .s = s, .head = found.head, .first = first, .last = last < s->rows ? last : s->rows,
+        };
+        struct found after = found;
+        if (find_item(a, item + threads, &after)) {
+            const struct segment *next = a->segments->segment + after.n;
+            const int64_t from = after.span * ATTENTION_SPAN, keys = next->length + next->rows - from;
+            made.next = next->slot.k + kv_chunk_at(&next->slot, a->layer, after.head, from);
+            made.next_bytes = keys < KEYS ? keys * kv_row_bytes(&next->slot) : kv_chunk_bytes(&next->slot);
+        }
+        const int64_t whole = (item - found.before) / found.spans;
+        attention_item(&made, found.span, found.spans - 1, a->is_split ? a->finished + found.whole_before + whole : NULL,
+                       a->scratch + thread * a->scratch_bytes);
     }
 }

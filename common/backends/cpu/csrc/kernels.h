@@ -2,7 +2,8 @@
  *
  * Every kernel runs as `task(args, thread, threads)` on each thread of a team, takes its share of the work
  * and returns; none waits for another thread. The promise kept by all: what is computed for one token row
- * depends neither on the number of rows, nor on the row's place among them, nor on the number of threads. */
+ * depends neither on the number of rows, nor on the row's place among them, nor on the number of threads. The arguments
+ * of all begin with the number of rows. */
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -14,25 +15,27 @@
 #define WIDEST 2039    /* the largest one: its upper digit, rounded, is 127 */
 
 struct int8_linear_args {
-    const void *x;           /* int8, or int16 where it is wide, [m, k4 * 4], zero beyond k */
+    int64_t m;
+    const void *x;           /* int8 [m, k4 * 4], zero beyond k; where it is wide, what `digits` made of it */
     const float *x_scale;    /* [m] */
     const uint8_t *weight;   /* packed by `layout`, zeros where padded */
     const float *w_scale;    /* [n] */
     const float *bias;       /* [n] or NULL */
-    float *out;              /* [m, n], or NULL when accumulators are asked for */
-    int32_t *accumulators;   /* [m, n] or NULL */
-    int64_t m, n, k4, wide;
+    float *out;              /* [m, n] */
+    int64_t n, k4, wide;
 };
 
 struct float_linear_args {
+    int64_t m;
     const void *x;           /* float [m, k], or what round_bf16 made of it */
     const void *weight;      /* float or bf16, packed by `layout` */
     const float *bias;       /* [n] or NULL */
     float *out;              /* [m, n] */
-    int64_t m, n, k;
+    int64_t n, k;
 };
 
 struct int4_linear_args {
+    int64_t m;
     const void *x;           /* what round_int4 made of it, or int8 [m, k] between -7 and 7 where there is x_scale */
     const float *x_scale;    /* [m] or NULL */
     const uint8_t *weight;   /* [ceil(n / 32), k / 8, 32, 4], see pack.c */
@@ -40,61 +43,60 @@ struct int4_linear_args {
     const float *bias;       /* [n] or NULL */
     float *out;              /* [m, n] */
     char *scratch;           /* [threads, scratch_bytes] where there is x_scale, 64-byte aligned */
-    int64_t scratch_bytes, m, n, k, group;
+    int64_t scratch_bytes, n, k, group;
 };
 
 #define MAX_GROUPS 2048 /* of inputs that share an offset */
 struct offset_args {
+    int64_t m;
     const void *x;           /* float [m, k], or int8 [m, k] where there is x_scale */
     const float *x_scale;    /* [m] or NULL */
     const uint16_t *offset;  /* bfloat16 [ceil(n / 32), k / group, 32] */
     float *out;              /* [m, n], added to */
-    int64_t m, n, k, group;
+    int64_t n, k, group;
 };
 
 struct embed_args {
+    int64_t m;
     const void *table;       /* float or bf16 [vocab, k] */
     const int64_t *ids;      /* [m] */
     float *out;              /* [m, k] */
-    int64_t vocab, m, k;
+    int64_t vocab, k;
 };
 
 struct round_args {
+    int64_t m;
     const float *x;          /* [m, k] */
     void *rounded;           /* room for [m, k] floats; what is in it only rounded_linear knows */
-    int64_t m, k;
+    int64_t k;
 };
 
 struct quantize_args {
+    int64_t m;
     const float *x;          /* [m, k] */
     int8_t *q;               /* [m, k] */
     float *scale;            /* [m] */
     const float *static_scale; /* [1], or NULL for each row's own */
-    int64_t m, k, limit;     /* the largest magnitude of q by a row's own scale: 127 or 7 */
+    int64_t k, limit;        /* the largest magnitude of q by a row's own scale: 127 or 7 */
 };
 
 struct digits_args {
+    int64_t m;
     const float *x;          /* [m, k] */
-    void *q;                 /* int16 [m, k] where the set takes that, or int8 [2 * m, k]: all upper digits, all lower ones */
+    void *q;                 /* int16 [m, k] where the set takes that, or int8 [m, 2, k]: a row's upper digits, its lower ones */
     float *scale;            /* [m] */
-    int64_t m, k;
-};
-
-struct fold_args {
-    float *y;                /* [2 * m, n]: sums of both digits, int32, of which the first half becomes the product */
-    const float *x_scale;    /* [m] */
-    const float *w_scale;    /* [n] */
-    const float *bias;       /* [n] or NULL */
-    int64_t m, n;
+    int64_t k;
 };
 
 struct hadamard_args {
+    int64_t m;
     const float *x;          /* [m, k] */
     float *y;                /* [m, k]: each block of k times the normalised Hadamard matrix */
-    int64_t m, k, block;     /* a power of two that divides k */
+    int64_t k, block;        /* a power of two that divides k */
 };
 
 struct norm_args {
+    int64_t m;
     float *x;                /* [m, k]: residual is added in place */
     const float *residual;   /* [m, k] or NULL */
     const float *weight;     /* [k] */
@@ -103,16 +105,17 @@ struct norm_args {
     int8_t *q;               /* [m, k] or NULL */
     float *scale;            /* [m] with q */
     float *scratch;          /* [threads, k] with q */
-    int64_t m, k;
+    int64_t k;
 };
 
 struct swiglu_args {
+    int64_t m;
     const float *x;          /* [m, 2, k]: gate, then up */
     float *y;                /* [m, k], or NULL when q is asked for */
     int8_t *q;               /* [m, k] or NULL */
     float *scale;            /* [m] with q */
     float *scratch;          /* [threads, k] with q */
-    int64_t m, k;
+    int64_t k;
 };
 
 /* What one pass runs over, one segment per sequence. The table stays at its address: a recorded pass points to it, and
@@ -141,6 +144,7 @@ struct segment {
     struct slot slot;
     int64_t length;          /* committed positions */
     int64_t first_row, rows;
+    int64_t kept;            /* of the last rows, whose logits are wanted */
     int64_t is_tree;         /* 0: each row follows the one before */
 };
 struct row {
@@ -150,13 +154,22 @@ struct row {
 };
 struct segments {
     int64_t room;            /* rows that the table has room for, and as many segments */
-    int64_t rows, count;
+    int64_t rows, kept, count; /* of all segments; segments */
     int64_t last_position;   /* the highest of all rows */
     struct segment *segment; /* [count] */
     struct row *row;         /* [rows] */
 };
 
+struct keep_args {
+    int64_t m;               /* rows that are kept, as the segments say */
+    const float *x;          /* [rows, k] */
+    float *out;              /* [m, k] */
+    const struct segments *segments;
+    int64_t k;
+};
+
 struct rope_args {
+    int64_t m;
     const float *qkv;        /* [m, (heads + 2 * kv_heads) * dim] */
     const float *q_weight;   /* [dim] or NULL: RMSNorm of each query head */
     const float *k_weight;   /* [dim] or NULL */
@@ -164,16 +177,17 @@ struct rope_args {
     const float *cos, *sin;  /* [positions, table_stride]; the first dim / 2 of each row are read */
     float *q;                /* [m, heads, dim] */
     const struct segments *segments;
-    int64_t m, heads, kv_heads, dim, positions, table_stride, layer;
+    int64_t heads, kv_heads, dim, positions, table_stride, layer;
 };
 
 struct attention_args {
+    int64_t m;
     const float *q;          /* [m, heads, dim] */
     const struct segments *segments;
     float *out;              /* [m, heads * dim] */
     float scale;
     char *scratch;           /* [threads, scratch_bytes], 64-byte aligned */
-    int64_t m, heads, kv_heads, dim, layer;
+    int64_t heads, kv_heads, dim, layer;
     int64_t tokens_per_item, scratch_bytes;
     int64_t next;            /* work items handed out so far */
     int64_t is_split, spans; /* whether spans of keys are items of their own, and the most that a row has */
@@ -188,15 +202,17 @@ struct read_args {
 };
 
 struct top_k_args {
+    int64_t m;
     const float *x;          /* [m, n] */
     int64_t *out;            /* [m, k]: indices, largest value first, the lower index first on ties */
-    int64_t m, n, k;         /* k at most MOST_TOP_K and n */
+    int64_t n, k;            /* k at most MOST_TOP_K and n */
 };
 
 struct argmax_args {
+    int64_t m;
     const float *x;          /* [m, n] */
     int64_t *out;            /* [m] */
-    int64_t m, n;
+    int64_t n;
 };
 
 typedef void (*task_fn)(void *args, int thread, int threads);
@@ -213,8 +229,7 @@ struct kernels {
     int takes_int16;         /* whether int8_linear multiplies int16 inputs as well, and `digits` leaves them whole */
     task_fn int8_linear, f32_linear, bf16_linear, rounded_linear, round_bf16, embed_bf16, embed_f32, quantize, norm;
     task_fn swiglu, rope, attention, argmax, top_k, read, hadamard, add_offsets;
-    task_fn digits, fold;
-    task_fn int4_linear, round_int4;
+    task_fn digits, int4_linear, round_int4;
     void (*exp)(const float *x, float *y, int64_t n); /* for the accuracy test */
 };
 
@@ -235,19 +250,20 @@ extern const struct kernels kernels_plain;
 int parallel_use(const char *library);
 void parallel_run(task_fn task, void *args, int threads);
 
-/* recording.c: a pass of kernel calls, made again at the same addresses */
-enum moving { STAYS, EMBED, ROPE, ATTENTION }; /* what differs from replay to replay: ids, or segments */
+/* recording.c: a pass of kernel calls, made again with any number of rows */
+enum moving { STAYS, EMBED, ROPE, ATTENTION, KEEP }; /* what differs from replay to replay: ids, or segments */
 struct call {
     const char *name;
     task_fn task;
     enum moving moving;
-    int64_t items;           /* independent pieces of work: no more threads than that */
+    int64_t items, cost;     /* independent pieces of work, 0: each row is one; elements of a piece */
     int64_t most_threads;    /* that scratch has room for */
     void *scratch;           /* from malloc, or NULL: belongs to the call */
-    void *partials;          /* of attention's first run, from malloc, or NULL */
     const void *weight;      /* what the call reads from memory and nothing else does, or NULL; in whole blocks, */
     int64_t block_bytes, blocks; /* of which every thread has its share */
+    int after_keep;          /* whether its rows are those that the pass keeps: from `keep_rows` on */
     union {
+        int64_t m;           /* what all arguments begin with */
         struct int8_linear_args int8_linear;
         struct float_linear_args float_linear;
         struct int4_linear_args int4_linear;
@@ -256,36 +272,50 @@ struct call {
         struct round_args round;
         struct quantize_args quantize;
         struct digits_args digits;
-        struct fold_args fold;
         struct hadamard_args hadamard;
         struct norm_args norm;
         struct swiglu_args swiglu;
         struct rope_args rope;
         struct attention_args attention;
+        struct keep_args keep;
         struct argmax_args argmax;
         struct top_k_args top_k;
     };
 };
+/* Starting a team costs a microsecond, in which one core does some 16 thousand elements of the row-wise kernels; within a
+ * replay the team is there already, and only what it shares has to travel. */
+#define ALONE 16384
+#define ALONE_IN_REPLAY 2048
+static inline int64_t call_team(const struct call *call, int64_t threads, int64_t alone)
+{
+    int64_t items = call->items ? call->items : call->m;
+    threads = items * call->cost < alone ? 1 : threads;
+    threads = threads < call->most_threads ? threads : call->most_threads;
+    return !call->m ? 0 : threads < items ? threads : items;
+}
 struct recording;
-struct recording *recording_new(void);
+struct recording *recording_new(int64_t rows); /* of the pass whose calls are added */
 int recording_add(struct recording *, const struct call *); /* takes the scratch; 0 when out of memory */
 int64_t recording_calls(const struct recording *, const struct call **); /* how many, and where */
+/* Gives the results of calls places in one memory, one after another's last use. addresses: address and bytes of each of n
+ * results, what the pass returns last. NULL, or what is wrong. */
+const char *recording_share(struct recording *, int64_t n, const int64_t *addresses);
+/* Bytes of that memory for a pass of so many rows, and where in it the pass's result is. */
+int64_t recording_bytes(const struct recording *, int64_t rows, int64_t kept, int64_t *result);
 /* NULL, or what is wrong with the ids or the segments: then nothing is done. nanoseconds of each call: [calls], or NULL */
-const char *recording_replay(struct recording *, int threads, int64_t *nanoseconds);
-/* Gives the results of calls places in memory that recordings may share, one after another's last use. addresses: address
- * and bytes of each of n results, what the pass returns last, to whose place *offset is set. Returns the bytes that are
- * needed, -1 when out of memory. From then on recording_place says where the memory is. */
-int64_t recording_share(struct recording *, int64_t n, const int64_t *addresses, int64_t *offset);
-void recording_place(struct recording *, char *memory);
+const char *recording_replay(struct recording *, int threads, int64_t rows, int64_t kept, char *memory,
+                             int64_t *nanoseconds);
 void recording_free(struct recording *);
 
 /* segments.c. Checks return NULL, or what is wrong. */
 const char *embed_check(const struct embed_args *);
 const char *rope_check(const struct rope_args *);
 const char *attention_check(const struct attention_args *);
-/* Divides the work and takes *memory, of *bytes from malloc, for partial sums: more of it if need be, NULL where there is
- * no more. Returns the number of items. */
-int64_t attention_prepare(struct attention_args *, int64_t threads, void **memory, int64_t *bytes);
+const char *keep_check(const struct keep_args *);
+void keep_rows(void *args, int thread, int threads);
+/* Divides a call of `attention` into items, and takes *memory, of *bytes from malloc, for scratch and partial sums: more of
+ * it if need be. 0 when out of memory. */
+int attention_prepare(struct call *, int64_t threads, void **memory, int64_t *bytes);
 const char *segments_finish(struct segments *); /* derives what follows from slots, lengths, rows and parents */
 void slot_move(const struct slot *, int64_t from, int64_t to);                      /* one position over another */
 void slot_copy(const struct slot *from, const struct slot *to, int64_t positions); /* the first ones */

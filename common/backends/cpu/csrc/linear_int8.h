@@ -175,48 +175,31 @@ INLINE int32_t sum_int8(const int8_t *x, int64_t n)
     return sum;
 }
 
-/* Sums of up to VL outputs, made into those: n are left from these on. */
-INLINE vf rescale(vi sums, float x_scale, const float *w_scale, const float *bias, int64_t n)
-{
-    vf y = __builtin_convertvector(sums, vf) * splat(x_scale) * load_up_to(w_scale, n);
-    return bias ? y + load_up_to(bias, n) : y;
-}
+/* Whether x has two rows of digits, one after the other, for each row of the result. */
+INLINE int has_digits(const struct int8_linear_args *a) { return a->wide && !INT8_WIDENS; }
 
-/* The sums of one row's outputs from `column` on, made into what the caller asked for. */
-INLINE void finish_int8(const struct int8_linear_args *a, int64_t row, int64_t column, int64_t columns,
-                        const int32_t *sums)
+/* Results of the rows from `row` on, and of up to `width` outputs from `column` on. sums: int32 [rows, or twice that of
+ * digits][width]. Those of both digits are one sum of int32 again: exactly what the whole numbers would have given. */
+INLINE void finish_int8(const struct int8_linear_args *a, int64_t row, int64_t rows, int64_t column, const int32_t *sums,
+                        const int64_t width)
 {
-    int64_t at = row * a->n + column;
-    if (a->accumulators) {
-        memcpy(a->accumulators + at, sums, (size_t)columns * sizeof(int32_t));
-        return;
-    }
-    for (int64_t j = 0; j < columns; j += VL) {
-        const float *bias = a->bias ? a->bias + column + j : NULL;
-        vf y = rescale(*(const vi_any *)(sums + j), a->x_scale[row], a->w_scale + column + j, bias, columns - j);
-        store_up_to(a->out + at + j, y, columns - j);
-    }
-}
-
-/* Both digits' sums are one sum of int32 again: exactly what the whole numbers would have given. */
-static void fold(void *data, int thread, int threads)
-{
-    const struct fold_args *a = data;
-    int64_t from, to, n = a->n;
-    share(a->m, thread, threads, &from, &to);
-    for (int64_t row = from; row < to; row++) {
-        float *upper = a->y + row * n;
-        const float *lower = upper + a->m * n;
-        for (int64_t j = 0; j < n; j += VL) {
-            /* unsigned: what is shifted may pass 2^31 and come back */
-            vi sums = (vi)(((vu)load_up_to(upper + j, n - j) << DIGIT_BITS) + (vu)load_up_to(lower + j, n - j));
-            store_up_to(upper + j, rescale(sums, a->x_scale[row], a->w_scale + j, a->bias ? a->bias + j : NULL, n - j),
-                        n - j);
+    const int digits = has_digits(a);
+    for (int64_t j = 0; j < width && column + j < a->n; j += VL) {
+        const int64_t left = a->n - column - j;
+        const vf scale = load_up_to(a->w_scale + column + j, left);
+        const vf bias = a->bias ? load_up_to(a->bias + column + j, left) : (vf){0};
+        float *out = a->out + row * a->n + column + j;
+        for (int64_t r = 0; r < rows; r++, out += a->n) {
+            vi sum = *(const vi_any *)(sums + (r << digits) * width + j);
+            if (digits) /* unsigned: what is shifted may pass 2^31 and come back */
+                sum = (vi)(((vu)sum << DIGIT_BITS) + (vu)*(const vi_any *)(sums + (2 * r + 1) * width + j));
+            vf y = __builtin_convertvector(sum, vf) * splat(a->x_scale[row + r]) * scale;
+            store_up_to(out, a->bias ? y + bias : y, left);
         }
     }
 }
 
-/* The rows [first, last) of x, int8 [m, 4 * k4], with INT8_WIDTH outputs. The sums begin at zero, or at those of the
+/* The rows [first, last) of x, each of 4 * k4 inputs, with INT8_WIDTH outputs. The sums begin at zero, or at those of the
  * inputs before `k`; inputs [k, k_end) are added. */
 INLINE void int8_outputs(const struct int8_linear_args *a, int64_t group, int64_t first, int64_t last, int64_t k,
                          int64_t k_end, const int8_input *x, int64_t stride, int64_t chunk_stride, const int32_t *x_sum)
@@ -226,7 +209,7 @@ INLINE void int8_outputs(const struct int8_linear_args *a, int64_t group, int64_
     const int64_t tiles = (rows + INT8_ROWS - 1) / INT8_ROWS, chunk = tiles == 1 && !chunk_stride ? inputs : INT8_CHUNK;
     int32_t sums[INT8_PANEL][INT8_WIDTH] __attribute__((aligned(64)));
     /* What is unfinished waits where the result will be: an int32 takes a float's place. */
-    int32_t *waiting = (a->accumulators ? a->accumulators : (int32_t *)a->out) + first * a->n + column;
+    int32_t *waiting = (int32_t *)a->out + first * a->n + column;
     for (int64_t r = 0; r < rows; r++) {
         uint32_t shift = INT8_SHIFT && !k ? INT8_SHIFT * (uint32_t)x_sum[r] : 0; /* the sums may pass 2^31 and come back */
         if (!k)
@@ -244,10 +227,10 @@ INLINE void int8_outputs(const struct int8_linear_args *a, int64_t group, int64_
             row = next;
         }
     }
-    for (int64_t r = 0; r < rows; r++)
-        if (k_end == inputs)
-            finish_int8(a, first + r, column, columns, sums[r]);
-        else
+    if (k_end == inputs)
+        finish_int8(a, first >> has_digits(a), rows >> has_digits(a), column, sums[0], INT8_WIDTH);
+    else
+        for (int64_t r = 0; r < rows; r++)
             memcpy(waiting + r * a->n, sums[r], (size_t)columns * sizeof(int32_t));
 }
 
@@ -300,11 +283,11 @@ INLINE void int8_panel(const struct int8_linear_args *a, int64_t first, int64_t 
 static void int8_linear(void *data, int thread, int threads)
 {
     const struct int8_linear_args *a = data;
-    int64_t from, to;
+    int64_t from, to, rows = a->m << has_digits(a);
     share((a->n + BLOCK - 1) / BLOCK, thread, threads, &from, &to);
     const int64_t groups = (a->n + INT8_WIDTH - 1) / INT8_WIDTH;
     from *= BLOCK / INT8_WIDTH;
     to *= BLOCK / INT8_WIDTH;
-    for (int64_t panel = 0; panel < a->m; panel += INT8_PANEL)
-        int8_panel(a, panel, panel + INT8_PANEL < a->m ? panel + INT8_PANEL : a->m, from, to < groups ? to : groups);
+    for (int64_t panel = 0; panel < rows; panel += INT8_PANEL)
+        int8_panel(a, panel, panel + INT8_PANEL < rows ? panel + INT8_PANEL : rows, from, to < groups ? to : groups);
 }

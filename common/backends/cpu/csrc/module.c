@@ -96,15 +96,9 @@ static int parse(PyObject *const *objects, Py_ssize_t n, Py_ssize_t expected, un
 #define INT(at) (w[at].i)
 #define FLOAT(at) ((float)w[at].f)
 
-/* Starting a team costs a microsecond, in which one core does some 16 thousand elements of the row-wise kernels; within
- * a replayed recording the team is there already, and only what it shares has to travel. */
-#define ALONE 16384
-#define ALONE_IN_REPLAY 2048
-
-static int team(int64_t items, int64_t threads)
+static int64_t team(int64_t threads)
 {
-    threads = threads < items ? threads : items;
-    return (int)(threads < MAX_THREADS ? threads : MAX_THREADS);
+    return threads < MAX_THREADS ? threads : MAX_THREADS;
 }
 
 static void *scratch(int64_t bytes)
@@ -114,85 +108,83 @@ static void *scratch(int64_t bytes)
 
 static _Thread_local struct recording *recorder; /* NULL unless this thread is recording */
 
-/* Runs the call, whose items cost so many elements each, and records it if that is asked for. */
-static PyObject *run(struct call *call, int64_t cost, int64_t threads)
+/* Runs the call, or records it. */
+static PyObject *run(struct call *call, int64_t threads)
 {
-    int64_t items = call->items;
-    Py_BEGIN_ALLOW_THREADS
-    parallel_run(call->task, &call->int8_linear, items * cost < ALONE ? 1 : team(items, threads));
-    Py_END_ALLOW_THREADS
-    free(call->partials);
-    call->partials = NULL;
-    call->most_threads = call->moving == ATTENTION ? team(MAX_THREADS, threads) : team(items, threads);
-    if (call->moving != ATTENTION && items * cost < ALONE_IN_REPLAY) /* attention costs more when the window has moved on */
-        call->items = 1;
+    call->most_threads = team(threads);
     if (recorder && recording_add(recorder, call))
         Py_RETURN_NONE;
+    if (!recorder) {
+        Py_BEGIN_ALLOW_THREADS
+        parallel_run(call->task, &call->m, (int)call_team(call, threads, ALONE));
+        Py_END_ALLOW_THREADS
+    }
     free(call->scratch);
     if (recorder)
         return PyErr_NoMemory();
     Py_RETURN_NONE;
 }
 
-/* x, x_scale, weight, w_scale, bias, out, accumulators, m, n, k, threads, is x int16? (where the set takes that) */
-FUNCTION(py_int8_linear, 12)
-    int64_t m = INT(7), n = INT(8), k = INT(9), k4 = (k + 3) / 4, size = INT(11) ? 2 : 1;
+/* x, x_scale, weight, w_scale, bias, out, m, n, k, threads, is x what digits made? */
+FUNCTION(py_int8_linear, 11)
+    const int wide = INT(10) != 0;
+    const int64_t n = INT(7), k = INT(8), k4 = (k + 3) / 4, blocks = (n + BLOCK - 1) / BLOCK;
+    const int64_t rows = INT(6) * (wide && !isa->takes_int16 ? 2 : 1), size = wide && isa->takes_int16 ? 2 : 1;
     const char *x = ADDRESS(0);
     char *padded = NULL;
     if (k % 4) {
         if (recorder)
             return PyErr_Format(PyExc_NotImplementedError, "inputs of %lld are padded anew in each pass", (long long)k);
-        if (!(padded = scratch(m * k4 * 4 * size)))
+        if (!(padded = scratch(rows * k4 * 4 * size)))
             return PyErr_NoMemory();
-        for (int64_t row = 0; row < m; row++) {
+        for (int64_t row = 0; row < rows; row++) {
             memset(padded + ((row + 1) * k4 * 4 - 4) * size, 0, (size_t)(4 * size));
             memcpy(padded + row * k4 * 4 * size, x + row * k * size, (size_t)(k * size));
         }
     }
     struct call call = {
-        .name = "int8_linear", .task = isa->int8_linear, .items = (n + BLOCK - 1) / BLOCK, .scratch = padded,
-        .weight = ADDRESS(2), .block_bytes = k4 * BLOCK * 4, .blocks = (n + BLOCK - 1) / BLOCK,
+        .name = "int8_linear", .task = isa->int8_linear, .items = blocks, .scratch = padded, .cost = k * BLOCK,
+        .weight = ADDRESS(2), .block_bytes = k4 * BLOCK * 4, .blocks = blocks,
         .int8_linear = {
-            .x = padded ? padded : x, .x_scale = ADDRESS(1), .weight = ADDRESS(2), .w_scale = ADDRESS(3),
-            .bias = ADDRESS(4), .out = ADDRESS(5), .accumulators = ADDRESS(6), .m = m, .n = n, .k4 = k4,
-            .wide = INT(11),
+            .m = INT(6), .x = padded ? padded : x, .x_scale = ADDRESS(1), .weight = ADDRESS(2), .w_scale = ADDRESS(3),
+            .bias = ADDRESS(4), .out = ADDRESS(5), .n = n, .k4 = k4, .wide = wide,
         },
     };
-    return run(&call, k * BLOCK, INT(10));
+    return run(&call, INT(9));
 }
 
 /* bf16?, x, weight, bias, out, m, n, k, threads, rounded? (x as round_bf16 made it) */
 FUNCTION(py_float_linear, 10)
     int64_t n = INT(6), k = INT(7), blocks = (n + BLOCK - 1) / BLOCK;
     struct call call = {
-        .name = "float_linear", .items = blocks,
+        .name = "float_linear", .items = blocks, .cost = k * BLOCK,
         .task = INT(9) ? isa->rounded_linear : INT(0) ? isa->bf16_linear : isa->f32_linear,
         .weight = ADDRESS(2), .block_bytes = INT(0) ? (k + 1) / 2 * 2 * BLOCK * 2 : k * BLOCK * 4, .blocks = blocks,
         .float_linear = {
-            .x = ADDRESS(1), .weight = ADDRESS(2), .bias = ADDRESS(3), .out = ADDRESS(4), .m = INT(5), .n = n, .k = k,
+            .m = INT(5), .x = ADDRESS(1), .weight = ADDRESS(2), .bias = ADDRESS(3), .out = ADDRESS(4), .n = n, .k = k,
         },
     };
-    return run(&call, k * BLOCK, INT(8));
+    return run(&call, INT(8));
 }
 
 /* x, x_scale (0: x is what round_bf16 made for it), weight, w_scale, bias, out, m, n, k, group, threads */
 FUNCTION(py_int4_linear, 11)
     int64_t n = INT(7), k = INT(8), blocks = (n + BLOCK - 1) / BLOCK;
     struct call call = {
-        .name = "int4_linear", .task = isa->int4_linear, .items = blocks,
+        .name = "int4_linear", .task = isa->int4_linear, .items = blocks, .cost = k * BLOCK,
         .weight = ADDRESS(2), .block_bytes = k / 2 * BLOCK, .blocks = blocks,
         .int4_linear = {
-            .x = ADDRESS(0), .x_scale = ADDRESS(1), .weight = ADDRESS(2), .w_scale = ADDRESS(3), .bias = ADDRESS(4),
-            .out = ADDRESS(5), .m = INT(6), .n = n, .k = k, .group = INT(9),
+            .m = INT(6), .x = ADDRESS(0), .x_scale = ADDRESS(1), .weight = ADDRESS(2), .w_scale = ADDRESS(3),
+            .bias = ADDRESS(4), .out = ADDRESS(5), .n = n, .k = k, .group = INT(9),
             .scratch_bytes = int4_scratch_bytes(k, INT(9)),
         },
     };
     if (call.int4_linear.x_scale) {
-        call.scratch = scratch(team(blocks, INT(10)) * call.int4_linear.scratch_bytes);
+        call.scratch = scratch(team(INT(10)) * call.int4_linear.scratch_bytes);
         if (!(call.int4_linear.scratch = call.scratch))
             return PyErr_NoMemory();
     }
-    return run(&call, k * BLOCK, INT(10));
+    return run(&call, INT(10));
 }
 
 /* x, x_scale (0: x is float), offset, out, m, n, k, group, threads */
@@ -201,112 +193,101 @@ FUNCTION(py_add_offsets, 9)
     if (groups > MAX_GROUPS)
         return PyErr_Format(PyExc_ValueError, "%lld groups of inputs; at most %d", (long long)groups, MAX_GROUPS);
     struct call call = {
-        .name = "add_offsets", .task = isa->add_offsets, .items = blocks,
+        .name = "add_offsets", .task = isa->add_offsets, .items = blocks, .cost = groups * BLOCK,
         .offsets = {
-            .x = ADDRESS(0), .x_scale = ADDRESS(1), .offset = ADDRESS(2), .out = ADDRESS(3), .m = INT(4), .n = n, .k = k,
+            .m = INT(4), .x = ADDRESS(0), .x_scale = ADDRESS(1), .offset = ADDRESS(2), .out = ADDRESS(3), .n = n, .k = k,
             .group = INT(7),
         },
     };
-    return run(&call, groups * BLOCK, INT(8));
+    return run(&call, INT(8));
 }
 
 /* x, y, block, m, k, threads */
 FUNCTION(py_hadamard, 6)
     struct call call = {
-        .name = "hadamard", .task = isa->hadamard, .items = INT(3),
-        .hadamard = {.x = ADDRESS(0), .y = ADDRESS(1), .block = INT(2), .m = INT(3), .k = INT(4)},
+        .name = "hadamard", .task = isa->hadamard, .cost = 4 * INT(4),
+        .hadamard = {.m = INT(3), .x = ADDRESS(0), .y = ADDRESS(1), .block = INT(2), .k = INT(4)},
     };
-    return run(&call, 4 * INT(4), INT(5));
+    return run(&call, INT(5));
 }
 
 /* bf16?, table, ids, out, vocab, m, k, threads */
 FUNCTION(py_embed, 8)
     struct call call = {
-        .name = "embed", .task = INT(0) ? isa->embed_bf16 : isa->embed_f32, .moving = EMBED, .items = INT(5),
+        .name = "embed", .task = INT(0) ? isa->embed_bf16 : isa->embed_f32, .moving = EMBED, .cost = INT(6),
         .embed = {
-            .table = ADDRESS(1), .ids = ADDRESS(2), .out = ADDRESS(3), .vocab = INT(4), .m = INT(5), .k = INT(6),
+            .m = INT(5), .table = ADDRESS(1), .ids = ADDRESS(2), .out = ADDRESS(3), .vocab = INT(4), .k = INT(6),
         },
     };
-    const char *wrong = embed_check(&call.embed);
+    const char *wrong = recorder ? NULL : embed_check(&call.embed);
     if (wrong)
         return PyErr_Format(PyExc_IndexError, "%s", wrong);
-    return run(&call, INT(6), INT(7));
+    return run(&call, INT(7));
 }
 
 /* x, rounded, m, k, threads, for int4_linear? */
 FUNCTION(py_round_bf16, 6)
     struct call call = {
-        .name = "round_bf16", .task = INT(5) ? isa->round_int4 : isa->round_bf16, .items = INT(2),
-        .round = {.x = ADDRESS(0), .rounded = ADDRESS(1), .m = INT(2), .k = INT(3)},
+        .name = "round_bf16", .task = INT(5) ? isa->round_int4 : isa->round_bf16, .cost = INT(3),
+        .round = {.m = INT(2), .x = ADDRESS(0), .rounded = ADDRESS(1), .k = INT(3)},
     };
-    return run(&call, INT(3), INT(4));
+    return run(&call, INT(4));
 }
 
 /* x, q, scale, limit, m, k, threads, static_scale */
 FUNCTION(py_quantize, 8)
     struct call call = {
-        .name = "quantize", .task = isa->quantize, .items = INT(4),
+        .name = "quantize", .task = isa->quantize, .cost = INT(5),
         .quantize = {
-            .x = ADDRESS(0), .q = ADDRESS(1), .scale = ADDRESS(2), .limit = INT(3), .m = INT(4), .k = INT(5),
+            .m = INT(4), .x = ADDRESS(0), .q = ADDRESS(1), .scale = ADDRESS(2), .limit = INT(3), .k = INT(5),
             .static_scale = ADDRESS(7),
         },
     };
-    return run(&call, INT(5), INT(6));
+    return run(&call, INT(6));
 }
 
 /* x, q, scale, m, k, threads */
 FUNCTION(py_digits, 6)
     struct call call = {
-        .name = "digits", .task = isa->digits, .items = INT(3),
-        .digits = {.x = ADDRESS(0), .q = ADDRESS(1), .scale = ADDRESS(2), .m = INT(3), .k = INT(4)},
+        .name = "digits", .task = isa->digits, .cost = INT(4),
+        .digits = {.m = INT(3), .x = ADDRESS(0), .q = ADDRESS(1), .scale = ADDRESS(2), .k = INT(4)},
     };
-    return run(&call, INT(4), INT(5));
-}
-
-/* y, x_scale, w_scale, bias, m, n, threads */
-FUNCTION(py_fold, 7)
-    struct call call = {
-        .name = "fold", .task = isa->fold, .items = INT(4),
-        .fold = {
-            .y = ADDRESS(0), .x_scale = ADDRESS(1), .w_scale = ADDRESS(2), .bias = ADDRESS(3), .m = INT(4), .n = INT(5),
-        },
-    };
-    return run(&call, INT(5), INT(6));
+    return run(&call, INT(5));
 }
 
 /* x, residual, weight, eps, y, q, scale, m, k, threads */
 FUNCTION(py_add_rms_norm, 10)
-    int64_t m = INT(7), k = INT(8);
+    int64_t k = INT(8);
     struct call call = {
-        .name = "add_rms_norm", .task = isa->norm, .items = m,
+        .name = "add_rms_norm", .task = isa->norm, .cost = k,
         .norm = {
-            .x = ADDRESS(0), .residual = ADDRESS(1), .weight = ADDRESS(2), .eps = FLOAT(3), .y = ADDRESS(4),
-            .q = ADDRESS(5), .scale = ADDRESS(6), .m = m, .k = k,
+            .m = INT(7), .x = ADDRESS(0), .residual = ADDRESS(1), .weight = ADDRESS(2), .eps = FLOAT(3), .y = ADDRESS(4),
+            .q = ADDRESS(5), .scale = ADDRESS(6), .k = k,
         },
     };
-    if (call.norm.q && !(call.scratch = call.norm.scratch = scratch(team(m, INT(9)) * k * (int64_t)sizeof(float))))
+    if (call.norm.q && !(call.scratch = call.norm.scratch = scratch(team(INT(9)) * k * (int64_t)sizeof(float))))
         return PyErr_NoMemory();
-    return run(&call, k, INT(9));
+    return run(&call, INT(9));
 }
 
 /* x, y, q, scale, m, k, threads */
 FUNCTION(py_swiglu, 7)
-    int64_t m = INT(4), k = INT(5);
+    int64_t k = INT(5);
     struct call call = {
-        .name = "swiglu", .task = isa->swiglu, .items = m,
-        .swiglu = {.x = ADDRESS(0), .y = ADDRESS(1), .q = ADDRESS(2), .scale = ADDRESS(3), .m = m, .k = k},
+        .name = "swiglu", .task = isa->swiglu, .cost = 4 * k, /* exp and a division: dearer than the others */
+        .swiglu = {.m = INT(4), .x = ADDRESS(0), .y = ADDRESS(1), .q = ADDRESS(2), .scale = ADDRESS(3), .k = k},
     };
-    if (call.swiglu.q && !(call.scratch = call.swiglu.scratch = scratch(team(m, INT(6)) * k * (int64_t)sizeof(float))))
+    if (call.swiglu.q && !(call.scratch = call.swiglu.scratch = scratch(team(INT(6)) * k * (int64_t)sizeof(float))))
         return PyErr_NoMemory();
-    return run(&call, 4 * k, INT(6)); /* exp and a division: dearer than the others */
+    return run(&call, INT(6));
 }
 
-/* Appends a segment to the table: (address of a struct slot, length, rows, parents or None) */
+/* Appends a segment to the table: (address of a struct slot, length, rows, parents or None, rows that are kept) */
 static int add_segment(struct segments *t, PyObject *from)
 {
-    int64_t words[3];
-    for (int i = 0; i < 3; i++) {
-        PyObject *word = PyTuple_GetItem(from, i);
+    int64_t words[4];
+    for (int i = 0; i < 4; i++) {
+        PyObject *word = PyTuple_GetItem(from, i < 3 ? i : 4);
         words[i] = word ? PyLong_AsLongLong(word) : -1;
         if (PyErr_Occurred())
             return 0;
@@ -315,10 +296,15 @@ static int add_segment(struct segments *t, PyObject *from)
     s->slot = *(const struct slot *)(uintptr_t)words[0];
     s->length = words[1];
     s->rows = words[2];
+    s->kept = words[3];
     int64_t free = s->slot.capacity - s->length;
     if (s->rows < 1 || s->length < 0 || s->rows > free) {
         PyErr_Format(PyExc_ValueError, "%lld tokens do not fit the KV cache: %lld positions are free",
                      (long long)s->rows, (long long)free);
+        return 0;
+    }
+    if (s->kept < 0 || s->kept > s->rows) {
+        PyErr_Format(PyExc_ValueError, "%lld of %lld rows cannot be kept", (long long)s->kept, (long long)s->rows);
         return 0;
     }
     if (s->rows > t->room - t->rows) {
@@ -362,7 +348,7 @@ static PyObject *py_fill_segments(PyObject *Py_UNUSED(self), PyObject *const *ob
         PyErr_Format(PyExc_ValueError, "%s", wrong);
     if (!PyErr_Occurred())
         Py_RETURN_NONE;
-    t->rows = t->count = 0;
+    t->rows = t->kept = t->count = 0;
     return NULL;
 }
 
@@ -411,62 +397,67 @@ FUNCTION(py_slot_copy, 3)
 
 /* qkv, q_weight, k_weight, eps, cos, sin, q, segments, layer, m, heads, kv_heads, dim, positions, table_stride, threads */
 FUNCTION(py_rope_qk_append, 16)
-    int64_t m = INT(9), heads = INT(10), kv_heads = INT(11), dim = INT(12);
+    int64_t heads = INT(10), kv_heads = INT(11), dim = INT(12);
     struct call call = {
-        .name = "rope_qk_append", .task = isa->rope, .moving = ROPE, .items = m,
+        .name = "rope_qk_append", .task = isa->rope, .moving = ROPE, .cost = (heads + 2 * kv_heads) * dim,
         .rope = {
-            .qkv = ADDRESS(0), .q_weight = ADDRESS(1), .k_weight = ADDRESS(2), .eps = FLOAT(3), .cos = ADDRESS(4),
-            .sin = ADDRESS(5), .q = ADDRESS(6), .segments = ADDRESS(7), .layer = INT(8), .m = m, .heads = heads,
-            .kv_heads = kv_heads, .dim = dim, .positions = INT(13), .table_stride = INT(14),
+            .m = INT(9), .qkv = ADDRESS(0), .q_weight = ADDRESS(1), .k_weight = ADDRESS(2), .eps = FLOAT(3),
+            .cos = ADDRESS(4), .sin = ADDRESS(5), .q = ADDRESS(6), .segments = ADDRESS(7), .layer = INT(8),
+            .heads = heads, .kv_heads = kv_heads, .dim = dim, .positions = INT(13), .table_stride = INT(14),
         },
     };
-    const char *wrong = rope_check(&call.rope);
+    const char *wrong = recorder ? NULL : rope_check(&call.rope);
     if (wrong)
         return PyErr_Format(PyExc_IndexError, "%s", wrong);
-    return run(&call, (heads + 2 * kv_heads) * dim, INT(15));
+    return run(&call, INT(15));
 }
 
 /* q, segments, layer, out, scale, m, heads, kv_heads, dim, threads */
 FUNCTION(py_attention, 10)
-    const struct segments *segments = ADDRESS(1);
-    int64_t m = INT(5), heads = INT(6), kv_heads = INT(7), dim = INT(8), group = heads / kv_heads;
-    int64_t tokens = group < ATTENTION_ROWS ? ATTENTION_ROWS / group : 1;
+    int64_t heads = INT(6), group = heads / INT(7), bytes = 0;
     struct call call = {
         .name = "attention", .task = isa->attention, .moving = ATTENTION,
         .attention = {
-            .q = ADDRESS(0), .segments = segments, .out = ADDRESS(3), .scale = FLOAT(4), .m = m, .heads = heads,
-            .kv_heads = kv_heads, .dim = dim, .layer = INT(2), .tokens_per_item = tokens,
-            .scratch_bytes = attention_scratch_bytes(tokens * group, dim, m),
+            .m = INT(5), .q = ADDRESS(0), .segments = ADDRESS(1), .out = ADDRESS(3), .scale = FLOAT(4), .heads = heads,
+            .kv_heads = INT(7), .dim = INT(8), .layer = INT(2),
+            .tokens_per_item = group < ATTENTION_ROWS ? ATTENTION_ROWS / group : 1,
         },
     };
-    const char *wrong = attention_check(&call.attention);
+    const char *wrong = recorder ? NULL : attention_check(&call.attention);
     if (wrong)
         return PyErr_Format(PyExc_IndexError, "%s", wrong);
-    int64_t bytes = 0;
-    call.items = attention_prepare(&call.attention, INT(9), &call.partials, &bytes);
-    call.scratch = call.attention.scratch = scratch(team(MAX_THREADS, INT(9)) * call.attention.scratch_bytes);
-    if (!call.scratch) {
-        free(call.partials);
+    if (!recorder && !attention_prepare(&call, team(INT(9)), &call.scratch, &bytes))
         return PyErr_NoMemory();
-    }
-    return run(&call, (segments->last_position + 1) * dim, INT(9));
+    return run(&call, INT(9));
+}
+
+/* x, segments, out, m, k, threads */
+FUNCTION(py_keep_rows, 6)
+    struct call call = {
+        .name = "keep_rows", .task = keep_rows, .moving = KEEP, .cost = INT(4),
+        .keep = {.m = INT(3), .x = ADDRESS(0), .segments = ADDRESS(1), .out = ADDRESS(2), .k = INT(4)},
+    };
+    const char *wrong = recorder ? NULL : keep_check(&call.keep);
+    if (wrong)
+        return PyErr_Format(PyExc_IndexError, "%s", wrong);
+    return run(&call, INT(5));
 }
 
 /* x, out, m, n, threads */
 FUNCTION(py_argmax, 5)
     struct call call = {
-        .name = "argmax", .task = isa->argmax, .items = INT(2),
-        .argmax = {.x = ADDRESS(0), .out = ADDRESS(1), .m = INT(2), .n = INT(3)},
+        .name = "argmax", .task = isa->argmax, .cost = INT(3),
+        .argmax = {.m = INT(2), .x = ADDRESS(0), .out = ADDRESS(1), .n = INT(3)},
     };
-    return run(&call, INT(3), INT(4));
+    return run(&call, INT(4));
 }
 
 FUNCTION(py_top_k, 6)
     struct call call = {
-        .name = "top_k", .task = isa->top_k, .items = INT(2),
-        .top_k = {.x = ADDRESS(0), .out = ADDRESS(1), .m = INT(2), .n = INT(3), .k = INT(4)},
+        .name = "top_k", .task = isa->top_k, .cost = INT(4),
+        .top_k = {.m = INT(2), .x = ADDRESS(0), .out = ADDRESS(1), .n = INT(3), .k = INT(4)},
     };
-    return run(&call, INT(4), INT(5));
+    return run(&call, INT(5));
 }
 
 /* address, lines of 64 bytes, threads; returns all 32-bit words, xor */
@@ -518,12 +509,11 @@ static void free_recording(PyObject *capsule)
     recording_free(PyCapsule_GetPointer(capsule, CAPSULE));
 }
 
-/* From here on this thread's kernel calls are recorded as they run. */
-static PyObject *py_record(PyObject *Py_UNUSED(self), PyObject *Py_UNUSED(unused))
-{
+/* rows of the pass: from here on this thread's kernel calls are recorded instead of run. */
+FUNCTION(py_record, 1)
     if (recorder)
         return PyErr_Format(PyExc_RuntimeError, "this thread is recording already");
-    if (!(recorder = recording_new()))
+    if (!(recorder = recording_new(INT(0))))
         return PyErr_NoMemory();
     Py_RETURN_NONE;
 }
@@ -557,38 +547,40 @@ static PyObject *py_calls(PyObject *Py_UNUSED(self), PyObject *capsule)
     return names;
 }
 
-/* recording, n, addresses of [n] results and their bytes: the bytes that they need together, and where the last lies */
+/* recording, n, addresses of [n] results and their bytes, what the pass returns last */
 static PyObject *py_share(PyObject *Py_UNUSED(self), PyObject *const *objects, Py_ssize_t n_objects)
 {
     union word w[2];
     struct recording *recording = n_objects ? PyCapsule_GetPointer(objects[0], CAPSULE) : NULL;
     if (!recording || !parse(objects + 1, n_objects - 1, 2, w))
         return NULL;
-    int64_t offset = 0, bytes = recording_share(recording, INT(0), ADDRESS(1), &offset);
-    return bytes < 0 ? PyErr_NoMemory() : Py_BuildValue("LL", (long long)bytes, (long long)offset);
-}
-
-/* recording, address */
-static PyObject *py_place(PyObject *Py_UNUSED(self), PyObject *const *objects, Py_ssize_t n_objects)
-{
-    union word w[1];
-    struct recording *recording = n_objects ? PyCapsule_GetPointer(objects[0], CAPSULE) : NULL;
-    if (!recording || !parse(objects + 1, n_objects - 1, 1, w))
-        return NULL;
-    recording_place(recording, ADDRESS(0));
+    const char *wrong = recording_share(recording, INT(0), ADDRESS(1));
+    if (wrong)
+        return PyErr_Format(PyExc_NotImplementedError, "%s", wrong);
     Py_RETURN_NONE;
 }
 
-/* recording, threads, nanoseconds */
-static PyObject *py_replay(PyObject *Py_UNUSED(self), PyObject *const *objects, Py_ssize_t n_objects)
+/* recording, rows, kept rows: bytes of memory that a replay needs, and where in it the pass's result will be */
+static PyObject *py_replay_bytes(PyObject *Py_UNUSED(self), PyObject *const *objects, Py_ssize_t n_objects)
 {
     union word w[2];
     struct recording *recording = n_objects ? PyCapsule_GetPointer(objects[0], CAPSULE) : NULL;
-    if (!parse(objects + 1, n_objects - 1, 2, w) || !recording)
+    if (!recording || !parse(objects + 1, n_objects - 1, 2, w))
+        return NULL;
+    int64_t result, bytes = recording_bytes(recording, INT(0), INT(1), &result);
+    return Py_BuildValue("LL", (long long)bytes, (long long)result);
+}
+
+/* recording, threads, rows, kept rows, memory, nanoseconds */
+static PyObject *py_replay(PyObject *Py_UNUSED(self), PyObject *const *objects, Py_ssize_t n_objects)
+{
+    union word w[5];
+    struct recording *recording = n_objects ? PyCapsule_GetPointer(objects[0], CAPSULE) : NULL;
+    if (!recording || !parse(objects + 1, n_objects - 1, 5, w))
         return NULL;
     const char *wrong;
     Py_BEGIN_ALLOW_THREADS
-    wrong = recording_replay(recording, (int)INT(0), ADDRESS(1));
+    wrong = recording_replay(recording, (int)team(INT(0)), INT(1), INT(2), ADDRESS(3), ADDRESS(4));
     Py_END_ALLOW_THREADS
     if (wrong)
         return PyErr_Format(PyExc_IndexError, "%s", wrong);
@@ -651,7 +643,7 @@ static PyObject *py_takes_int16(PyObject *Py_UNUSED(self), PyObject *Py_UNUSED(u
 }
 
 /* Counts the changes of what these functions take and do; kernels.py says for which number it is written. */
-#define INTERFACE 1
+#define INTERFACE 2
 
 #define FAST(name, function) {name, (PyCFunction)(void (*)(void))function, METH_FASTCALL, NULL}
 
@@ -666,11 +658,11 @@ static PyMethodDef methods[] = {
     FAST("round_bf16", py_round_bf16),
     FAST("quantize", py_quantize),
     FAST("digits", py_digits),
-    FAST("fold", py_fold),
     FAST("add_rms_norm", py_add_rms_norm),
     FAST("swiglu", py_swiglu),
     FAST("rope_qk_append", py_rope_qk_append),
     FAST("attention", py_attention),
+    FAST("keep_rows", py_keep_rows),
     FAST("segments_bytes", py_segments_bytes),
     FAST("fill_segments", py_fill_segments),
     FAST("slot_keep", py_slot_keep),
@@ -684,9 +676,9 @@ static PyMethodDef methods[] = {
     FAST("fork_join", py_fork_join),
     FAST("replay", py_replay),
     FAST("share", py_share),
-    FAST("place", py_place),
+    FAST("replay_bytes", py_replay_bytes),
     {"calls", py_calls, METH_O, NULL},
-    {"record", py_record, METH_NOARGS, NULL},
+    FAST("record", py_record),
     {"recorded", py_recorded, METH_NOARGS, NULL},
     {"use_openmp", py_use_openmp, METH_O, NULL},
     {"supported", py_supported, METH_NOARGS, NULL},

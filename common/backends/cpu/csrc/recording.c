@@ -1,4 +1,5 @@
-/* A pass recorded once: its kernel calls in order, made again in one parallel region with a barrier after each.
+/* A pass recorded once: its kernel calls in order, made again in one parallel region with a barrier after each. Every result
+ * has so many bytes for each row of the pass, so one recording serves passes of any number of rows.
  *
  * What a decode pass loses between kernels is Python, and the start of a team of threads for each of them. Here the
  * team starts once. A thread that waits for the others fetches its share of the weight that comes next, so that
@@ -15,22 +16,28 @@
 #define SPINS 2000               /* some ten microseconds; then the core is offered to whoever else wants it */
 #define AHEAD_BYTES (256 << 10)  /* fetched early per thread: a part of the L2 cache */
 
-struct place { /* a word of a call's arguments that points into the memory which recordings share */
+struct place { /* a word of a call's arguments that points to a result: so many bytes for each row from the memory's start */
     int64_t call, word, offset;
+    int is_kept;         /* or for each kept row behind all results of rows */
 };
 
 struct recording {
     struct call *calls;
     int64_t count, room;
+    int64_t rows, kept;  /* of the pass that was recorded */
     struct place *places;
     int64_t n_places;
-    void *partials; /* of attention: one call at a time needs them */
-    int64_t partials_bytes;
+    int64_t row_bytes, kept_bytes, result; /* of all results' memory: for each row, each kept row; the pass's result there */
+    void *attention;     /* scratch: one call at a time needs it */
+    int64_t attention_bytes;
 };
 
-struct recording *recording_new(void)
+struct recording *recording_new(int64_t rows)
 {
-    return calloc(1, sizeof(struct recording));
+    struct recording *r = calloc(1, sizeof *r);
+    if (r)
+        r->rows = rows;
+    return r;
 }
 
 int recording_add(struct recording *r, const struct call *call)
@@ -43,7 +50,11 @@ int recording_add(struct recording *r, const struct call *call)
         r->calls = calls;
         r->room = room;
     }
-    r->calls[r->count++] = *call;
+    struct call *added = r->calls + r->count++;
+    *added = *call;
+    if (call->moving == KEEP)
+        r->kept = call->m;
+    added->after_keep = r->kept > 0;
     return 1;
 }
 
@@ -52,7 +63,7 @@ void recording_free(struct recording *r)
     for (int64_t i = 0; i < r->count; i++)
         free(r->calls[i].scratch);
     free(r->calls);
-    free(r->partials);
+    free(r->attention);
     free(r->places);
     free(r);
 }
@@ -64,85 +75,90 @@ static const char *check(const struct call *call)
     case EMBED: return embed_check(&call->embed);
     case ROPE: return rope_check(&call->rope);
     case ATTENTION: return attention_check(&call->attention);
+    case KEEP: return keep_check(&call->keep);
     case STAYS: break;
     }
     return NULL;
 }
 
-#define WORDS ((int64_t)((sizeof(struct call) - offsetof(struct call, int8_linear)) / sizeof(int64_t)))
+#define WORDS ((int64_t)((sizeof(struct call) - offsetof(struct call, m)) / sizeof(int64_t)))
 static int64_t *words(struct call *call)
 {
-    return (int64_t *)&call->int8_linear;
+    return &call->m;
 }
 
 /* A result of a recorded call: used from one call to another, and in the meantime in the way of other results. */
 struct result {
-    int64_t address, bytes, first, last, offset;
+    int64_t address, bytes, first, last, offset; /* bytes and offset: for each row, or kept row, of the pass */
+    int is_kept;
 };
 
-/* The first gap that nothing else uses meanwhile. Earlier results have their place. */
+/* The first gap that nothing else of its kind uses meanwhile. Earlier results have their place. */
 static int64_t find_place(const struct result *results, int64_t n)
 {
     const struct result *mine = results + n;
     int64_t offset = 0;
     for (int64_t i = 0; i < n; i++) {
         const struct result *r = results + i;
-        int together = r->first <= mine->last && mine->first <= r->last;
+        int together = r->is_kept == mine->is_kept && r->first <= mine->last && mine->first <= r->last;
         if (together && r->offset < offset + mine->bytes && offset < r->offset + r->bytes) {
-            offset = (r->offset + r->bytes + 63) / 64 * 64;
+            offset = r->offset + r->bytes;
             i = -1; /* it may be in the way of another now */
         }
     }
     return offset;
 }
 
-int64_t recording_share(struct recording *recording, int64_t n, const int64_t *addresses, int64_t *offset)
+const char *recording_share(struct recording *r, int64_t n, const int64_t *addresses)
 {
-    struct recording *r = recording;
     struct result *results = calloc((size_t)n + 1, sizeof *results);
     struct place *places = malloc((size_t)(r->count * WORDS + 1) * sizeof *places);
-    int64_t n_places = 0, total = 0;
-    if (!results || !places) {
-        free(results);
-        free(places);
-        return -1;
-    }
-    for (int64_t i = 0; i < n; i++)
-        results[i] = (struct result){addresses[2 * i], addresses[2 * i + 1], r->count, -1, 0};
-    results[n - 1].last = r->count; /* what the pass returns */
-    for (int64_t call = 0; call < r->count; call++)
+    const char *wrong = results && places ? NULL : "out of memory";
+    for (int64_t i = 0; !wrong && i < n; i++)
+        results[i] = (struct result){addresses[2 * i], addresses[2 * i + 1], r->count, -1, 0, 0};
+    int64_t n_places = 0;
+    for (int64_t call = 0; !wrong && call < r->count; call++)
         for (int64_t word = 0; word < WORDS; word++) {
             int64_t value = words(r->calls + call)[word];
             for (int64_t i = 0; i < n; i++) {
                 struct result *result = results + i;
                 if (value < result->address || value >= result->address + result->bytes)
                     continue;
-                result->first = call < result->first ? call : result->first;
-                result->last = call > result->last ? call : result->last;
-                places[n_places++] = (struct place){call, word, i};
+                if (value > result->address)
+                    wrong = "a call points into a result, where rows of other numbers would not begin";
+                if (result->last < 0) {
+                    result->first = call;
+                    result->is_kept = r->calls[call].after_keep;
+                }
+                result->last = call;
+                places[n_places++] = (struct place){call, word, i, 0};
                 break;
             }
         }
-    for (int64_t i = 0; i < n; i++) {
-        results[i].offset = find_place(results, i);
-        int64_t end = results[i].offset + results[i].bytes;
-        total = end > total ? end : total;
+    if (!wrong)
+        results[n - 1].last = r->count; /* what the pass returns */
+    for (int64_t i = 0; !wrong && i < n; i++) {
+        struct result *result = results + i;
+        int64_t *all = result->is_kept ? &r->kept_bytes : &r->row_bytes;
+        result->bytes = (result->bytes / (result->is_kept ? r->kept : r->rows) + 63) / 64 * 64;
+        result->offset = find_place(results, i);
+        *all = result->offset + result->bytes > *all ? result->offset + result->bytes : *all;
     }
-    for (int64_t i = 0; i < n_places; i++) {
-        struct result *result = results + places[i].offset;
-        places[i].offset = result->offset + words(r->calls + places[i].call)[places[i].word] - result->address;
+    for (int64_t i = 0; !wrong && i < n_places; i++) {
+        places[i].is_kept = results[places[i].offset].is_kept;
+        places[i].offset = results[places[i].offset].offset;
     }
-    *offset = results[n - 1].offset;
-    free(results);
+    r->result = wrong ? 0 : results[n - 1].offset;
     r->places = places;
-    r->n_places = n_places;
-    return total;
+    r->n_places = wrong ? 0 : n_places;
+    free(results);
+    return wrong;
 }
 
-void recording_place(struct recording *r, char *memory)
+int64_t recording_bytes(const struct recording *r, int64_t rows, int64_t kept, int64_t *result)
 {
-    for (int64_t i = 0; i < r->n_places; i++)
-        words(r->calls + r->places[i].call)[r->places[i].word] = (int64_t)(uintptr_t)(memory + r->places[i].offset);
+    *result = r->row_bytes * rows + r->result * kept;
+    return r->row_bytes * rows + r->kept_bytes * kept;
 }
 
 struct replay {
@@ -196,10 +212,9 @@ static void replay_calls(void *data, int thread, int threads)
     int64_t *nanoseconds = thread ? NULL : replay->nanoseconds, since = nanoseconds ? clock_now() : 0;
     for (int64_t i = 0; i < r->count; i++) {
         struct call *call = r->calls + i;
-        int team = call->items < threads ? (int)call->items : threads;
-        team = call->most_threads < team ? (int)call->most_threads : team;
+        int team = (int)call_team(call, threads, ALONE_IN_REPLAY);
         if (thread < team)
-            call->task(&call->int8_linear, thread, team);
+            call->task(&call->m, thread, team);
         if (next <= i) {
             for (next = i + 1; next < r->count && !r->calls[next].weight; next++)
                 ;
@@ -227,8 +242,22 @@ int64_t recording_calls(const struct recording *r, const struct call **calls)
     return r->count;
 }
 
-const char *recording_replay(struct recording *r, int threads, int64_t *nanoseconds)
+/* The calls of a pass over so many rows. */
+static void set_rows(struct recording *r, int64_t rows, int64_t kept, char *memory)
 {
+    for (int64_t i = 0; i < r->count; i++)
+        r->calls[i].m = r->calls[i].after_keep ? kept : rows;
+    for (int64_t i = 0; i < r->n_places; i++) {
+        const struct place *p = r->places + i;
+        char *to = memory + (p->is_kept ? r->row_bytes * rows + p->offset * kept : p->offset * rows);
+        words(r->calls + p->call)[p->word] = (int64_t)(uintptr_t)to;
+    }
+}
+
+const char *recording_replay(struct recording *r, int threads, int64_t rows, int64_t kept, char *memory,
+                             int64_t *nanoseconds)
+{
+    set_rows(r, rows, kept, memory);
     for (int64_t i = 0; i < r->count; i++) {
         const char *wrong = check(r->calls + i);
         if (wrong)
@@ -236,13 +265,12 @@ const char *recording_replay(struct recording *r, int threads, int64_t *nanoseco
     }
     const void *before;
     do { /* again where memory was taken anew: earlier calls point to what there was */
-        before = r->partials;
-        for (int64_t i = 0; i < r->count; i++) {
-            struct call *call = r->calls + i;
-            if (call->moving == ATTENTION)
-                call->items = attention_prepare(&call->attention, threads, &r->partials, &r->partials_bytes);
-        }
-    } while (r->partials != before);
+        before = r->attention;
+        for (int64_t i = 0; i < r->count; i++)
+            if (r->calls[i].moving == ATTENTION &&
+                !attention_prepare(r->calls + i, threads, &r->attention, &r->attention_bytes))
+                return "out of memory";
+    } while (r->attention != before);
     struct replay replay = {.recording = r, .nanoseconds = nanoseconds};
     parallel_run(replay_calls, &replay, threads);
     return NULL;

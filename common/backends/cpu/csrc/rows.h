@@ -175,13 +175,13 @@ static void digits(void *data, int thread, int threads)
 #else
             vi upper = (whole + (1 << DIGIT_BITS >> 1)) >> DIGIT_BITS;
             vb high = narrow(upper), low = narrow(whole - (upper << DIGIT_BITS));
-            int8_t *q = (int8_t *)a->q + row * k + i;
+            int8_t *q = (int8_t *)a->q + 2 * row * k + i;
             if (n == VL) {
                 *(vb_any *)q = high;
-                *(vb_any *)(q + m * k) = low;
+                *(vb_any *)(q + k) = low;
             } else {
                 memcpy(q, &high, n);
-                memcpy(q + m * k, &low, n);
+                memcpy(q + k, &low, n);
             }
 #endif
         }

@@ -6,7 +6,7 @@
 
 const char *segments_finish(struct segments *t)
 {
-    t->rows = t->last_position = 0;
+    t->rows = t->kept = t->last_position = 0;
     for (int64_t n = 0; n < t->count; n++) {
         struct segment *s = t->segment + n;
         const struct slot *first = &t->segment->slot;
@@ -15,6 +15,7 @@ const char *segments_finish(struct segments *t)
         s->first_row = t->rows;
         s->is_tree = 0;
         t->rows += s->rows;
+        t->kept += s->kept;
         struct row *row = t->row + s->first_row;
         for (int64_t i = 0; i < s->rows; i++) {
             if (row[i].parent < -1 || row[i].parent >= i)
@@ -58,8 +59,25 @@ const char *attention_check(const struct attention_args *a)
     return slots_check(a->segments, a->m, a->layer, a->kv_heads, a->dim);
 }
 
-int64_t attention_prepare(struct attention_args *a, int64_t threads, void **memory, int64_t *bytes)
+const char *keep_check(const struct keep_args *a)
 {
+    return a->segments->kept == a->m ? NULL : "the batch keeps another number of rows than the pass";
+}
+
+void keep_rows(void *data, int thread, int threads)
+{
+    const struct keep_args *a = data;
+    const int64_t from = a->m * thread / threads, to = a->m * (thread + 1) / threads;
+    const struct segment *s = a->segments->segment;
+    for (int64_t row = 0; row < to; row += s->kept, s++)
+        for (int64_t i = from > row ? from - row : 0; i < s->kept && row + i < to; i++)
+            memcpy(a->out + (row + i) * a->k, a->x + (s->first_row + s->rows - s->kept + i) * a->k,
+                   (size_t)a->k * sizeof(float));
+}
+
+int attention_prepare(struct call *call, int64_t threads, void **memory, int64_t *bytes)
+{
+    struct attention_args *a = &call->attention;
     const struct segments *t = a->segments;
     int64_t items = 0, spans = 0, split_items = 0;
     for (int64_t n = 0; n < t->count; n++) {
@@ -72,24 +90,27 @@ int64_t attention_prepare(struct attention_args *a, int64_t threads, void **memo
     a->next = 0;
     /* Sums are the same either way. */
     a->is_split = spans > 2 && a->m <= ATTENTION_ROWS && items % threads && items < 4 * threads;
-    if (!a->is_split)
-        return items;
     a->spans = spans;
-    int64_t counters = (items * (int64_t)sizeof(int32_t) + 63) / 64 * 64;
-    int64_t needed = counters + a->m * a->heads * spans * (a->dim + 2) * (int64_t)sizeof(float);
+    a->scratch_bytes = attention_scratch_bytes(a->tokens_per_item * a->heads / a->kv_heads, a->dim, a->m);
+    int64_t counters = (items * (int64_t)sizeof(int32_t) + 63) / 64 * 64, scratch = threads * a->scratch_bytes;
+    int64_t partials = a->m * a->heads * spans * (a->dim + 2) * (int64_t)sizeof(float);
+    int64_t needed = scratch + (a->is_split ? counters + partials : 0);
     if (needed > *bytes) {
         free(*memory);
-        *bytes = needed;
         *memory = aligned_alloc(64, (size_t)(needed + 63) / 64 * 64);
+        *bytes = *memory ? needed : 0;
     }
-    if (!*memory) {
-        *bytes = a->is_split = 0;
-        return items;
-    }
-    a->finished = *memory;
-    a->partials = (float *)((char *)*memory + counters);
+    if (!*memory)
+        return 0;
+    call->items = a->is_split ? split_items : items;
+    call->cost = (t->last_position + 1) * a->dim;
+    a->scratch = *memory;
+    if (!a->is_split)
+        return 1;
+    a->finished = (int32_t *)(a->scratch + scratch);
+    a->partials = (float *)((char *)a->finished + counters);
     memset(a->finished, 0, (size_t)counters);
-    return split_items;
+    return 1;
 }
 
 void slot_move(const struct slot *slot, int64_t from, int64_t to)
