@@ -64,6 +64,7 @@ def main() -> int:
     parser.add_argument("paths", nargs="+", metavar="FILE_OR_DIR")
     parser.add_argument("--log", required=True, type=Path)
     parser.add_argument("--each", type=int, default=2, metavar="N", help="replacements of an operator (default: 2)")
+    parser.add_argument("--near", action="store_true", help="ask the nearest tests alone")
     parser.add_argument("--show", action="store_true", help="show what the log says of these files; run nothing")
     args = parser.parse_args()
     files = [
@@ -73,7 +74,7 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     if not args.show:
         import_what_tests_share()
-        require_passing(files)
+        require_passing(files, args.near)
     with args.log.open("a") as log:
         for file in files:
             for mutant in mutants(file, args.each):
@@ -81,8 +82,7 @@ def main() -> int:
                 if row is None and args.show:
                     continue
                 if row is None:
-                    row = mutant | judge(file, mutant.pop("code"))
-                    row.pop("code", None)
+                    row = mutant | judge(file, mutant.pop("code"), args.near)
                     log.write(json.dumps(row) + "\n")
                     log.flush()
                 rows.append(row)
@@ -159,9 +159,9 @@ def import_what_tests_share() -> None:
     torch.set_num_threads(1)
 
 
-def require_passing(files: list[Path]) -> None:
+def require_passing(files: list[Path], near: bool) -> None:
     """Raises SystemExit unless the tests pass with no mutant at all."""
-    for tests in {json.dumps(row): row for file in files for row in tests_of(file)}.values():
+    for tests in {json.dumps(row): row for file in files for row in tests_of(file, near)}.values():
         clock = time.monotonic()
         code = run(files[0], files[0].read_text(), tests)
         if code != _PASSED:
@@ -170,13 +170,13 @@ def require_passing(files: list[Path]) -> None:
         print(f"pytest {' '.join(tests)}: {time.monotonic() - clock:.1f} s", flush=True)
 
 
-def tests_of(file: Path) -> list[list[str]]:
-    return next(tests for folder, tests in TESTS.items() if str(file).startswith(folder))
+def tests_of(file: Path, near: bool) -> list[list[str]]:
+    return next(tests[: 1 if near else None] for folder, tests in TESTS.items() if str(file).startswith(folder))
 
 
-def judge(file: Path, code: str) -> dict[str, Any]:
+def judge(file: Path, code: str, near: bool) -> dict[str, Any]:
     """Killed, by what, or survived."""
-    for tests in tests_of(file):
+    for tests in tests_of(file, near):
         if run(file, code, tests) != _PASSED:
             return {"outcome": "killed", "by": tests[0]}
     return {"outcome": "survived"}

@@ -40,6 +40,7 @@ __all__ = [
 ]
 
 DUMMY_PREFIX = "dummy:"
+MOST_CHARACTERS = 4 << 20  # of a prompt, as of a request to the server: tokenizing takes a hundred bytes for each
 
 
 @dataclass
@@ -105,6 +106,8 @@ class Model:
         """
         if self.tokenizer is None:
             raise QuasarError(f"{self.name} has no tokenizer; give token ids, as --prompt-ids 1,2,3")
+        if len(text) > MOST_CHARACTERS:
+            raise QuasarError(f"a prompt of {len(text)} characters is too long; at most {MOST_CHARACTERS}")
         if chat:
             turns = [] if system is None else [{"role": "system", "content": system}]
             return render_chat(self.tokenizer, [*turns, {"role": "user", "content": text}], think=think)

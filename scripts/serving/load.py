@@ -262,28 +262,49 @@ def soak(args: argparse.Namespace) -> None:
                 counts["lost"] += 1
             print(f"request {number}: {error!r}", file=sys.stderr)
 
+    threads_before = int(_status(args.pid, "Threads")) if args.pid else 0
     begin, done = time.monotonic(), 0
     with ThreadPoolExecutor(16) as pool:
         while done < args.requests or time.monotonic() - begin < args.seconds:
             list(pool.map(one, range(done, done + 100)))
             done += 100
             if args.pid:
-                memory.append(_megabytes(args.pid))
+                memory.append(_status(args.pid, "VmRSS") / 1024)
     seconds = time.monotonic() - begin
     alone = Client(args.url, args.key)
     for number, ids in results.items():
         counts["wrong"] += ids_of(alone, todo[number], False) != ids
     alone.close()
     print(f"{done} requests in {seconds:.0f} s: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
+    left = _left(args.url, args.key)
+    print(f"sequences left in the server: {left:.0f}")
+    grown = 1.0
     if memory:
+        third = len(memory) // 3
+        grown = median(memory[-third - 1 :]) / median(memory[third : 2 * third + 1])
         print("resident memory, MB after each 100 requests: " + " ".join(f"{m:.0f}" for m in memory))
-    if counts["wrong"] or counts["lost"] or counts["garbage answered 5xx"]:
+        threads = int(_status(args.pid, "Threads"))
+        print(f"its last third is {grown:.3f} of the one before; threads: {threads_before} before, {threads} after")
+    if counts["wrong"] or counts["lost"] or counts["garbage answered 5xx"] or left or grown > 1.05:
         raise SystemExit(1)
 
 
-def _megabytes(pid: int) -> float:
+def _left(url: str, key: str | None) -> float:
+    """Sequences that run or wait, by the server's own metrics, a second after the last answer."""
+    time.sleep(1)
+    parts = urlsplit(url)
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=60)
+    connection.request("GET", "/metrics", headers={"authorization": f"Bearer {key}"} if key else {})
+    lines = connection.getresponse().read().decode().splitlines()
+    connection.close()
+    kept = [line for line in lines if line.startswith(("vllm:num_requests_running", "vllm:num_requests_waiting"))]
+    return sum(float(line.split()[-1]) for line in kept)
+
+
+def _status(pid: int, name: str) -> float:
+    """A number of /proc/PID/status."""
     status = Path(f"/proc/{pid}/status").read_text()
-    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")) / 1024
+    return next(float(line.split()[1]) for line in status.splitlines() if line.startswith(name + ":"))
 
 
 def main() -> None:

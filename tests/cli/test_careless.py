@@ -71,6 +71,13 @@ def test_chat_without_a_tokenizer(
     assert "has no tokenizer to chat with" in said
 
 
+def test_a_prompt_longer_than_any_context(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Tokenizing eight million characters takes ten seconds and a gigabyte."""
+    (tmp_path / "prompt.txt").write_text("a" * (5 << 20))
+    said = refusal(capsys, "generate", "--prompt-file", str(tmp_path / "prompt.txt"), *MODEL, "--precision", "full")
+    assert "a prompt of 5242880 characters is too long; at most 4194304" in said
+
+
 @pytest.mark.parametrize("value", ["inf", "nan", "-1", "many"])
 def test_size_of_the_cache(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("QUASAR_CACHE_GB", value)

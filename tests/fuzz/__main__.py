@@ -155,6 +155,7 @@ def child(seed: int, kinds: tuple[str, ...]) -> int:
         if row["mib"] > MOST_MIB:
             row |= {"outcome": "memory", "failure": row.get("failure", "")}
         report.write(json.dumps(row) + "\n")
+    room.clean_up()
     os._exit(0)  # the server's threads
 
 

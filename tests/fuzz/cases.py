@@ -449,6 +449,11 @@ KINDS: dict[str, Callable[[random.Random, Path], str]] = {
 }
 
 
+def clean_up() -> None:
+    """Removes what cases share, where the process ends at once."""
+    _good_cache()[0].cleanup()
+
+
 def warm_up() -> None:
     """Imports and makes what cases share, so that no case pays for it."""
     import transformers.models.auto.tokenization_auto  # noqa: F401 - asked for where there is no tokenizer.json

@@ -163,7 +163,7 @@ def kill_all(name: str, every: int, twice: bool, dice: random.Random) -> int:
                 assert not other, f"the next run ends with other {', '.join(other)}"
             except (AssertionError, QuasarError, OSError) as error:
                 wrong += 1
-                print(f"{how}: {error}")
+                print(f"{how}: {error}", flush=True)
     print(f"{name}: {len(events)} events, {len(kills)} kills{' twice' if twice else ''}, {wrong} wrong", flush=True)
     return wrong
 

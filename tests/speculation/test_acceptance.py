@@ -1,5 +1,6 @@
 """The one acceptance rule: the longest path that equals the target's own tokens."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -31,3 +32,8 @@ def test_a_tree_is_followed_as_a_chain_would_be(tree, own):
     asked = []
     assert accept(lambda row: asked.append(row) or own[row + 1], tokens, parents) == (expected, path)
     assert asked == [-1, *path]  # nothing is asked that may not be certain
+
+
+def test_tokens_and_parents_that_do_not_fit_are_an_error():
+    with pytest.raises(ValueError):
+        accept(lambda row: 0, [0, 0], [-1])
