@@ -21,6 +21,7 @@ ORDER = (
     ("generation", "export"),
     ("evaluation", "server"),
     ("cli",),
+    ("__main__",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 SOURCES = sorted((ROOT / "common").rglob("*.py"))

@@ -158,8 +158,8 @@ class KernelBench:
         out = self._empty(m, c.num_heads * c.head_dim)
         ((made, _),) = backend.rope_rows(cos, cos, [spec], batch)
         tables, workspace, pool = made.inputs.tables, made.inputs.workspace, slot.pool
-        for cache in (*pool.layer_k, *pool.layer_v):
-            cache.normal_()  # memory as it comes may hold NaN
+        for page in slot.pages:
+            page.memory.normal_()  # as it comes it may hold NaN
 
         def attend(i: int) -> None:
             layer = i % len(pool.layer_k)

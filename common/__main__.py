@@ -1,0 +1,7 @@
+"""`python -m quasar` is `quasar`."""
+
+import sys
+
+from quasar.cli import main
+
+sys.exit(main())
