@@ -187,8 +187,8 @@ INLINE vf exp_(vf x)
     p = fma_(p, r, splat(1.0f / 6));
     p = fma_(p, r, splat(0.5f));
     p = fma_(p, r * r, r) + 1.0f;
-    vi exponent = ((vi)shifted - (vi)splat(ROUND_MAGIC)) << 23;
-    return (vf)((vi)p + exponent);
+    vu exponent = ((vu)shifted - (vu)splat(ROUND_MAGIC)) << 23; /* unsigned: a NaN's bits may wrap */
+    return (vf)((vu)p + exponent);
 }
 
 /* Fetches a line 2 KiB ahead: past the end of the page, where the hardware's prefetcher stops. Weights that are read
