@@ -207,7 +207,7 @@ class Engine:
         if not requests:
             return admitted > 0  # all of them were cancelled: there is room for those that wait
         costs_known = self.runtime.costs_known  # or this step measures them
-        drafting = -sum(request.result.stats.seconds_draft for request in requests)
+        drafted_before = _draft_seconds(requests)
         asks = self._worth.asks(len(requests))
         try:
             drafts = [self._draft(request, asks) for request in requests]
@@ -226,7 +226,7 @@ class Engine:
         seconds = time.perf_counter() - clock
         usual = self._measure(windows, seconds, pass_seconds)
         if asks and usual and costs_known:
-            drafting += sum(request.result.stats.seconds_draft for request in requests) + self._row_seconds(windows)
+            drafting = _draft_seconds(requests) - drafted_before + self._row_seconds(windows)
             accepted = sum(len(verdict.accepted) for verdict in verdicts)
             plain = max(seconds - drafting, pass_seconds / 2)  # what rows cost is an estimate
             self._worth.learn(len(requests), accepted, drafting, plain)
@@ -429,6 +429,10 @@ class Engine:
             self._slots.put(request.slot, request.tokens)
             request.slot = None
         request.finish(error)
+
+
+def _draft_seconds(requests: Sequence[Request]) -> float:
+    return sum(request.result.stats.seconds_draft for request in requests)
 
 
 def _longest(settings: GenerationSettings) -> int:

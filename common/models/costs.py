@@ -73,8 +73,8 @@ def rising(sizes: Sequence[int], seconds: Sequence[float], weights: Sequence[flo
 
 
 def measure(timed: Callable[[int], float], most: int) -> PassCosts:
-    """Times a few passes of some sizes, of up to `most` rows; timed(rows) runs one and returns its seconds."""
-    sizes = [size for size in _TIMED_FIRST if size <= max(1, most)]
+    """Times a few passes of some sizes, up to `most` rows (1 or more); timed(rows) runs one and returns its seconds."""
+    sizes = [size for size in _TIMED_FIRST if size <= most]
     for size in sizes * _WARM_UP:
         timed(size)
     rounds: list[list[float]] = []
@@ -87,4 +87,4 @@ def measure(timed: Callable[[int], float], most: int) -> PassCosts:
     fastest = [min(times) for times in zip(*rounds, strict=True)]
     fastest = [min(fastest[i:]) for i in range(len(fastest))]
     between = PassCosts(dict(zip(sizes, rising(sizes, fastest, fastest), strict=True)))
-    return PassCosts({size: between(size) for size in SIZES if size <= max(1, most)})
+    return PassCosts({size: between(size) for size in SIZES if size <= most})
