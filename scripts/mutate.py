@@ -70,6 +70,13 @@ def main() -> int:
     files = [
         file for path in map(Path, args.paths) for file in (sorted(path.glob("*.py")) if path.is_dir() else [path])
     ]
+    for file in files:
+        if not file.is_file():
+            parser.error(f"{file}: no such file")
+        if not str(file).startswith(tuple(TESTS)):
+            parser.error(f"{file}: tests are known for {', '.join(TESTS)}, as seen from {ROOT}")
+    if importlib.util.find_spec("cosmic_ray") is None:
+        parser.error("mutants are cosmic-ray's: pip install cosmic-ray")
     known = {row["id"]: row for row in map(json.loads, args.log.read_text().splitlines())} if args.log.exists() else {}
     rows: list[dict[str, Any]] = []
     if not args.show:

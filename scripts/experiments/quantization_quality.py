@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from quasar import Engine, GenerationSettings, load
+from quasar import Engine, GenerationSettings, QuasarError, load
 from quasar.checkpoints.weights import LINEARS
 from quasar.models.build import build
 from quasar.models.model import ASSETS, Checkpoint, LoadOptions, open_model
@@ -203,4 +204,8 @@ def draw(path: Path, model: str, points: list[tuple[str, float, float]]) -> None
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except QuasarError as error:
+        print(f"quantization_quality: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
