@@ -53,10 +53,10 @@ class Verifier:
         batch = Batch([_segment(window) for window in windows])
         logits = self._runtime.run(batch)
         best = argmax = None
-        top: list[TopRow] = []
+        top: dict[int, list[TopRow]] = {}  # by how many are wanted
         if top_k := max(window.top_k for window in windows):
             best = self._runtime.backend.top_k(logits, top_k)
-            top = _with_shares(best, logits)
+            top = {k: _with_shares(best[:, :k], logits) for k in {window.top_k for window in windows} if k}
         if best is not None and self._runtime.backend.cheap_top_k:
             argmax = best[:, 0].tolist()
         elif any(window.chooser is not None and window.chooser.takes_argmax for window in windows):
@@ -69,7 +69,7 @@ class Verifier:
             rows = None if found is None else list(found[first:last])
             verdict = _judge(window, logits[first:last], rows)
             if window.top_k:
-                verdict.top = [row[: window.top_k] for row in top[first:last]]
+                verdict.top = top[window.top_k][first:last]
             verdicts.append(verdict)
             first = last
         return verdicts
