@@ -1,4 +1,4 @@
-"""Quantises a model to W4A16 in groups of 32 with zero points, by msModelSlim (run in its environment): its command line
+"""Quantises a model to W4A16, groups of 32 with zero points, by msModelSlim (run in its environment). Its command line
 has no such scheme, its older interface does.
 
     python msmodelslim_w4a16.py MODEL OUT

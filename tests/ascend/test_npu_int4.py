@@ -222,7 +222,7 @@ def test_as_near_to_float32_as_the_reference_backend_in_bfloat16(precision, zero
 
 
 def test_quantised_from_a_checkpoint_and_measured_on_the_npu():
-    """Of random weights, and small ones: GPTQ is a hundred thousand calls of the emulation for each layer of a model."""
+    """Random weights, and few: GPTQ of a shipped model is a hundred thousand calls of the emulation for each layer."""
     model = load(str(GOLDEN / "small-qwen3"), device="npu", precision="full")
     fidelity = quantize(model, [CALIBRATION], heldout=[PROMPT, CALIBRATION], precision="w4a16", force=True)
     assert 0 < fidelity.mean_kl < 0.02
