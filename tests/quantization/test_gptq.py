@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quasar.checkpoints.weights import FullWeights
+from quasar.quantization.calibration import InputStats
 from quasar.quantization.gptq import _inverse_factor, gptq
 from quasar.quantization.int4 import to_int4
 from quasar.quantization.rounding import quantize_weight, to_int8_gptq
@@ -95,6 +96,16 @@ def test_blocks_do_not_change_the_result(size: int, out: int, groups: int, int4:
     expected = channel_by_channel(weight, x.t() @ x, scale, offset, low, high)
     # Sums in another order and precision: a number between two steps may fall elsewhere, and others make up for it.
     assert (made != expected).float().mean() < 0.02
+
+
+@pytest.mark.parametrize("channels", [1, 288, 700])
+def test_moments_are_those_of_every_pair_of_channels(channels: int) -> None:
+    x, weights = torch.randn(40, channels), torch.rand(40)
+    stats, generator = InputStats.empty(channels, moments=True), torch.Generator()
+    stats.update(x[:30], weights[:30], 0, generator)
+    stats.update(x[30:], weights[30:], 0, generator)
+    stats.finish()
+    torch.testing.assert_close(stats.moments, (x * weights[:, None]).t() @ x, rtol=1e-4, atol=1e-4)
 
 
 def test_a_factor_by_halves_is_the_factor() -> None:
