@@ -104,7 +104,8 @@ class AscendFolder(SafetensorsFolder):
         shapes = [(out, groups) for groups in range(1, inputs // INT4_GROUPS[-1] + 1) if inputs % groups == 0]
         scale = self._scale(f"{name}.weight_scale", *shapes).view(out, -1)
         zero = self.get(f"{name}.weight_offset", tuple(scale.shape)).float()
-        if not bool(zero.isfinite().all()):
+        offset = (-zero * scale).bfloat16()
+        if not bool(offset.isfinite().all()):
             raise QuasarError(f"{self.files[f'{name}.weight_offset']}: tensor {name}.weight_offset is not finite")
         size = inputs // scale.shape[1]
         group = next((group for group in INT4_GROUPS if size % group == 0), None)
@@ -112,10 +113,9 @@ class AscendFolder(SafetensorsFolder):
             raise QuasarError(
                 f"{file}: {name} has int4 weights in groups of {size} inputs; Quasar runs multiples of 32"
             )
-        scale, zero = (part.repeat_interleave(size // group, dim=1) for part in (scale, zero))
-        offset = (-zero * scale).bfloat16() if bool((zero != 0).any()) else None
+        scale, offset = (part.repeat_interleave(size // group, dim=1) for part in (scale.bfloat16(), offset))
         own = self.get(f"{name}.bias", (out,)) if bias else None
-        return Int4Weights(values.contiguous(), scale.bfloat16(), offset, own)
+        return Int4Weights(values.contiguous(), scale, offset if bool((zero != 0).any()) else None, own)
 
     def _static(self, name: str, values: Tensor) -> Int8Weights:
         out = len(values)
