@@ -37,7 +37,7 @@ Advice = tuple[tuple[int, ...], Mapping[int, Any], int]
 
 LIKELY = 8  # so many of the latest continuations of one match are considered
 HOPELESS = 0.008  # survival below which a candidate is not worth a row of any pass
-MARGIN = 1.0  # of the survival that pays: what is proposed is learnt from, and may be better than expected
+MARGIN = 0.5  # of the survival that pays: what is proposed is learnt from, and may be better than expected
 CERTAIN = 0.999  # the most that survival is believed to be
 _LAST_COUNT, _LAST_FREQUENCY = len(COUNT_BUCKET) - 1, len(FREQUENCY_BUCKET) - 1
 
