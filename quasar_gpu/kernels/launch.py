@@ -118,14 +118,14 @@ def jit(*, varying: tuple[str, ...] = ()) -> Callable[[Callable], Any]:
     return triton.jit(do_not_specialize=list(varying))
 
 
-def row_tiles(rows: int) -> int:
-    """Tiles of 16 rows that a product computes for each block of weights: 1, 2 or 4.
+def row_tiles(rows: int, digits: int = 1) -> int:
+    """Tiles of 16 columns that a product computes for each block of weights, a row having `digits` of them: 1, 2, 4 or 8.
 
     Raises QuasarError beyond 64 rows.
     """
     if not 1 <= rows <= MOST_ROWS:
         raise QuasarError(f"a pass of {rows} rows: CUDA kernels that read the weights once take 1 to {MOST_ROWS}")
-    return 1 if rows <= WINDOW else 2 if rows <= 2 * WINDOW else 4
+    return triton.next_power_of_2(triton.cdiv(rows * digits, WINDOW))
 
 
 @triton.jit

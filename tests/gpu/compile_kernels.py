@@ -55,8 +55,9 @@ def main(capability: int) -> None:
 
     def compile_only(self, *args, grid, warmup, **options):
         kernel = run(self, *args, grid=grid, warmup=True, **options)
-        tiles = options.get("TILES", 1)
-        print(json.dumps({"kernel": self.fn.__name__, "grid": grid, "tiles": tiles, **found(kernel)}), flush=True)
+        tiles = options.get("TILES") or options.get("COLUMNS", 16) // 16
+        about = {"kernel": self.fn.__name__, "grid": grid, "tiles": tiles, "digits": options.get("DIGITS", 1)}
+        print(json.dumps(about | found(kernel)), flush=True)
 
     JITFunction.run = compile_only
     with launching_as(META, Launching(dependent=capability >= 90)):
@@ -129,6 +130,8 @@ def matmuls(dtype: torch.dtype, tiles: tuple[int, ...] = (1,)) -> None:
             x, weight = x.to(torch.int8), weight.to(torch.int8)
             scale, weight_scale = (empty(size, dtype=torch.float32) for size in (tokens, outputs))
             linear.int8_linear(x, scale, weight, weight_scale, None, out, epilogue=epilogue)
+            digits = empty(2 * tokens, inner, dtype=torch.int8)
+            linear.wide_int8_linear(digits, scale, weight, weight_scale, None, out, epilogue=epilogue)
 
 
 def int4_matmuls(dtype: torch.dtype) -> None:
@@ -163,9 +166,10 @@ def between(dtype: torch.dtype) -> None:
     rows.swiglu(empty(WINDOW, 2 * INTER, dtype=dtype), act)
     rows.quantize(act, long, scale)
     rows.quantize_by_peak(act, peaks, long, scale)
-    two, scales = empty(2 * WINDOW, INTER, dtype=torch.int8), empty(2 * WINDOW, dtype=torch.float32)
-    rows.digits(act, two, scales)
-    rows.fold_digits(empty(2 * WINDOW, HIDDEN, dtype=torch.float32), empty(HIDDEN, dtype=torch.float32), x)
+    # Digits for wide inputs.
+    rows.add_rms_norm_quantize(x, x, weight, 1e-6, x, empty(2 * WINDOW, HIDDEN, dtype=torch.int8), scale, peaks)
+    rows.digits(act, empty(2 * WINDOW, INTER, dtype=torch.int8), scale)
+    rows.quantize_by_peak(act, peaks, empty(2 * WINDOW, INTER, dtype=torch.int8), scale)
 
 
 def attend(dtype: torch.dtype) -> None:
