@@ -84,6 +84,7 @@ class CudaBackend(Backend):
     name = "cuda"
     graphs = True  # capture passes
     fuses_digits = True
+    int4_offsets = True
     runs_before_capture = 1
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -120,9 +121,8 @@ class CudaBackend(Backend):
         return values.to(self.device).contiguous(), scale.to(self.device, torch.float32).contiguous()
 
     def int4_weight(self, values: Tensor, scale: Tensor, offset: Tensor | None = None) -> int4_kernels.Int4Weight:
-        if offset is not None:
-            raise QuasarError("--device cuda has no int4 weights with zero points yet; symmetric groups run there")
-        return int4_kernels.pack_int4(values.to(self.device), scale.to(self.device))
+        offset = None if offset is None else offset.to(self.device)
+        return int4_kernels.pack_int4(values.to(self.device), scale.to(self.device), offset)
 
     # Products: launched by `result` and by what follows them.
 

@@ -148,7 +148,7 @@ def wide_int8_linear(
     config: LinearConfig | None = None,
     epilogue: Epilogue = None,
 ) -> None:
-    """`int8_linear` of inputs that are 16 * upper + lower: digits int8 [2 * rows, in], those of all rows first the upper
+    """`int8_linear` of inputs that are 16 * upper + lower: digits int8 [2 * rows, in], of all rows first the upper
     ones, scale float32 [rows] that of the lower ones (`rows.digits`).
 
     Bit for bit the reference's: both digits' sums meet as integers. Reads in * out bytes, once. Raises QuasarError for

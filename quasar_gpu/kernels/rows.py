@@ -109,8 +109,8 @@ def digits(x: Tensor, values: Tensor, scale: Tensor) -> None:
 
 
 def quantize_by_peak(x: Tensor, peaks: Tensor, values: Tensor, scale: Tensor) -> None:
-    """`quantize` to int8 by several programs a row, or `digits` where values [2 * rows, n] has room for two; peaks int32
-    [rows] has max|row| already (`launch.as_peak`)."""
+    """`quantize` to int8 by several programs a row, or `digits` where values [2 * rows, n] has room for two; peaks
+    int32 [rows] has max|row| already (`launch.as_peak`)."""
     rows, size = x.shape
     grid = (rows, triton.cdiv(size, _SHARE))
     limit = _limit(rows, values)

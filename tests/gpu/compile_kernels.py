@@ -57,6 +57,7 @@ def main(capability: int) -> None:
         kernel = run(self, *args, grid=grid, warmup=True, **options)
         tiles = options.get("TILES") or options.get("COLUMNS", 16) // 16
         about = {"kernel": self.fn.__name__, "grid": grid, "tiles": tiles, "digits": options.get("DIGITS", 1)}
+        about |= {"group": options.get("GROUP", 0)}
         print(json.dumps(about | found(kernel)), flush=True)
 
     JITFunction.run = compile_only
@@ -135,7 +136,7 @@ def matmuls(dtype: torch.dtype, tiles: tuple[int, ...] = (1,)) -> None:
 
 
 def int4_matmuls(dtype: torch.dtype) -> None:
-    """Every cut at W4A16 and W4A4, a prompt's among them, and down's rotation."""
+    """Every cut at W4A16 and W4A4, a prompt's among them, symmetric and with zero points; and down's rotation."""
     for tokens, outputs, inner in (
         (WINDOW, 2 * INTER, HIDDEN),
         (WINDOW, HIDDEN, INTER),
@@ -143,13 +144,16 @@ def int4_matmuls(dtype: torch.dtype) -> None:
         (512, HIDDEN, INTER),
     ):
         x, out = empty(tokens, inner, dtype=dtype), empty(tokens, outputs, dtype=dtype)
-        values, scale = empty(outputs, inner // 2, dtype=torch.int8), empty(outputs, inner // 128, dtype=torch.bfloat16)
-        weight = int4.Int4Weight(values, scale, 128)
+        values = empty(outputs, inner // 2, dtype=torch.int8)
         epilogue = linear.SwiGLU(empty(MOST_ROWS, dtype=torch.int32)) if outputs == 2 * INTER else None
-        int4.int4_linear(x, None, weight, None, out, epilogue)
+        for group, with_offset in ((128, False), (32, True), (128, True)):
+            scale = empty(outputs, inner // group, dtype=torch.bfloat16)
+            weight = int4.Int4Weight(values, scale, group, scale if with_offset else None)
+            int4.int4_linear(x, None, weight, None, out, epilogue)
+            if dtype != torch.float32:
+                int4.int4_linear(x.to(torch.int8), empty(tokens, dtype=torch.float32), weight, None, out, epilogue)
         if dtype == torch.float32:  # a single cut
             return
-        int4.int4_linear(x.to(torch.int8), empty(tokens, dtype=torch.float32), weight, None, out, epilogue)
     x = empty(WINDOW, INTER, dtype=dtype)
     int4.rotate(x, empty(128, 128, dtype=dtype), x)
 
