@@ -63,15 +63,15 @@ def main(capability: int) -> None:
     JITFunction.run = compile_only
     with launching_as(META, Launching(dependent=capability >= 90)):
         matmuls(torch.bfloat16, (1, 4) if capability == 90 else (1,))
-        int4_matmuls(torch.bfloat16)
+        int4_matmuls(torch.bfloat16, everything=capability == 90)
         attend(torch.bfloat16)
         if capability == 90:  # the rest is much the same everywhere
             between(torch.bfloat16)
-            for everything in (matmuls, int4_matmuls, attend, between):
-                everything(torch.float32)
+            for kernels in (matmuls, int4_matmuls, attend, between):
+                kernels(torch.float32)
     if capability == 90:
         with launching_as(META, Launching(dependent=True, late=False, prefetch_kb=0)):
-            matmuls(torch.bfloat16)
+            matmuls(torch.bfloat16, wide=False)
 
 
 def found(kernel) -> dict:
@@ -112,7 +112,7 @@ def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype, device=META)
 
 
-def matmuls(dtype: torch.dtype, tiles: tuple[int, ...] = (1,)) -> None:
+def matmuls(dtype: torch.dtype, tiles: tuple[int, ...] = (1,), wide: bool = True) -> None:
     """down, gate_up with SwiGLU at its end, lm_head with the largest logit; float32 has a single cut."""
     for count in tiles:
         tokens = WINDOW if count == 1 else 16 * count
@@ -131,12 +131,14 @@ def matmuls(dtype: torch.dtype, tiles: tuple[int, ...] = (1,)) -> None:
             x, weight = x.to(torch.int8), weight.to(torch.int8)
             scale, weight_scale = (empty(size, dtype=torch.float32) for size in (tokens, outputs))
             linear.int8_linear(x, scale, weight, weight_scale, None, out, epilogue=epilogue)
-            digits = empty(2 * tokens, inner, dtype=torch.int8)
-            linear.wide_int8_linear(digits, scale, weight, weight_scale, None, out, epilogue=epilogue)
+            if wide:
+                digits = empty(2 * tokens, inner, dtype=torch.int8)
+                linear.wide_int8_linear(digits, scale, weight, weight_scale, None, out, epilogue=epilogue)
 
 
-def int4_matmuls(dtype: torch.dtype) -> None:
-    """Every cut at W4A16 and W4A4, a prompt's among them, symmetric and with zero points; and down's rotation."""
+def int4_matmuls(dtype: torch.dtype, everything: bool = False) -> None:
+    """Every cut at W4A16 and W4A4, a prompt's among them, in small groups with zero points; in `everything` in other
+    groups too; and down's rotation."""
     for tokens, outputs, inner in (
         (WINDOW, 2 * INTER, HIDDEN),
         (WINDOW, HIDDEN, INTER),
@@ -146,7 +148,7 @@ def int4_matmuls(dtype: torch.dtype) -> None:
         x, out = empty(tokens, inner, dtype=dtype), empty(tokens, outputs, dtype=dtype)
         values = empty(outputs, inner // 2, dtype=torch.int8)
         epilogue = linear.SwiGLU(empty(MOST_ROWS, dtype=torch.int32)) if outputs == 2 * INTER else None
-        for group, with_offset in ((128, False), (32, True), (128, True)):
+        for group, with_offset in ((32, True), (128, False)) if everything else ((32, True),):
             scale = empty(outputs, inner // group, dtype=torch.bfloat16)
             weight = int4.Int4Weight(values, scale, group, scale if with_offset else None)
             int4.int4_linear(x, None, weight, None, out, epilogue)

@@ -51,22 +51,26 @@ def test_matmuls_stream_their_weights_through_tensor_cores(compiled):
     int4 = [kernel for kernel in kernels if kernel["kernel"] == "_int4_linear"]
     assert all("0x10" in kernel["copies"] for kernel in int4 if kernel["grid"][1] == 1 and kernel["group"] == 128)
     assert all(kernel["copies"] for kernel in int4)
-    # Four shapes, three kinds of groups, W4A16 and W4A4; then float32's.
-    assert [bool(kernel["tensor_core"]) for kernel in int4] == [True] * 24 + [False] * 3 * (capability == 90)
+    # Four shapes, W4A16 and W4A4; for capability 9.0 in two kinds of groups, and float32's.
+    assert [bool(kernel["tensor_core"]) for kernel in int4] == (
+        [True] * 16 + [False] if capability == 90 else [True] * 8
+    )
     # float32 stays float32: no TF32.
     assert not any("tf32" in name for kernel in kernels for name in kernel["tensor_core"])
 
 
 def test_zero_points_and_small_groups_stream_as_much(compiled):
-    """Else inputs would be waited for in every step, or too few bytes be under way: the ring is that of symmetric groups
-    of 128."""
+    """Else inputs would be waited for in every step, or too few bytes be under way: the ring is that of symmetric
+    groups of 128."""
+    if compiled[0] != 90:
+        pytest.skip("other groups are compiled for capability 9.0")
     rings = {}
     for kernel in compiled[1]:
         if kernel["kernel"] == "_int4_linear" and kernel["tensor_core"] and kernel["grid"][1] == 1:
             at = kernel["grid"][0], kernel["tensor_core"][0]
-            rings.setdefault(at, []).append(kernel["shared"])
+            rings.setdefault(at, {})[kernel["group"]] = kernel["shared"]
     assert len(rings) == 6
-    assert all(len(sizes) == 3 and min(sizes) >= 0.9 * sizes[0] for sizes in rings.values()), rings
+    assert all(ring[32] >= 0.9 * ring[128] for ring in rings.values()), rings
 
 
 def test_float_weights_meet_one_instruction_at_every_number_of_rows(compiled):
@@ -96,9 +100,11 @@ def test_few_rows_of_two_digits_cost_what_one_costs(compiled):
     """The same instruction, ring and registers, or fewer; so wide inputs of six rows read as fast."""
     one, two = (
         {
-            (kernel["grid"][0], kernel["starts_next"]): kernel
+            kernel["grid"][0]: kernel
             for kernel in compiled[1]
-            if kernel["kernel"] == "_int8_linear" and (kernel["tiles"], kernel["digits"]) == (1, digits)
+            if kernel["kernel"] == "_int8_linear"
+            and (kernel["tiles"], kernel["digits"]) == (1, digits)
+            and kernel["prefetches"] == (compiled[0] >= 90)
         }
         for digits in (1, 2)
     )
@@ -137,7 +143,7 @@ def test_products_let_their_successor_start_late(compiled):
         assert {kernel["starts_next"] for kernel in kernels} == {"never"}
         assert not any(kernel["prefetches"] for kernel in kernels)
         return
-    early = kernels[-9:] if capability == 90 else []
+    early = kernels[-6:] if capability == 90 else []
     for kernel in kernels[: len(kernels) - len(early)]:
         product = kernel["kernel"] in LINEAR
         if product and kernel["tensor_core"]:

@@ -152,3 +152,14 @@ def test_int4_activations_are_the_references(kernel_device, dtype):
     assert torch.equal(values.cpu(), want.values)
     assert torch.equal(scale.cpu(), want.scale)
     assert values[3, :6].tolist() == [7, 0, 2, 2, 0, -6]
+
+
+@pytest.mark.parametrize("rows", [1, 8, 9, 16])
+@pytest.mark.parametrize("outputs", [1024, 4096, 24576])
+def test_a_warp_for_each_16_outputs(rows, outputs):
+    """With more, Triton has several warps unpack the same weights."""
+    config = int4.int4_config(rows, outputs, 128, torch.bfloat16)
+    assert config.outputs == 16 * config.warps
+    assert rows <= config.rows <= 16
+    integers = int4.int4_config(rows, outputs, 128, torch.int8)
+    assert integers.outputs == 16 * integers.warps
