@@ -362,6 +362,8 @@ class CudaBackend(Backend):
 
     # Captured passes.
 
+    captures_rows = True
+
     def pass_key(self, batch: Batch) -> Hashable | None:
         if not self.graphs or batch.rows > MOST_ROWS:
             return None

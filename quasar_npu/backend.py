@@ -368,6 +368,8 @@ class NpuBackend(Backend):
 
     # Passes that come again.
 
+    captures_rows = True
+
     def pass_key(self, batch: Batch) -> Hashable | None:
         return GraphShape.of(batch) if self.graphs else None
 

@@ -19,7 +19,7 @@ from quasar.loading import PRECISIONS
 from quasar.models.runtime import Runtime
 from quasar.models.sharing import share
 from quasar.speculation.choice import TokenChooser
-from quasar.speculation.rows import FixedRows, filled
+from quasar.speculation.rows import FixedRows, RowRule
 from quasar.speculation.sampling import Sampling, distribution
 from quasar.speculation.verifier import Verifier, Window
 from tests.conftest import FAMILIES
@@ -222,7 +222,7 @@ def test_the_cascades_slot_follows_the_confirmed_text(rounds, other_token):
     drafter.extend(text)
     for block, kept in rounds:
         proposed = drafter.propose(block).tokens
-        assert len(proposed) == filled(1 + block) - 1
+        assert len(proposed) == RowRule(model.runtime.backend.captures_rows).filled(1 + block) - 1
         assert proposed == generate(model, text, draft="none", max_new_tokens=len(proposed)).result().token_ids
         confirmed = [*proposed[: min(kept, len(proposed))], 40 if other_token else 41]
         text += confirmed

@@ -66,7 +66,7 @@ class Scripted(Drafter):
     def extend(self, tokens):
         self.committed += tokens
 
-    def propose(self, most, pending=()):
+    def propose(self, most, pending=(), least=0.0):
         tokens = self.script(self.committed, most)[:most]
         return Draft.chain(tokens, *self.survival.chain("script", 0, len(tokens)))
 

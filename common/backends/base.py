@@ -388,6 +388,8 @@ class Backend(ABC):
 
     runs_before_capture = 0  # passes of a kind that run plainly before one is captured
 
+    captures_rows = False  # whether a pass is captured for its number of rows alone
+
     def pass_key(self, batch: Batch) -> Hashable | None:
         """What a captured pass depends on: batches of equal keys share one. None: this batch runs plainly."""
         return None

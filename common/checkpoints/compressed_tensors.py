@@ -334,18 +334,18 @@ class CompressedTensorsWriter:
                 "group_size": self._group,
                 "symmetric": self._symmetric,
             }
+        wide_names = [name for name in self._wide if name != "lm_head" or self._lm_head]
+        named_head = self._lm_head and "lm_head" not in wide_names  # vLLM's is not of a class called Linear
         group = {
-            # vLLM's lm_head is not of a class called Linear, so it is named.
-            "targets": [_ANY_LINEAR, *(["lm_head"] if self._lm_head else [])],
+            "targets": [_ANY_LINEAR, *(["lm_head"] if named_head else [])],
             "weights": weights,
             "input_activations": inputs,
             "output_activations": None,
         }
         layout = _INT4 if self._scheme == "w4a16" else _INT8
         groups = {"group_0": group}
-        if self._wide:
-            names = [name for name in self._wide if name != "lm_head" or self._lm_head]
-            wide = {"targets": [_PROJECTIONS[name] for name in names], "input_activations": None, "format": _INT4}
+        if wide_names:
+            wide = {"targets": [_PROJECTIONS[name] for name in wide_names], "input_activations": None, "format": _INT4}
             groups = {"group_0": group | {"format": layout}, "group_1": group | wide}
             layout = _MIXED
         return {

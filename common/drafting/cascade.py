@@ -17,7 +17,7 @@ from quasar.drafting.survival import SurvivalTable
 from quasar.models.runtime import PROMPT_ROWS, Runtime
 from quasar.speculation.choice import TokenChooser
 from quasar.speculation.draft import Draft, Drafter, TopRow
-from quasar.speculation.rows import RowRule, filled
+from quasar.speculation.rows import RowRule
 from quasar.speculation.sampling import Sampling
 from quasar.speculation.verifier import Verifier, Window
 
@@ -38,6 +38,7 @@ class CascadeDrafter(Drafter):
         """drafter and gamma: those of the quantised model; sampling: the target's, None for greedy."""
         self._runtime, self._sampling, self._gamma = runtime, sampling, gamma
         self._drafter, self._verifier = drafter, Verifier(runtime)
+        self._rule = RowRule(runtime.backend.captures_rows)
         self._followed = FollowedText(slot)
         self._tokens: list[int] = []
         self._prompt_tokens = 0
@@ -71,14 +72,14 @@ class CascadeDrafter(Drafter):
         """What the quantised model's drafter wants to know."""
         return 0 if self._drafter is None else self._drafter.top_k
 
-    def propose_free(self, most: int) -> Draft:
+    def propose_free(self, most: int, least: float = 0.0) -> Draft:
         """The quantised model's drafter may as well draft for full precision."""
         self._was_free = self._drafter is not None and not self._drafter.takes_passes
-        return self._drafter.propose(most) if self._drafter is not None and self._was_free else Draft()
+        return self._drafter.propose(most, (), least) if self._drafter is not None and self._was_free else Draft()
 
-    def propose(self, most: int, pending: Sequence[int] = ()) -> Draft:
+    def propose(self, most: int, pending: Sequence[int] = (), least: float = 0.0) -> Draft:
         begin = time.perf_counter()
-        draft = self._propose_block(filled(1 + most) - 1, pending)
+        draft = self._propose_block(self._rule.filled(1 + most) - 1, pending)
         self._blocks += 1
         if self._blocks > _FIRST_BLOCKS:
             self._seconds = _FADING * self._seconds + time.perf_counter() - begin
@@ -116,10 +117,12 @@ class CascadeDrafter(Drafter):
         """What the quantised model's drafter proposes, and how many of its candidates to verify."""
         if self._drafter is None or room < 1:
             return Draft(), 0
-        draft = self._drafter.propose(min(self._gamma or _LONGEST_INNER, room), ahead)
+        costs = self._runtime.costs
+        least = 0.0 if self._gamma else self._rule.least(1, rows, costs)
+        draft = self._drafter.propose(min(self._gamma or _LONGEST_INNER, room), ahead, least)
         if self._gamma is not None or not draft.tokens:
             return draft, len(draft)
-        return draft, RowRule().candidates([draft], rows, self._runtime.costs)[0]
+        return draft, self._rule.candidates([draft], rows, costs)[0]
 
     def expected_survival(self, most: int) -> list[float]:
         return [self._trust * s for s in self._survival.chain("cascade", 0, most)[0]]

@@ -39,7 +39,7 @@ class DecoderDrafter(Drafter):
     def _uncached(self, pending: Sequence[int]) -> list[int]:
         """The text's tokens that the slot does not hold, at least the last."""
 
-    def propose(self, most: int, pending: Sequence[int] = ()) -> Draft:
+    def propose(self, most: int, pending: Sequence[int] = (), least: float = 0.0) -> Draft:
         uncached = self._uncached(pending)
         index = len(self._tokens) + len(pending) - self._prompt_tokens  # output index of the first candidate
         tokens: list[int] = []
@@ -81,7 +81,7 @@ class SelfDrafter(DecoderDrafter):
     pass runs over the same positions and overwrites them. No second cache, no second weights.
     """
 
-    def propose(self, most: int, pending: Sequence[int] = ()) -> Draft:
+    def propose(self, most: int, pending: Sequence[int] = (), least: float = 0.0) -> Draft:
         committed = self._slot.length
         try:
             return super().propose(most, pending)

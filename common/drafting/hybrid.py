@@ -37,6 +37,7 @@ Advice = tuple[tuple[int, ...], Mapping[int, Any], int]
 
 LIKELY = 8  # so many of the latest continuations of one match are considered
 HOPELESS = 0.008  # survival below which a candidate is not worth a row of any pass
+MARGIN = 0.5  # of the survival that pays: what is proposed is learnt from, and may be better than expected
 CERTAIN = 0.999  # the most that survival is believed to be
 _LAST_COUNT, _LAST_FREQUENCY = len(COUNT_BUCKET) - 1, len(FREQUENCY_BUCKET) - 1
 
@@ -60,6 +61,7 @@ class HybridDrafter(Drafter):
         self._own = Successors(ORDER)
         self._evidence = self._memory.evidence(False, self.top_k > 0)
         self._trust = _Trust()
+        self._least = HOPELESS  # survival below which candidates are not looked for
         self._tail: list[int] = []  # the last committed tokens
         self._behind: list[int] = []  # the last tokens in front of the latest draft
         self._last_row: Row = {}  # the verifier's best tokens where the last committed one came
@@ -79,8 +81,9 @@ class HybridDrafter(Drafter):
         if self._corpus is not None and self._memory.corpus is not None:
             self._memory.corpus.add(self._own.tokens)
 
-    def propose(self, most: int, pending: Sequence[int] = ()) -> Draft:
+    def propose(self, most: int, pending: Sequence[int] = (), least: float = 0.0) -> Draft:
         draft = Draft()
+        self._least = max(HOPELESS, MARGIN * least / self._trust.factor)
         self._evidence = self._memory.evidence(self._corpus is not None and self._corpus.useful, self.top_k > 0)
         if most < 1 or not self._own.tokens:
             return draft
@@ -167,7 +170,7 @@ class HybridDrafter(Drafter):
         weights, bound, frequency_bound = evidence.weights, evidence.bound, evidence.frequency_bound
         (nodes, leaf, leaf_order), earlier, ahead, _ = place
         counts = own.counts
-        floor = waiting[0][0] if len(waiting) >= room else HOPELESS
+        floor = waiting[0][0] if len(waiting) >= room else self._least
         ratio = floor / alive
         if ratio >= 1:
             return
@@ -264,11 +267,10 @@ class _Trust:
     def learn(self, draft: Draft, own: int) -> None:
         """own: the token that came where the draft begins."""
         first = [(s, t) for s, t, p in zip(draft.survival, draft.tokens, draft.parents, strict=True) if p < 0]
-        if first:
-            self._expected = self.FADING * self._expected + sum(s for s, _ in first) / self.factor
-            self._right = self.FADING * self._right + any(token == own for _, token in first)
-            factor = (self._right + self.PRIOR) / (self._expected + self.PRIOR)
-            self.factor = min(max(factor, self.LEAST), self.MOST)
+        self._expected = self.FADING * self._expected + sum(s for s, _ in first) / self.factor
+        self._right = self.FADING * self._right + any(token == own for _, token in first)
+        factor = (self._right + self.PRIOR) / (self._expected + self.PRIOR)
+        self.factor = min(max(factor, self.LEAST), self.MOST)
 
 
 def _named_by_corpus(earlier: Successors, context: Context) -> tuple[tuple[int, ...], dict[int, tuple[int, ...]]]:

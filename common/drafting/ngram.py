@@ -42,7 +42,7 @@ class NGramDrafter(Drafter):
                 self._latest[ngram] = len(known)
             known.append(token)
 
-    def propose(self, most: int, pending: Sequence[int] = ()) -> Draft:
+    def propose(self, most: int, pending: Sequence[int] = (), least: float = 0.0) -> Draft:
         known, text = self._tokens, len(self._tokens) + len(pending)
         tail, recent = known[-MAX_NGRAM:], {}
         for end, token in enumerate(pending, len(known)):

@@ -85,7 +85,7 @@ class SuffixDrafter(Drafter):
             self._state = self._automaton.extend(self._state, token)
         self._tokens.extend(tokens)
 
-    def propose(self, most: int, pending: Sequence[int] = ()) -> Draft:
+    def propose(self, most: int, pending: Sequence[int] = (), least: float = 0.0) -> Draft:
         automaton, state = self._automaton, self._state
         for token in pending:
             state = automaton.follow(state, token)

@@ -85,7 +85,7 @@ class Engine:
         )
         self.draft_memory = DraftMemory(Corpus()) if draft_memory is None else draft_memory
         self._verifier = Verifier(self.runtime)
-        self._rule = row_rule or RowRule()
+        self._rule = row_rule or RowRule(self.runtime.backend.captures_rows)
         self._running: list[Request] = []
         self._waiting: deque[Request] = deque()
         self._changed = threading.Condition()
@@ -93,7 +93,8 @@ class Engine:
         self._own_thread = own_thread
         self._process = os.getpid()
         self._closing = self._closed = False
-        self._around: deque[float] = deque([0.0], maxlen=9)  # seconds of a step beyond its pass
+        self._around: deque[float] = deque([0.0], maxlen=9)  # seconds of the latest steps beyond their passes
+        self._usually_around = 0.0  # their median
         self._prompt_row_seconds = 0.0
         self._worth = Worth()
         self._stats = EngineStats(kv_bytes_limit=self._slots.bytes_limit)
@@ -210,8 +211,9 @@ class Engine:
         drafted_before = _draft_seconds(requests)
         asks = self._worth.asks(len(requests))
         try:
-            drafts = [self._draft(request, asks) for request in requests]
             rows = self._prompt_rows(requests)
+            least = self._least(requests, rows)
+            drafts = [self._draft(request, asks, least) for request in requests]
             windows = self._windows(requests, drafts, rows)
             begin = time.perf_counter()
             with self.runtime.lock:
@@ -288,10 +290,17 @@ class Engine:
         drafter = request.drafter
         return drafter is not None and not (request.settings.gamma or drafter.takes_passes or self.lossless)
 
-    def _draft(self, request: Request, asks: bool) -> Draft:
+    def _least(self, requests: Sequence[Request], prompt_rows: dict[Request, int]) -> float:
+        """Survival below which no candidate of this step pays."""
+        decoding = sum(not r.prefilling for r in requests)
+        if not self.runtime.costs_known or not decoding:
+            return 0.0
+        return self._rule.least(decoding, decoding + sum(prompt_rows.values()), self._seconds)
+
+    def _draft(self, request: Request, asks: bool, least: float) -> Draft:
         """Candidates of one sequence, most probable first; none for prompts.
 
-        asks: whether drafters that may rest are asked in this step.
+        asks: whether drafters that may rest are asked in this step; least: survival below which none pays.
         """
         drafter, settings = request.drafter, request.settings
         request.asked = False
@@ -301,6 +310,8 @@ class Engine:
             return Draft()
         request.asked = True
         most = min(_longest(settings), request.room)
+        if settings.gamma is not None:  # so many are verified, whatever they cost
+            least = 0.0
         if request.short_drafts and settings.gamma is None and not drafter.takes_passes:
             request.short_drafts -= 1
             most = min(most, _SHORT_DRAFT)
@@ -312,10 +323,10 @@ class Engine:
         draft = Draft()
         if drafter.takes_passes and (settings.gamma is None or self.lossless):
             others, expected = len(self._running) - 1, drafter.expected_survival(most)
-            draft = drafter.propose_free(min(most, settings.gamma or _LONGEST_DRAFT))
+            draft = drafter.propose_free(min(most, settings.gamma or _LONGEST_DRAFT), least)
             most = self._rule.chain(expected, self._seconds, drafter.seconds_per_token(), others, draft)
         if most:
-            draft = drafter.propose(most)
+            draft = drafter.propose(most, (), least)
         if settings.grammar is not None:
             draft = _valid(draft, settings.grammar)
         request.result.stats.seconds_draft += time.perf_counter() - clock
@@ -323,7 +334,7 @@ class Engine:
 
     def _seconds(self, rows: int) -> float:
         """Of a step whose pass has so many rows."""
-        return self.runtime.costs(rows) + max(median(self._around), 0.0)
+        return self.runtime.costs(rows) + self._usually_around
 
     def _prompt_rows(self, requests: Sequence[Request]) -> dict[Request, int]:
         """Rows of each prompt in this pass; where others decode, they are held up for a bounded time."""
@@ -408,6 +419,7 @@ class Engine:
             self._prompt_row_seconds = pass_seconds / rows
         elif self.runtime.costs_known and rows <= MOST_ROWS:
             self._around.append(seconds - pass_seconds)
+            self._usually_around = max(median(self._around), 0.0)
             if usual:
                 self.runtime.costs.learn(rows, pass_seconds)
         return usual

@@ -112,7 +112,8 @@ class TaskRun:
 
 
 def read_questions(path: Path, per_category: int | None = None) -> list[Question]:
-    """A question file, or every .jsonl file of a folder; the first `per_category` of each category.
+    """A question file, or every .jsonl file of a folder; the first `per_category` of each category, which is the file's
+    name where a question has none.
 
     Raises QuasarError on anything else.
     """
@@ -120,7 +121,7 @@ def read_questions(path: Path, per_category: int | None = None) -> list[Question
     questions = []
     for file in files:
         lines = read_lines(file, f"--tasks {file}")
-        questions += [_question(line, f"{file}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
+        questions += [_question(line, file, n) for n, line in enumerate(lines, 1) if line.strip()]
     if not questions:
         raise QuasarError(
             f"--tasks {path}: holds no questions; Spec-Bench's are JSONL with question_id, category, turns"
@@ -134,15 +135,15 @@ def read_questions(path: Path, per_category: int | None = None) -> list[Question
     return kept
 
 
-def _question(line: str, where: str) -> Question:
+def _question(line: str, file: Path, number: int) -> Question:
     try:
         row = parse_json(line)
         turns = row["turns"]
         if isinstance(turns, list) and turns and all(isinstance(turn, str) and turn for turn in turns):
-            return Question(row["question_id"], str(row["category"]), turns)
+            return Question(row["question_id"], str(row.get("category") or file.stem), turns)
     except (ValueError, KeyError, TypeError):
         pass
-    raise QuasarError(f"--tasks {where}: should be an object with question_id, category and turns, a list of texts")
+    raise QuasarError(f"--tasks {file}:{number}: should be an object with question_id and turns, a list of texts")
 
 
 def run_tasks(

@@ -82,13 +82,14 @@ class Drafter(ABC):
         """Takes tokens that were committed."""
 
     @abstractmethod
-    def propose(self, most: int, pending: Sequence[int] = ()) -> Draft:
+    def propose(self, most: int, pending: Sequence[int] = (), least: float = 0.0) -> Draft:
         """At most `most` candidates of what follows; empty where there is nothing to go by.
 
-        pending: tokens that stand behind the committed ones but may yet be taken back.
+        pending: tokens that stand behind the committed ones but may yet be taken back; least: survival below which a
+        candidate will not be verified, so that it need not be looked for.
         """
 
-    def propose_free(self, most: int) -> Draft:
+    def propose_free(self, most: int, least: float = 0.0) -> Draft:
         """What a drafter that takes passes can propose without any."""
         return Draft()
 

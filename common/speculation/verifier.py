@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import exp
 
 from torch import Tensor
 
@@ -54,8 +53,10 @@ class Verifier:
         batch = Batch([_segment(window) for window in windows])
         logits = self._runtime.run(batch)
         best = argmax = None
+        top: dict[int, list[TopRow]] = {}  # by how many are wanted
         if top_k := max(window.top_k for window in windows):
             best = self._runtime.backend.top_k(logits, top_k)
+            top = {k: _with_shares(best[:, :k], logits) for k in {window.top_k for window in windows} if k}
         if best is not None and self._runtime.backend.cheap_top_k:
             argmax = best[:, 0].tolist()
         elif any(window.chooser is not None and window.chooser.takes_argmax for window in windows):
@@ -67,8 +68,8 @@ class Verifier:
             found = argmax if window.chooser is not None and window.chooser.takes_argmax else sampled
             rows = None if found is None else list(found[first:last])
             verdict = _judge(window, logits[first:last], rows)
-            if best is not None and window.top_k:
-                verdict.top = _with_shares(best[first:last, : window.top_k], logits[first:last])
+            if window.top_k:
+                verdict.top = top[window.top_k][first:last]
             verdicts.append(verdict)
             first = last
         return verdicts
@@ -106,12 +107,8 @@ def _segment(window: Window) -> Segment:
 def _with_shares(best: Tensor, logits: Tensor) -> list[TopRow]:
     """best [rows, k]: the most probable tokens, best first. Shares are of these alone: the others' sum takes a pass
     over the vocabulary to know."""
-    rows = []
-    for tokens, values in zip(best.tolist(), logits.gather(1, best).tolist(), strict=True):
-        odds = [exp(value - values[0]) for value in values]
-        total = sum(odds)
-        rows.append([(token, each / total) for token, each in zip(tokens, odds, strict=True)])
-    return rows
+    shares = logits.gather(1, best).softmax(dim=1)
+    return [list(zip(*row, strict=True)) for row in zip(best.tolist(), shares.tolist(), strict=True)]
 
 
 def _judge(window: Window, logits: Tensor, argmax: list[int] | None) -> Verdict:

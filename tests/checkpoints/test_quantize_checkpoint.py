@@ -129,6 +129,21 @@ def test_lm_head_in_int8_unties_it(name: str, scheme: str, small: Callable[[str]
     assert (logits_of(model) - full).norm() < 0.2 * full.norm()
 
 
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-static"])
+@pytest.mark.parametrize("wide", [("lm_head",), ("qkv", "down", "lm_head")])
+def test_a_wide_lm_head_is_read_back(
+    scheme: str, wide: tuple[str, ...], small: Callable[[str], Path], tmp_path: Path
+) -> None:
+    made = Recipe(wide=wide)
+    export(
+        small("qwen3-tied"), tmp_path / "out", format="compressed-tensors", scheme=scheme, lm_head="w8a8", recipe=made
+    )
+    model = load(str(tmp_path / "out"), device="reference")
+    assert isinstance(model.decoder.lm_head, W8A8Linear)
+    full = logits(small("qwen3-tied"))
+    assert (logits_of(model) - full).norm() < 0.2 * full.norm()
+
+
 def test_what_comes_along(small: Callable[[str], Path], tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(small("qwen3"), source)

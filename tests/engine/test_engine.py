@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 import threading
 from functools import cache
@@ -24,7 +25,8 @@ from tests.helpers.trees import trees
 
 PRECISIONS = ("full", "w8a8", "w4a16", "w4a4")
 DEVICE = "cpu"  # the reference's rows are the same promise, and slower
-DRAFTS = ("none", "ngram", "suffix", "self:skip=1")
+DRAFTS = ("none", "ngram", "suffix", "hybrid", "self:skip=1")
+SCHEDULES = int(os.environ.get("QUASAR_SCHEDULES", 14))  # of ten sequences or so, for each family and precision
 
 
 @cache
@@ -73,7 +75,7 @@ def run_schedule(engine: Engine, arrivals: list) -> list[tuple[Handle, bool]]:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=14, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=SCHEDULES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(arrivals=st.lists(requests(), min_size=4, max_size=16), slots=st.integers(1, 6), rows=st.sampled_from([None, 3]))
 def test_ids_in_any_schedule_are_the_ids_alone(family, precision, arrivals, slots, rows):
     """Arrivals, lengths, drafters, seeds, prefixes and cancellations at random."""

@@ -133,8 +133,17 @@ def test_a_later_turn_sees_the_earlier_answer(shipped, questions):
 def test_what_is_no_question(tmp_path, line):
     path = tmp_path / "q.jsonl"
     path.write_text(line + "\n")
-    with pytest.raises(QuasarError, match=r"q\.jsonl:1: should be an object with question_id, category and turns"):
+    with pytest.raises(QuasarError, match=r"q\.jsonl:1: should be an object with question_id and turns"):
         read_questions(tmp_path)
+
+
+def test_a_question_without_a_category_has_its_files(tmp_path):
+    (tmp_path / "alpaca.jsonl").write_text('{"question_id": 1, "category": "", "turns": ["a"]}\n' * 3)
+    (tmp_path / "writing.jsonl").write_text(
+        '{"question_id": 1, "turns": ["a"]}\n{"question_id": 2, "category": "maths", "turns": ["b"]}\n'
+    )
+    asked = read_questions(tmp_path, per_category=2)
+    assert [question.category for question in asked] == ["alpaca", "alpaca", "writing", "maths"]
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 from quasar.models.costs import PassCosts
 from quasar.speculation.draft import Draft
-from quasar.speculation.rows import SIZES, FixedRows, RowRule
+from quasar.speculation.rows import CAPTURED_SIZES, FixedRows, RowRule
 
 RULE = RowRule()
+CAPTURED = RowRule(captured=True)
 FLAT = PassCosts({1: 1.0, 16: 1.15, 32: 2.0, 64: 4.0})  # a device that is bound by memory up to 16 rows
 STEEP = PassCosts({1: 1.0, 64: 64.0})  # each row costs as much as the first
 
@@ -27,13 +28,14 @@ def test_free_rows_are_taken_and_dear_ones_are_not():
 
 
 def test_rows_go_to_the_most_likely_of_all_sequences():
-    assert RULE.candidates([draft(0.9, 0.8, 0.7, 0.6), draft(0.2, 0.1), draft(0.75)], 3, FLAT, most=9) == [4, 0, 1]
+    assert RULE.candidates([draft(0.9, 0.8, 0.7, 0.6), draft(0.2, 0.1), draft(0.75)], 3, FLAT, most=8) == [4, 0, 1]
 
 
 def test_a_step_in_the_cost_may_be_worth_climbing():
     """Sixteen rows cost as much as two: candidates that do not pay one by one pay together."""
     padded = PassCosts({1: 1.0, 2: 1.5, 16: 1.5})
-    assert RULE.candidates([draft(*[0.3] * 10)], 1, padded) == [7]
+    assert RULE.candidates([draft(*[0.3] * 10)], 1, padded) == [10]
+    assert CAPTURED.candidates([draft(*[0.3] * 10)], 1, padded) == [7]
     assert RULE.candidates([draft(0.3)], 1, padded) == [0]
 
 
@@ -42,7 +44,7 @@ def test_a_step_in_the_cost_may_be_worth_climbing():
     st.lists(st.floats(0.01, 1.0), min_size=30, max_size=30),
 )
 def test_nothing_beats_the_choice(survivals, steps):
-    """Against every choice of prefixes that fills a pass to one of the sizes, for any costs that grow with the rows."""
+    """Against every choice of prefixes, or on a device that captures passes those that fill one of its sizes."""
     drafts = [draft(*sorted(s, reverse=True)) for s in survivals]
     costs = PassCosts(dict(enumerate(itertools.accumulate(steps), 1)))
 
@@ -50,10 +52,25 @@ def test_nothing_beats_the_choice(survivals, steps):
         tokens = len(drafts) + sum(sum(d.survival[:n]) for d, n in zip(drafts, counts, strict=True))
         return tokens / costs(len(drafts) + sum(counts))
 
-    chosen = RULE.candidates(drafts, len(drafts), costs)
-    choices = itertools.product(*(range(len(d) + 1) for d in drafts))
-    best = max(rate(counts) for counts in choices if not any(counts) or len(drafts) + sum(counts) in SIZES)
-    assert rate(chosen) == pytest.approx(best)
+    choices = list(itertools.product(*(range(len(d) + 1) for d in drafts)))
+    assert rate(RULE.candidates(drafts, len(drafts), costs)) == pytest.approx(max(map(rate, choices)))
+    filling = [counts for counts in choices if not any(counts) or len(drafts) + sum(counts) in CAPTURED_SIZES]
+    assert rate(CAPTURED.candidates(drafts, len(drafts), costs)) == pytest.approx(max(map(rate, filling)))
+
+
+@given(st.lists(st.floats(0, 1), max_size=40), st.lists(st.floats(0.01, 1.0), min_size=7, max_size=7))
+def test_what_is_less_likely_than_the_least_never_pays(survival, steps):
+    candidates = draft(*sorted(survival, reverse=True))
+    costs = PassCosts(dict(zip((1, 2, 4, 8, 16, 32, 64), itertools.accumulate(steps), strict=True)))
+    chosen = RULE.candidates([candidates], 1, costs)[0]
+    assert all(s >= RULE.least(1, 1, costs) - 1e-9 for s in candidates.survival[:chosen])
+
+
+def test_the_least_is_what_a_row_costs():
+    costs = PassCosts({1: 1.0, 64: 7.3})  # a tenth of the first row each
+    assert RULE.least(1, 1, costs) == pytest.approx(0.1)
+    assert RULE.least(16, 16, costs) == pytest.approx(16 * 0.1 / costs(16))
+    assert FixedRows(3).least(1, 1, costs) == 0.0
 
 
 def test_a_chain_that_costs_passes_is_as_long_as_it_pays():
