@@ -45,7 +45,7 @@ def load(
     model: str | PathLike[str] = DEFAULT_MODEL,
     *,
     device: str = "auto",
-    precision: str = "auto",
+    precision: str | None = "auto",
     dtype: str = "auto",
     lossless: bool = False,
     trust_remote_code: bool = False,
@@ -61,16 +61,18 @@ def load(
     """Loads a checkpoint folder, a GGUF file, a shipped model (tiny-qwen3, tiny-openpangu), smollm2, a hub name, or
     `dummy:SHAPE`.
 
-    precision "auto" takes the checkpoint's own, full or w8a8. Others quantise a full-precision checkpoint, calibrated
-    on prompts and measured on heldout (None: built-in texts); lm_head, recipe and force are those of `quantize`. What
-    was quantised is kept in `cache` (None: the user's own), so that the next start only maps it. "full" refuses a
-    quantised checkpoint. lossless keeps the full-precision weights beside the quantised ones, for generating with
-    lossless=True.
+    precision "auto" takes the checkpoint's own; None takes a quantised checkpoint's own, and w8a8 of any other. Others
+    quantise a full-precision checkpoint, calibrated on prompts and measured on heldout (None: built-in texts); lm_head,
+    recipe and force are those of `quantize`. What was quantised is kept in `cache` (None: the user's own), so that the
+    next start only maps it. "full" refuses a quantised checkpoint. lossless keeps the full-precision weights beside the
+    quantised ones, for generating with lossless=True.
     kv: what keys and values are kept in on CPU, float32, bfloat16 or int8.
     """
-    if precision not in ("auto", *PRECISIONS):
+    if precision not in ("auto", None, *PRECISIONS):
         raise QuasarError(f"--precision {precision} is unknown; use one of {', '.join(PRECISIONS)}")
     found = open_model(fspath(model), LoadOptions(device, dtype, trust_remote_code, progress, kv))
+    if precision is None:
+        precision = "auto" if found.is_quantized else "w8a8"
     if precision in ("auto", "full") or found.is_quantized:
         loaded = found.model(found.decoder(progress))
         if precision not in ("auto", loaded.precision):

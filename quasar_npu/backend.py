@@ -63,6 +63,7 @@ class NpuBackend(Backend):
     name = "npu"
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
     graphs = True  # capture passes
+    int4_offsets = True
     runs_before_capture = 1
 
     def __init__(self, device: torch.device, dtype: torch.dtype, soc: str) -> None:
@@ -122,9 +123,8 @@ class NpuBackend(Backend):
     # int4 weights.
 
     def int4_weight(self, values: Tensor, scale: Tensor, offset: Tensor | None = None) -> Int4Weight:
-        if offset is not None:
-            raise QuasarError("--device npu has no int4 weights with zero points yet; symmetric groups run there")
-        return int4_packed(values.to(self.device), scale.to(self.device), self.dtype)
+        offset = None if offset is None else offset.to(self.device)
+        return int4_packed(values.to(self.device), scale.to(self.device), offset, self.dtype)
 
     def int4_linear(self, x: Tensor | Quantized, weight: Any, bias: Tensor | None) -> Tensor:
         if isinstance(x, Quantized):
@@ -136,7 +136,12 @@ class NpuBackend(Backend):
 
     def _int4_matmul(self, x: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
         return self.ops.npu_weight_quant_batchmatmul(
-            x, weight.values, weight.scale, bias=bias, antiquant_group_size=weight.group
+            x,
+            weight.values,
+            weight.scale,
+            antiquant_offset=weight.offset,
+            bias=bias,
+            antiquant_group_size=weight.group,
         )
 
     def quantize_int4(self, x: Tensor) -> Quantized:

@@ -34,6 +34,7 @@ class InferenceCardBackend(NpuBackend):
     name = "npu (inference card)"
     dtypes = (torch.float16,)
     graphs = False  # plain windows: capture is documented for A2 and A3
+    int4_offsets = False
 
     def place(self, tensor: Tensor) -> Tensor:
         # Cast on the host: the chip has no bfloat16, not even to cast from.

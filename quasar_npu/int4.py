@@ -18,20 +18,24 @@ _MAX_FEATURES = 65535  # of either dimension of the weight
 
 @dataclass(frozen=True)
 class Int4Weight:
-    """`values` int32 [in, out / 8], `scale` of the activations' type [in / group, out].
+    """`values` int32 [in, out / 8], `scale` of the activations' type [in / group, out], `offset` likewise or None.
 
-    `group` is 0 where one group spans all inputs: the operator wants groups smaller than that, or none.
+    A weight is (value + offset) * scale: an offset counts in steps of the grid. `group` is 0 where one group spans all
+    inputs: the operator wants groups smaller than that, or none.
     """
 
     values: Tensor
     scale: Tensor
+    offset: Tensor | None
     group: int
 
 
-def int4_packed(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Int4Weight:
-    """int8 [out, in] between -8 and 7, bfloat16 [out, in / group], on the device -> what the operator takes.
+def int4_packed(values: Tensor, scale: Tensor, offset: Tensor | None, dtype: torch.dtype) -> Int4Weight:
+    """int8 [out, in] between -8 and 7, bfloat16 [out, in / group], offset likewise (a weight is value * scale + offset)
+    or None, on the device -> what the operator takes.
 
-    Raises QuasarError beyond 65535 inputs or outputs.
+    Whole zero points arrive as such; others are rounded to dtype. Raises QuasarError beyond 65535 inputs or outputs,
+    and where an offset is too many steps for float16.
     """
     import torch_npu
 
@@ -43,7 +47,17 @@ def int4_packed(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Int4Weight
         )
     packed = torch_npu.npu_convert_weight_to_int4pack(values.t().contiguous().int())
     groups = scale.shape[1]
-    return Int4Weight(packed, scale.t().contiguous().to(dtype), inputs // groups if groups > 1 else 0)
+    steps = None
+    if offset is not None:
+        steps = offset.float() / scale.float()
+        whole = steps.round()  # of which the offset may be the bfloat16
+        steps = torch.where((whole * scale.float()).bfloat16() == offset, whole, steps).t().contiguous().to(dtype)
+        if not bool(steps.isfinite().all()):
+            raise QuasarError(
+                f"a linear layer of {inputs} inputs and {out} outputs has zero points beyond "
+                f"{torch.finfo(dtype).max:.0f} steps, which {str(dtype)[6:]} cannot hold; use --dtype bfloat16"
+            )
+    return Int4Weight(packed, scale.t().contiguous().to(dtype), steps, inputs // groups if groups > 1 else 0)
 
 
 def quantize_rows_int4(x: Tensor) -> Quantized:

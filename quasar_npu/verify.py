@@ -127,6 +127,17 @@ def operators(npu: Backend) -> Iterator[Line]:
     static = ActivationQuant(torch.tensor([0.03]))
     y = npu.quantize(x.npu(), ActivationQuant(static.static_scale.npu()))
     yield compare("int8 by a fixed scale", y, x.float().clamp(-128 * 0.03, 127 * 0.03), step + 2 * unit)
+    if npu.int4_offsets:
+        for group in (32, 128):
+            values = torch.randint(-8, 8, (384, 512), generator=torch.Generator().manual_seed(9)).to(torch.int8)
+            scale = (random(384, 512 // group, seed=10).float().abs() * 1e-2 + 1e-2).bfloat16()
+            zero = (random(384, 512 // group, seed=11).float() * scale.float() * 4).bfloat16()
+            grouped = values.unflatten(1, (-1, group)).float() * scale.float()[..., None]
+            for kind, offset in (("symmetric", None), ("with zero points", zero)):
+                dense = (grouped if offset is None else grouped + offset.float()[..., None]).flatten(1)
+                y = npu.int4_linear(x.npu(), npu.int4_weight(values, scale, offset), bias.float().npu())
+                e = exact.linear(x.float(), dense, bias.float())
+                yield compare(f"int4 product, groups of {group}, {kind}", y, e, 8 * unit)
     yield from attention(npu, exact, compare, unit)
 
 

@@ -61,6 +61,11 @@ msmodelslim() {
         if [ $scheme = w8a8 ]; then require_agreement "$work/figures" 97; else require_agreement "$work/figures" 95; fi
         quasar inspect "$work/msmodelslim-$scheme"
     done
+    say "tests/golden/small-qwen3, w4a16 with zero points: msmodelslim quantises, Quasar loads"
+    "$env/bin/python" scripts/interop/msmodelslim_w4a16.py tests/golden/small-qwen3 "$work/msmodelslim-w4a16" \
+        > "$work/log" 2>&1 || { tail -n 30 "$work/log"; return 1; }
+    quasar inspect "$work/msmodelslim-w4a16" | tee "$work/figures"
+    grep -q '^runs here *yes$' "$work/figures"
 }
 
 llm-compressor() {
@@ -87,12 +92,13 @@ golden() {
             || { tail -n 30 "$work/log"; return 1; }
         rm -f "$work/msmodelslim-$kind"/*.yaml
     done
+    "$env/bin/python" scripts/interop/msmodelslim_w4a16.py "$work/bfloat16" "$work/msmodelslim-w4a16" > "$work/log" 2>&1
     env=$(environment llm-compressor llmcompressor)
     "$env/bin/python" scripts/interop/llm_compressor_quantize.py "$work/bfloat16" "$work/llm-compressor"
     "$env/bin/python" scripts/interop/llm_compressor_quantize.py "$work/bfloat16" "$work/llm-compressor-static" static
     rm -f "$work"/llm-compressor*/recipe.yaml
     mv "$work/bfloat16" "$work/small-qwen3"
-    for made in small-qwen3 msmodelslim-{dynamic,static,mix,static-fp16} llm-compressor{,-static}; do
+    for made in small-qwen3 msmodelslim-{dynamic,static,mix,static-fp16,w4a16} llm-compressor{,-static}; do
         rm -rf "tests/golden/$made"
         cp -r "$work/$made" tests/golden/
     done

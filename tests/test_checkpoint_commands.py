@@ -28,10 +28,12 @@ def failure(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     return captured.err
 
 
-def test_quantize_inspect_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("flags", [[], ["--scheme", "w4a16"], ["--scheme", "w4a16", "--format", "ascend"]])
+def test_quantize_inspect_generate(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts = tmp_path / "texts.jsonl"
     texts.write_text(json.dumps({"text": "def main():\n    return 1\n" * 9}) + "\n")
-    flags = ["--calibration", str(texts), "--heldout", str(texts), "--device", "reference", "--force"]
+    precision = "w4a16" if flags else "w8a8"
+    flags = [*flags, "--calibration", str(texts), "--heldout", str(texts), "--device", "reference", "--force"]
     out = tmp_path / "out"
     assert main(["quantize", "--model", str(GOLDEN / "small-qwen3"), "--output", str(out), *flags]) == 0
     assert "top-1 agreement" in capsys.readouterr().err
@@ -39,15 +41,17 @@ def test_quantize_inspect_generate(tmp_path: Path, capsys: pytest.CaptureFixture
 
     assert main(["inspect", str(out)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line for line in lines if line.startswith("layers 0 to 1 ") and line.endswith(" w8a8")]
+    assert [line for line in lines if line.startswith("layers 0 to 1 ") and line.endswith(f" {precision}")]
     assert lines[-1].split() == ["runs", "here", "yes"]
 
     assert (
         main(["generate", "--model", str(out), "--device", "reference", "--max-new-tokens", "3", "--json", "Hi"]) == 0
     )
     result = json.loads(capsys.readouterr().out)
-    assert result["settings"]["precision"] == "w8a8"
-    assert "is quantised (w8a8)" in failure(capsys, "generate", "--model", str(out), "--precision", "full", "Hi")
+    assert result["settings"]["precision"] == precision
+    assert f"is quantised ({precision})" in failure(
+        capsys, "generate", "--model", str(out), "--precision", "full", "Hi"
+    )
 
 
 def test_inspect_counts_bytes(capsys: pytest.CaptureFixture[str]) -> None:

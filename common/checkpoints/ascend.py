@@ -1,7 +1,6 @@
 """The Ascend format, as msModelSlim writes and vLLM-Ascend and MindIE read it.
 
-`quant_model_description.json` maps every tensor to FLOAT, W8A8 (static), W8A8_DYNAMIC, W8A8_MIX or
-W8A16;
+`quant_model_description.json` maps every tensor to FLOAT, W8A8 (static), W8A8_DYNAMIC, W8A8_MIX, W8A16 or W4A16;
 `quant_model_weight_*.safetensors` hold them. A projection has
 
     W8A8_DYNAMIC  weight int8 [n, k], weight_scale and weight_offset [n, 1], bias [n] if it has one
@@ -10,6 +9,10 @@ W8A16;
     W8A8_MIX      both: dynamic for prefill and static for decoding on a separate decoding server; elsewhere, and
                   here, dynamic throughout
     W8A16         the tensors of W8A8_DYNAMIC, under 16-bit inputs
+    W4A16         weight_scale and weight_offset [n, k / group]: a weight is (value - offset) * scale. Two values are
+                  one int8 of weight, the first in the lower four bits: neighbouring outputs in [n / 2, k], or, where
+                  one scale holds for all inputs, neighbouring inputs in [n, k / 2]. Before version 1.0.0 weight is
+                  [n, k], one value each
 
 deq_scale is float32, or, where the model is not bfloat16, int64 that holds a float32's bits. Smoothing that shifts
 channels (anti_method m4) leaves `*_layernorm.bias`, which is added to a norm's output, and biases on projections that
@@ -27,11 +30,11 @@ import torch
 from torch import Tensor
 
 from quasar.checkpoints.folder import SafetensorsFolder, read_json
-from quasar.checkpoints.weights import FullWeights, Int8Weights, LinearWeights
+from quasar.checkpoints.weights import INT4_GROUPS, FullWeights, Int4Weights, Int8Weights, LinearWeights
 from quasar.errors import QuasarError
 
 _DESCRIPTION = "quant_model_description.json"
-_TYPES = ("FLOAT", "W8A8", "W8A8_DYNAMIC", "W8A8_MIX", "W8A16")
+_TYPES = ("FLOAT", "W8A8", "W8A8_DYNAMIC", "W8A8_MIX", "W8A16", "W4A16")
 # Projections by the linear layer they are fused into.
 _PROJECTIONS = {
     "qkv": ("q_proj", "k_proj", "v_proj"),
@@ -72,6 +75,8 @@ class AscendFolder(SafetensorsFolder):
         bias = bias or f"{name}.bias" in self
         if kind == "FLOAT":
             return self._full(name, out, inputs, bias)
+        if kind == "W4A16":
+            return self._int4(name, out, inputs, bias)
         values = self._int8(name, out, inputs)
         self._zeros(f"{name}.weight_offset", (out, 1), (out,))
         if kind == "W8A8":
@@ -81,6 +86,36 @@ class AscendFolder(SafetensorsFolder):
         scale = self._scale(f"{name}.weight_scale", (out, 1), (out,)).contiguous()
         own = self.get(f"{name}.bias", (out,)) if bias else None
         return Int8Weights(values, scale, own, wide=kind == "W8A16")
+
+    def _int4(self, name: str, out: int, inputs: int, bias: bool) -> Int4Weights:
+        stored = self.read(f"{name}.weight", (out // 2, inputs), (out, inputs // 2), (out, inputs))
+        file = self.files[f"{name}.weight"]
+        if stored.dtype != torch.int8:
+            raise QuasarError(f"{file}: tensor {name}.weight is {str(stored.dtype)[6:]}; W4A16 is stored in int8")
+        values = stored
+        if stored.shape == (out // 2, inputs):
+            values = _unpacked(stored.t()).t()
+        elif stored.shape == (out, inputs // 2):
+            values = _unpacked(stored)
+        elif bool(((stored < -8) | (stored > 7)).any()):
+            raise QuasarError(f"{file}: tensor {name}.weight holds values that are no int4, between -8 and 7")
+        if values.shape != (out, inputs):
+            raise QuasarError(f"{file}: {name}.weight has two values in a byte, of {out} outputs and {inputs} inputs")
+        shapes = [(out, groups) for groups in range(1, inputs // INT4_GROUPS[-1] + 1) if inputs % groups == 0]
+        scale = self._scale(f"{name}.weight_scale", *shapes).view(out, -1)
+        zero = self.get(f"{name}.weight_offset", tuple(scale.shape)).float()
+        offset = (-zero * scale).bfloat16()
+        if not bool(offset.isfinite().all()):
+            raise QuasarError(f"{self.files[f'{name}.weight_offset']}: tensor {name}.weight_offset is not finite")
+        size = inputs // scale.shape[1]
+        group = next((group for group in INT4_GROUPS if size % group == 0), None)
+        if group is None:
+            raise QuasarError(
+                f"{file}: {name} has int4 weights in groups of {size} inputs; Quasar runs multiples of 32"
+            )
+        scale, offset = (part.repeat_interleave(size // group, dim=1) for part in (scale.bfloat16(), offset))
+        own = self.get(f"{name}.bias", (out,)) if bias else None
+        return Int4Weights(values.contiguous(), scale, offset if bool((zero != 0).any()) else None, own)
 
     def _static(self, name: str, values: Tensor) -> Int8Weights:
         out = len(values)
@@ -114,6 +149,16 @@ class AscendFolder(SafetensorsFolder):
         return bias if bool((bias != 0).any()) else None
 
 
+def _unpacked(pairs: Tensor) -> Tensor:
+    """int8 [rows, n] of two int4 each -> int8 [rows, 2 n], the lower four bits first."""
+    return torch.stack([(pairs << 4) >> 4, pairs >> 4], dim=-1).flatten(1)
+
+
+def _packed(values: Tensor) -> Tensor:
+    """int8 [rows, n] between -8 and 7 -> int8 [rows, n / 2]."""
+    return values[:, ::2] & 15 | values[:, 1::2] << 4
+
+
 def _only(folder: Path, pattern: str, expected: str) -> str | None:
     found = sorted(path.name for path in folder.glob(pattern))
     if len(found) > 1:
@@ -122,15 +167,23 @@ def _only(folder: Path, pattern: str, expected: str) -> str | None:
 
 
 class AscendWriter:
-    """What a W8A8 checkpoint of this format is made of."""
+    """What a quantised checkpoint of this format is made of."""
 
     format = "ascend"
-    schemes = ("w8a8", "w8a8-static")
+    whole_zero_points = False
 
-    def __init__(self, scheme: str, quantized_lm_head: bool, wide: Sequence[str] = ()) -> None:
-        """wide: linear layers that are W8A16."""
+    def __init__(
+        self,
+        scheme: str,
+        quantized_lm_head: bool,
+        group: int = INT4_GROUPS[0],
+        symmetric: bool = True,
+        wide: Sequence[str] = (),
+    ) -> None:
+        """group: of the int4 weights of w4a16. wide: linear layers that are W8A16."""
         self._wide = {projection for name in wide for projection in _PROJECTIONS[name]}
-        self._kind = "W8A8" if scheme == "w8a8-static" else "W8A8_DYNAMIC"
+        self._kind = {"w8a8": "W8A8_DYNAMIC", "w8a8-static": "W8A8", "w4a16": "W4A16"}[scheme]
+        self._group = group if scheme == "w4a16" else None
         stem = f"quant_model_weight_{self._kind.lower()}"
         self.shard = stem + "-{:05d}-of-{:05d}.safetensors"
         self.index = stem + ".safetensors.index.json"
@@ -140,6 +193,8 @@ class AscendWriter:
         tensors = {} if weights.bias is None else {f"{name}.bias": weights.bias.to(dtype)}
         if isinstance(weights, FullWeights):
             return tensors | {f"{name}.weight": weights.weight.to(dtype)}
+        if isinstance(weights, Int4Weights):
+            return tensors | self._int4(name, weights)
         scale = weights.scale[:, None]
         tensors |= {
             f"{name}.weight": weights.values,
@@ -159,18 +214,30 @@ class AscendWriter:
             }
         return tensors
 
+    def _int4(self, name: str, weights: Int4Weights) -> dict[str, Tensor]:
+        if weights.hadamard is not None:
+            raise QuasarError(f"{name} rotates its input while running, which {self.format} cannot say")
+        scale, values = weights.scale.float(), weights.values
+        zero = torch.zeros_like(scale) if weights.offset is None else -weights.offset.float() / scale
+        return {
+            f"{name}.weight": _packed(values) if scale.shape[1] == 1 else _packed(values.t()).t().contiguous(),
+            f"{name}.weight_scale": scale,
+            f"{name}.weight_offset": zero,
+        }
+
     def finish(self, folder: Path, config: dict[str, Any], tensors: dict[str, str]) -> None:
         """Writes the description; tensors maps names to shards."""
-        int8 = {name.removesuffix(".weight_offset") for name in tensors if name.endswith(".weight_offset")}
+        quantized = {name.removesuffix(".weight_offset") for name in tensors if name.endswith(".weight_offset")}
 
         def kind(name: str) -> str:
             layer, _, part = name.rpartition(".")
-            if layer not in int8 or part == "bias":
+            if layer not in quantized or part == "bias":
                 return "FLOAT"
             return "W8A16" if layer.rpartition(".")[2] in self._wide else self._kind
 
         types = {name: kind(name) for name in tensors}
         if config.get("tie_word_embeddings"):
             types["lm_head.weight"] = "FLOAT"  # vLLM-Ascend asks for it although no tensor has the name
-        description = {"version": "1.0.0", "model_quant_type": self._kind} | types
+        group = {} if self._group is None else {"group_size": self._group}
+        description = {"version": "1.0.0", "model_quant_type": self._kind} | group | types
         (folder / _DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from quasar.checkpoints.folder import SafetensorsFolder
-from quasar.checkpoints.weights import FullWeights, Int4Weights, Int8Weights, LinearWeights
+from quasar.checkpoints.weights import INT4_GROUPS, FullWeights, Int4Weights, Int8Weights, LinearWeights
 from quasar.errors import QuasarError
 
 _INT8, _INT4 = "int-quantized", "pack-quantized"
@@ -32,7 +32,6 @@ _PER_WORD = 8  # int4 values in an int32
 _BYTES = 4  # int8 values in an int32
 _PATTERN_SECONDS = 0.1
 _ANY_LINEAR = "Linear"
-_GROUP_SIZES = (32, 64, 128)
 # Projections by the linear layer they are fused into, and by the fused layer's own name in vLLM.
 _PROJECTIONS = {
     "qkv": r"re:.*\.(q|k|v|qkv)_proj$",
@@ -158,8 +157,8 @@ class _Scheme:
             return
         _integers(where, "weights", weights, 4)
         size = weights.get("group_size")
-        if weights.get("strategy") != "group" or size not in _GROUP_SIZES:
-            sizes = ", ".join(map(str, _GROUP_SIZES))
+        if weights.get("strategy") != "group" or size not in INT4_GROUPS:
+            sizes = ", ".join(map(str, sorted(INT4_GROUPS)))
             raise QuasarError(
                 f"{where}: int4 weights should be in groups of {sizes}; not by {weights.get('strategy')} of {size!r}"
             )
@@ -265,7 +264,7 @@ class CompressedTensorsWriter:
     """What a checkpoint of this format is made of."""
 
     format = "compressed-tensors"
-    schemes = ("w8a8", "w8a8-static", "w4a16")
+    whole_zero_points = True
     shard = "model-{:05d}-of-{:05d}.safetensors"
     index = "model.safetensors.index.json"
 

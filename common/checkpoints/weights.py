@@ -60,6 +60,9 @@ class Int4Weights:
         return self.values.shape[1] // self.scale.shape[1]
 
 
+INT4_GROUPS = (128, 64, 32)  # inputs that share a scale of int4 weights; what the kernels take
+
+
 LinearWeights = FullWeights | Int8Weights | Int4Weights
 
 # The linear layers of a decoder layer, in the order they run. q, k and v are one layer, gate and up another.

@@ -170,9 +170,8 @@ def add_precision_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision",
         choices=PRECISIONS,
-        default="w8a8",
         help="of the model that verifies: full, w8a8 by SmoothQuant, int4 weights with 16-bit (w4a16) or int4 (w4a4) "
-        "activations (default: %(default)s)",
+        "activations (default: a quantised checkpoint's own, w8a8 of any other)",
     )
 
 
@@ -212,7 +211,7 @@ def add_lossless_flag(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_model(args: argparse.Namespace, precision: str, lossless: bool = False) -> Model:
+def load_model(args: argparse.Namespace, precision: str | None, lossless: bool = False) -> Model:
     """The model that the flags describe; lossless keeps its full-precision weights too."""
     name = args.model if args.dummy is None else DUMMY_PREFIX + args.dummy
     progress = sys.stderr.isatty()

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from quasar.backends import get_backend
 from quasar.checkpoints import open_checkpoint
 from quasar.errors import QuasarError
 from quasar.models.config import read_config
@@ -56,6 +57,7 @@ def report(path: Path, trust_remote_code: bool = False) -> tuple[list[str], Quas
         decoder = check_shapes(opened.config, opened.source)
         lines += _precisions(decoder)
         lines.append(_line("verification pass", f"reads {_size(decoder.weight_bytes_per_pass)} of weights"))
+        get_backend()
     except QuasarError as error:
         problem = error
     return [*lines, _line("runs here", "yes" if problem is None else f"no: {problem}")], problem

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quasar.checkpoints import WRITERS
+from quasar.checkpoints.weights import INT4_GROUPS
 from quasar.cli import flags
 from quasar.errors import QuasarError
 from quasar.export.export import quantize_checkpoint
@@ -16,7 +17,6 @@ from quasar.export.msmodelslim import quantize_with_msmodelslim
 from quasar.export.settings import SCHEMES, ExportSettings
 from quasar.loading import texts_or_default
 from quasar.models.model import LoadOptions
-from quasar.quantization.int4 import GROUPS
 from quasar.quantization.methods import FITTED
 
 ENGINES = ("quasar", "msmodelslim")
@@ -41,7 +41,9 @@ def add_parser(subparsers: Any) -> None:
         "calibrated; w4a16: int4 weights with zero points, 16-bit activations (default: w8a8)",
     )
     parser.add_argument(
-        "--group", choices=[str(size) for size in sorted(GROUPS)], help="inputs that share an int4 scale (default: 32)"
+        "--group",
+        choices=[str(size) for size in sorted(INT4_GROUPS)],
+        help="inputs that share an int4 scale (default: 32)",
     )
     parser.add_argument(
         "--engine", choices=ENGINES, default="quasar", help="who quantises (default: quasar); the other runs the tool"

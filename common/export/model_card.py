@@ -33,6 +33,8 @@ def model_card(
     full = ["embedding", "norms", *([] if settings.lm_head == "w8a8" else ["lm_head"])]
     full += [f"layer {each.layer} {each.name}" for each in kept]
     serve = "vllm serve DIR" + (" --quantization ascend   # vLLM-Ascend" if settings.format == "ascend" else "")
+    if settings.format == "ascend" and name == "w4a16":
+        serve = "quasar serve --model DIR   # or MindIE"
     base = f"base_model: {model}\n" if "/" in model and not Path(model).exists() else ""
     return f"""---
 {base}library_name: transformers

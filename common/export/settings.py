@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from quasar.checkpoints import WRITERS
+from quasar.checkpoints.weights import INT4_GROUPS
 from quasar.errors import QuasarError
 from quasar.loading import LM_HEADS
 from quasar.models.config import ModelConfig
-from quasar.quantization.int4 import GROUPS
 from quasar.quantization.methods import Int4, Method
 from quasar.quantization.recipe import Recipe
 
@@ -32,13 +32,11 @@ class ExportSettings:
             ("format", tuple(WRITERS)),
             ("scheme", SCHEMES),
             ("lm_head", LM_HEADS),
-            ("group", GROUPS),
+            ("group", INT4_GROUPS),
         ):
             if getattr(self, name) not in allowed:
                 some = ", ".join(map(str, allowed))
                 raise QuasarError(f"{name} {getattr(self, name)} is unknown; use one of {some}")
-        if self.scheme not in WRITERS[self.format].schemes:
-            raise QuasarError(f"--format {self.format} has no {self.scheme}; use --format compressed-tensors")
         if self.scheme == "w4a16" and self.lm_head != "full":
             raise QuasarError(f"--lm-head {self.lm_head}: one checkpoint holds int8 or int4 layers, not both")
 
@@ -49,14 +47,16 @@ class ExportSettings:
 
     def method(self, config: ModelConfig, kept: list[tuple[int, str]]) -> Method:
         """How the model is quantised; kept: (layer, linear layer) pairs that stay in 16 bits."""
-        if self.scheme == "w4a16":  # what the format can say: no rotation, whole zero points
-            return Int4(config, group=self.group, symmetric=False, rotated=False, rounding="gptq", whole_zeros=True)
+        if self.scheme == "w4a16":  # what the format can say: no rotation
+            whole = WRITERS[self.format].whole_zero_points
+            return Int4(config, group=self.group, symmetric=False, rotated=False, rounding="gptq", whole_zeros=whole)
         return self.recipe.method(config, kept, self.static)
 
     def how(self) -> str:
         """The method in words."""
         if self.scheme == "w4a16":
-            return f"GPTQ, asymmetric groups of {self.group} inputs with whole zero points"
+            whole = "whole " if WRITERS[self.format].whole_zero_points else ""
+            return f"GPTQ, asymmetric groups of {self.group} inputs with {whole}zero points"
         return str(self.recipe)
 
     def writer(self) -> Any:

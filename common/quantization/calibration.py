@@ -17,6 +17,8 @@ from quasar.models.decoder import DecoderLayer
 from quasar.models.linear import FullLinear
 from quasar.reading import parse_json, read_lines
 
+_BLOCK = 288  # channels whose moments are summed together, and those of channels behind them not twice
+
 
 @dataclass
 class InputStats:
@@ -46,7 +48,10 @@ class InputStats:
         x = x.float()
         self.peak = torch.maximum(self.peak, torch.maximum(x.amax(dim=0), -x.amin(dim=0)))
         if self.moments is not None:
-            self.moments.addmm_((x if weights is None else x * weights[:, None]).t(), x)
+            weighted = x if weights is None else x * weights[:, None]
+            for first in range(0, len(self.peak), _BLOCK):  # `finish` mirrors them
+                last = first + _BLOCK
+                self.moments[first:last, :last].addmm_(weighted[:, first:last].t(), x[:, :last])
         weights = x.new_ones(len(x)) if weights is None else weights
         if sample:
             keys = torch.cat([self.keys, torch.rand(len(x), generator=generator)])
@@ -56,6 +61,13 @@ class InputStats:
             self.keys = torch.cat([self.keys[stay], self.keys[~stay]])
             self.rows = torch.cat([self.rows[old], x[new]])
             self.weights = torch.cat([self.weights[old], weights[new]])
+
+    def finish(self) -> None:
+        """Called when all was seen: completes the moments."""
+        if self.moments is not None:
+            for first in range(_BLOCK, len(self.peak), _BLOCK):
+                last = first + _BLOCK
+                self.moments[:first, first:last] = self.moments[first:last, :first].t()
 
     def divide(self, scales: Tensor) -> None:
         """What would have been seen if every channel had been divided by its scale [in]."""
@@ -101,6 +113,8 @@ def observing(layer: DecoderLayer, sample: int = 0, moments: bool = False) -> It
     finally:
         for hook in hooks:
             hook.remove()
+        for each in stats.values():
+            each.finish()
 
 
 def read_texts(path: Path) -> list[str]:

@@ -5,23 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quasar.checkpoints.weights import FullWeights, Int4Weights
+from quasar.checkpoints.weights import INT4_GROUPS, FullWeights, Int4Weights
 from quasar.errors import QuasarError
 from quasar.quantization.gptq import gptq
 
-GROUPS = (128, 64, 32)  # inputs that share a scale; what the kernels take
 _CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # of a group's largest weight
 _ROWS = 16  # outputs are a multiple of it
 _SAMPLED, _ON_GRID = 256, 1e-3  # outputs looked at, and the share of their power that rounding may change
 
 
-def group_of(shape: tuple[int, int], most: int = GROUPS[0]) -> int:
+def group_of(shape: tuple[int, int], most: int = INT4_GROUPS[0]) -> int:
     """The largest group size up to `most` that divides the inputs of a weight [out, in].
 
     Raises QuasarError for shapes that the int4 kernels do not take.
     """
     out, inputs = shape
-    group = next((g for g in GROUPS if g <= most and inputs % g == 0), None)
+    group = next((g for g in INT4_GROUPS if g <= most and inputs % g == 0), None)
     if group is None or out % _ROWS:
         raise QuasarError(
             f"a linear layer of {inputs} inputs and {out} outputs cannot be int4: multiples of 32 and 16 can; "
@@ -87,7 +86,7 @@ def to_int4(
     full: FullWeights,
     moments: Tensor | None = None,
     *,
-    group: int = GROUPS[0],
+    group: int = INT4_GROUPS[0],
     symmetric: bool = True,
     whole_zeros: bool = False,
 ) -> Int4Weights:
@@ -109,10 +108,10 @@ def to_int4(
 
 def lies_on_grid(full: FullWeights) -> bool:
     """Whether asymmetric groups of 32 hold these weights as they are, as they do those of a 4-bit GGUF file."""
-    if full.weight.shape[1] % GROUPS[-1]:
+    if full.weight.shape[1] % INT4_GROUPS[-1]:
         return False
     weight = full.weight[:_SAMPLED].float()
-    grouped = weight.view(len(weight), -1, GROUPS[-1])
+    grouped = weight.view(len(weight), -1, INT4_GROUPS[-1])
     scale, offset = (part.float()[..., None] for part in asymmetric_grid(grouped))
     error = ((grouped - offset) / scale).round().clamp(-8, 7) * scale + offset - grouped
     return bool(error.square().mean() < _ON_GRID * grouped.square().mean())

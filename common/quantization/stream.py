@@ -27,6 +27,7 @@ from quasar.quantization.methods import Method, int8_head
 from quasar.quantization.rounding import static_scale
 
 _PASS_ROWS = 1024  # of texts that go through a layer together
+_HEAD_ROWS = 64  # whose distributions are in memory together: more would be new pages for every step of the comparison
 
 
 @dataclass
@@ -115,8 +116,10 @@ class LayerQuantizer:
             return after, quantized, None
         full = quantized if after.lm_head is before.lm_head else build(before.lm_head, self.backend)
         tally = FidelityTally()
-        for x, y, ids in zip(states.full, states.quantized, self.heldout, strict=True):
-            tally.add(self.log_probs(full, before.norm, x), self.log_probs(quantized, after.norm, y), ids[1:])
+        for text in zip(states.full, states.quantized, self.heldout, strict=True):
+            for at in range(0, len(text[0]), _HEAD_ROWS):
+                x, y, ids = (each[at : at + _HEAD_ROWS] for each in (*text[:2], text[2][1:]))
+                tally.add(self.log_probs(full, before.norm, x), self.log_probs(quantized, after.norm, y), ids)
         return after, quantized, tally.figures()
 
     def log_probs(self, lm_head: Linear, norm: Tensor, x: Tensor) -> Tensor:

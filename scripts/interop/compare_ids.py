@@ -1,7 +1,15 @@
 """Quasar's side of the comparison with vLLM (run in Quasar's environment).
 
-python compare_ids.py prompts MODEL PROMPTS.json        writes 200 prompts of token ids
-python compare_ids.py check DIR PROMPTS.json VLLM.json  compares with what vllm_generate.py wrote; exit 1 below 95 %
+    python compare_ids.py prompts MODEL PROMPTS.json        writes 200 prompts of token ids
+    python compare_ids.py check DIR PROMPTS.json VLLM.json  compares with what vllm_generate.py wrote; 1: too far off
+
+vLLM computes in float32 here, so it is held to Quasar's reference backend in float32: the same greedy ids for 95 % of
+the prompts, since an activation between two int8 steps may fall either way. On processors without VNNI, oneDNN adds
+pairs of int8 products in 16 bits, which saturate, and vLLM cannot say what the checkpoint means. There it is held to
+the reference backend with sums that saturate in the same way: then the products alone are why it differs from the exact
+ones.
+
+Quasar's CPU backend is held to the reference for 90 %: it multiplies lm_head in bfloat16 where the processor can.
 """
 
 from __future__ import annotations
@@ -9,15 +17,46 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from quasar import generate, load
+from quasar import Model, generate, load
+from quasar.backends.reference import ReferenceBackend
+from quasar.checkpoints import open_checkpoint
+from quasar.models.loader import build_decoder
 from quasar.models.model import ASSETS
 from quasar.quantization.calibration import read_texts
 
-PROMPTS, LENGTH, NEW_TOKENS, LEAST = 200, 24, 32, 0.95
+PROMPTS, LENGTH, NEW_TOKENS = 200, 24, 32
+LEAST, LEAST_OWN = 0.95, 0.90
+SATURATING = 50  # prompts of the slow comparison, which looks at each pair of products
+
+
+class SaturatingReference(ReferenceBackend):
+    """The reference backend with oneDNN's sums on processors without VNNI: an input is moved to 0 to 255, two
+    neighbours' products are added within int16, and what the move adds is taken off at the end."""
+
+    name = "reference with saturating sums"
+
+    def int8_matmul(self, x: Tensor, weight: Tensor) -> Tensor:
+        even, odd = weight[:, ::2].int(), weight[:, 1::2].int()
+        moved = 128 * weight.sum(dim=1)
+        sums = []
+        for row in (x.int() + 128).unbind():
+            pairs = (even * row[::2]).addcmul_(odd, row[1::2]).clamp_(-(1 << 15), (1 << 15) - 1)
+            sums.append(pairs.sum(dim=1) - moved)
+        return torch.stack(sums).to(torch.int32)
+
+
+@dataclass
+class Said:
+    """What a program says to a prompt: greedy ids, and the first one's logprob."""
+
+    ids: list[int]
+    logprob: float
 
 
 def write_prompts(model: str, path: str) -> None:
@@ -28,26 +67,51 @@ def write_prompts(model: str, path: str) -> None:
     Path(path).write_text(json.dumps([ids[i * step : i * step + LENGTH] for i in range(PROMPTS)]))
 
 
-def check(folder: str, prompts: str, theirs: str) -> None:
-    torch.set_num_threads(1)  # the models are too small to share
-    model = load(folder, device="cpu", dtype="float32")
-    same, tokens, differences = 0, 0, []
-    rows = json.loads(Path(theirs).read_text())
-    for ids, row in zip(json.loads(Path(prompts).read_text()), rows, strict=True):
-        own = generate(model, ids, max_new_tokens=NEW_TOKENS, ignore_eos=True).result().token_ids
-        same += own == row["ids"]
-        tokens += sum(a == b for a, b in zip(own, row["ids"], strict=True))
-        decoder = model.decoder
-        log_probs = decoder.read(ids, logits_to_keep=1).log_softmax(dim=-1)[0]
-        differences.append(abs(float(log_probs[row["ids"][0]]) - row["logprob"]))
-    share = same / len(rows)
+def said_by(model: Model, prompts: list[list[int]], first: list[int]) -> list[Said]:
+    """first: the ids whose logprobs are asked for."""
+    rows = []
+    for ids, of in zip(prompts, first, strict=True):
+        made = generate(model, ids, max_new_tokens=NEW_TOKENS, ignore_eos=True, draft="none").result().token_ids
+        log_probs = model.decoder.read(ids, logits_to_keep=1).log_softmax(dim=-1)[0]
+        rows.append(Said(made, float(log_probs[of])))
+    return rows
+
+
+def compare(what: str, one: list[Said], other: list[Said]) -> float:
+    """Prints, and returns the share of prompts with the same ids."""
+    both = list(zip(one, other, strict=True))
+    share = sum(a.ids == b.ids for a, b in both) / len(both)
+    tokens = sum(x == y for a, b in both for x, y in zip(a.ids, b.ids, strict=True)) / (len(both) * NEW_TOKENS)
+    differences = [abs(a.logprob - b.logprob) for a, b in both]
     print(
-        f"{folder}: {same} of {len(rows)} prompts give the same {NEW_TOKENS} ids in vLLM and Quasar ({share:.1%}), "
-        f"{tokens / (len(rows) * NEW_TOKENS):.1%} of tokens; first-token logprob differs by "
-        f"{statistics.mean(differences):.1e} on average, {max(differences):.1e} at most"
+        f"{what}: the same {NEW_TOKENS} ids for {share:.1%} of {len(both)} prompts, {tokens:.1%} of tokens; "
+        f"first-token logprob differs by {statistics.mean(differences):.1e} on average, {max(differences):.1e} at most"
     )
-    if share < LEAST:
-        sys.exit(f"below {LEAST:.0%}")
+    return share
+
+
+def check(folder: str, prompts: str, answers: str) -> None:
+    torch.set_num_threads(1)  # the models are too small to share
+    model, asked = load(folder, device="cpu", dtype="float32"), json.loads(Path(prompts).read_text())
+    written = json.loads(Path(answers).read_text())
+    vllm = [Said(**row) for row in written["rows"]]
+
+    def said(backend: ReferenceBackend | None = None, prompts: int = PROMPTS) -> list[Said]:
+        own = model
+        if backend is not None:
+            own = replace(model, decoder=build_decoder(model.config, open_checkpoint(Path(folder)), backend))
+        return said_by(own, asked[:prompts], [row.ids[0] for row in vllm[:prompts]])
+
+    reference = said(ReferenceBackend())
+    own = compare(f"{folder}: Quasar on CPU and its reference", said(), reference)
+    theirs = compare(f"{folder}: vLLM and the reference", vllm, reference)
+    if not written["exact"]:
+        print(f"{folder}: vLLM's int8 products saturate on this processor, so that is not held against it")
+        saturating = said(SaturatingReference(), SATURATING)
+        theirs = compare(f"{folder}: vLLM and the reference with saturating sums", vllm[:SATURATING], saturating)
+    for name, share, least in (("Quasar on CPU", own, LEAST_OWN), ("vLLM", theirs, LEAST)):
+        if share < least:
+            sys.exit(f"{name}: the same ids for {share:.1%} of prompts, below {least:.0%}")
 
 
 if __name__ == "__main__":

@@ -17,8 +17,9 @@ The differences, all of them:
                     activations' type; the norm is rounded before its weight is applied, not after
     attention       scores and probabilities are not rounded, the output is, once
     linear          the sum is exact, with the bias, and rounded once (the reference sums in float32)
-    int4_linear     the same; scales (and, with float16, the bias) are of the activations' type. int4 activations: the
-                    sum is rounded before their scale and the bias are applied, and again after
+    int4_linear     the same; scales, offsets (counted in steps, before the scale is applied) and, with float16, the
+                    bias are of the activations' type. int4 activations: the sum is rounded before their scale and the
+                    bias are applied, and again after
     rotate          the sum is exact and rounded once
 """
 
@@ -46,9 +47,14 @@ class FusedRounding(ReferenceBackend):
         y = self.int8_matmul(x.values, values).float() * scale * x.scale[:, None]
         return (y if bias is None else y + bias).to(self.dtype)
 
-    def int4_weight(self, values: Tensor, scale: Tensor) -> Tensor:
-        group = values.shape[1] // scale.shape[1]
-        return values.double() * scale.to(self.dtype).double().repeat_interleave(group, dim=1)
+    def int4_weight(self, values: Tensor, scale: Tensor, offset: Tensor | None = None) -> Tensor:
+        grouped = values.double().unflatten(1, (scale.shape[1], -1))
+        if offset is not None:
+            steps = offset.float() / scale.float()
+            is_whole = (steps.round() * scale.float()).bfloat16() == offset  # as whole zero points are stored
+            steps[is_whole] = steps[is_whole].round()
+            grouped = grouped + steps.to(self.dtype).double()[..., None]
+        return (grouped * scale.to(self.dtype).double()[..., None]).flatten(1)
 
     def int4_linear(self, x: Tensor | Quantized, weight: Any, bias: Tensor | None) -> Tensor:
         if isinstance(x, Quantized):

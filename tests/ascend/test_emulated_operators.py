@@ -120,20 +120,28 @@ def test_int4pack_lays_eight_in_a_word_the_first_lowest():
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("group", [0, 32, 64])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_weight_quant_batchmatmul(dtype, group, transposed):
+@pytest.mark.parametrize("zero_points", [False, True])
+def test_weight_quant_batchmatmul(dtype, group, transposed, zero_points):
     weight, x = int4(160, 24), torch.randn(5, 160, dtype=dtype)
     scale = torch.rand(-(-160 // group) if group else 1, 24).to(dtype)  # the last group of 64 is half a one
+    offset = torch.randn_like(scale) * 4 if zero_points else None
     bias = torch.randn(24).to(torch.float32 if dtype == torch.bfloat16 else dtype)
     if transposed:
         packed = torch_npu.npu_convert_weight_to_int4pack(weight.t().contiguous().npu()).t()
     else:
         packed = torch_npu.npu_convert_weight_to_int4pack(weight.npu())
     y = torch_npu.npu_weight_quant_batchmatmul(
-        x.npu(), packed, scale.npu(), bias=bias.npu(), antiquant_group_size=group
+        x.npu(),
+        packed,
+        scale.npu(),
+        antiquant_offset=offset.npu() if zero_points else None,
+        bias=bias.npu(),
+        antiquant_group_size=group,
     )
-    wide = scale.double().repeat_interleave(group or 160, dim=0)[:160]
+    rows = torch.arange(160) // (group or 160)
+    moved = weight.double() + (offset.double()[rows] if zero_points else 0)  # in steps, before the scale
     assert y.dtype == dtype
-    assert near(y, x.double() @ (weight.double() * wide) + bias.double())
+    assert near(y, x.double() @ (moved * scale.double()[rows]) + bias.double())
 
 
 # --- the int8 matrix product --------------------------------------------------------------------------------

@@ -205,6 +205,13 @@ REFUSED = {
     "int4 group of 16": (lambda: int4_matmul(scale=bf16(4, 16), antiquant_group_size=16), "antiquant_group_size 16"),
     "int4 group of 48": (lambda: int4_matmul(scale=bf16(2, 16), antiquant_group_size=48), "antiquant_group_size 48"),
     "int4 scale shape": (lambda: int4_matmul(scale=bf16(16, 2)), "antiquant_scale has shape"),
+    "int4 float16 offset": (lambda: int4_matmul(antiquant_offset=half(2, 16)), "dtypes must agree"),
+    "int4 int32 offset": (lambda: int4_matmul(antiquant_offset=i32(2, 16)), "dtypes must agree"),
+    "int4 offset shape": (lambda: int4_matmul(antiquant_offset=bf16(16)), "antiquant_offset has shape"),
+    "int4 strided offset": (
+        lambda: int4_matmul(antiquant_offset=bf16(2, 32)[:, ::2]),
+        "antiquant_offset is neither contiguous nor a transpose",
+    ),
     "int4 scales without groups": (lambda: int4_matmul(antiquant_group_size=0), "antiquant_scale has shape"),
     "int4 bias bf16": (lambda: int4_matmul(bias=bf16(16)), "bias is torch.bfloat16"),
     "int4 bias float32 float16": (
@@ -514,7 +521,7 @@ def test_an_unknown_chip_has_no_limits_to_apply():
         lambda: int4_pack(inner_k_tiles=1),
         lambda: int4_matmul(weight=i8(64, 16)),
         lambda: int4_matmul(inner_precise=1),
-        lambda: int4_matmul(antiquant_offset=bf16(2, 16)),
+        lambda: int4_matmul(quant_scale=f32(1, 16)),
         lambda: dequant_swiglu(quant_mode=0),
         lambda: fia(softmax_lse_flag=True),
         lambda: torch_npu.npu_rotary_mul(half(1, 3, 2, 16), half(1, 3, 1, 16), half(1, 3, 1, 16), "interleave"),

@@ -69,10 +69,10 @@ CHECKPOINTS = sorted(path.parent.name for path in GOLDEN.glob("*-*/config.json")
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_checkpoints_that_other_tools_quantised_say_the_same_ids(name):
-    """Folders that the real msmodelslim (W8A8, W8A8_DYNAMIC, W8A8_MIX) and llm-compressor have written."""
+    """Folders that the real msmodelslim (W8A8, W8A8_DYNAMIC, W8A8_MIX, W4A16) and llm-compressor have written."""
     dtype = "float16" if "fp16" in name else "bfloat16"
     npu = load(str(GOLDEN / name), device="npu", dtype=dtype)
-    assert npu.precision == "w8a8"
+    assert npu.precision == ("w4a16" if "w4a16" in name else "w8a8")
     decoder = build_decoder(npu.config, open_checkpoint(GOLDEN / name), FusedRounding("cpu", DTYPES[dtype]))
     result = ids_of(npu, draft="ngram", gamma=4)
     assert result.token_ids == ids_of(replace(npu, decoder=decoder), draft="none").token_ids

@@ -13,8 +13,6 @@ import quasar_npu
 from quasar.backends import get_backend
 from quasar.backends.base import Batch, Segment
 from quasar.backends.capture import CapturedPasses
-from quasar.models.linear_int4 import in_w4a4
-from quasar.models.sharing import share
 from quasar.quantization.methods import Int4
 from quasar.quantization.stream import quantized_decoder
 from quasar_npu.inference_card import InferenceCardBackend
@@ -38,10 +36,10 @@ def passes_over(decoder):
             passes.run(Batch(segments))
 
 
-def int4_decoder(backend, precision):
+def int4_decoder(backend):
     model = on_backend("qwen3", "full", backend)
-    decoder, _ = quantized_decoder(model.config, model.weights, backend, Int4(model.config), [])
-    return share(decoder, convert=in_w4a4) if precision == "w4a4" else decoder
+    method = Int4(model.config, group=32, symmetric=False)
+    return quantized_decoder(model.config, model.weights, backend, method, [])[0]
 
 
 @pytest.mark.parametrize("branch", [None, "7.0.0", "7.1.0"])
@@ -53,7 +51,7 @@ def test_every_call_is_one_that_this_torch_npu_takes(branch, monkeypatch):
         for family, precision in (("openpangu", "w8a8"), ("qwen3", "w8a8"), ("openpangu", "full")):
             passes_over(on_backend(family, precision, get_backend("npu")).decoder)
         passes_over(on_backend("openpangu", "w8a8-static", get_backend("npu", torch.float16)).decoder)
-        passes_over(int4_decoder(get_backend("npu"), "w4a16"))
+        passes_over(int4_decoder(get_backend("npu")))
         monkeypatch.setenv("QUASAR_NPU_FUSED_NORM", "0")
         monkeypatch.setenv("QUASAR_NPU_FUSED_SWIGLU", "0")
         passes_over(on_backend("qwen3", "w8a8", get_backend("npu")).decoder)

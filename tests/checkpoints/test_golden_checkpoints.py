@@ -10,6 +10,7 @@ import torch
 
 from quasar import Model, QuasarError, generate, load
 from quasar.models.linear import W8A8Linear
+from quasar.models.linear_int4 import W4A16Linear
 from quasar.quantization.fidelity import FidelityProbe
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -22,6 +23,7 @@ MADE = {
     "msmodelslim-static-fp16": 8e-4,
     "llm-compressor": 4e-4,
     "llm-compressor-static": 8e-4,
+    "msmodelslim-w4a16": 2e-2,
 }
 
 
@@ -33,8 +35,9 @@ def full() -> Model:
 @pytest.mark.parametrize("name", MADE)
 def test_what_the_tools_wrote_agrees_with_the_float_model(name: str, full: Model) -> None:
     model = load(str(GOLDEN / name), device="reference")
-    assert model.precision == "w8a8"
-    assert all(isinstance(linear, W8A8Linear) for linear in model.decoder.linears()[:-1])
+    precision, kind = ("w4a16", W4A16Linear) if "w4a16" in name else ("w8a8", W8A8Linear)
+    assert model.precision == precision
+    assert all(isinstance(linear, kind) for linear in model.decoder.linears()[:-1])
     probe = FidelityProbe(full.decoder, [full.encode(text) for text in TEXTS])
     fidelity = probe.compare(model.decoder)
     assert 0 < fidelity.mean_kl < MADE[name]

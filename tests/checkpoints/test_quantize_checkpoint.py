@@ -61,24 +61,33 @@ def test_saved_is_bit_for_bit_what_quantising_in_memory_gives(
         assert torch.equal(logits(tmp_path / name), logits_of(model))
 
 
+@pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("family", ["qwen3-tied", "openpangu"])
 @pytest.mark.parametrize("group", [32, 64])
 def test_int4_with_zero_points_is_read_back(
-    family: str, group: int, small: Callable[[str], Path], tmp_path: Path
+    name: str, family: str, group: int, small: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """As vLLM's pack-quantized has it: what is read is what the method made."""
-    export(small(family), tmp_path / "out", scheme="w4a16", group=group)
+    """As vLLM's pack-quantized and msModelSlim have it: what is read is what the method made."""
+    export(small(family), tmp_path / "out", format=name, scheme="w4a16", group=group)
     model = load(str(tmp_path / "out"), device="reference")
     assert model.precision == "w4a16"
     full = open_model(str(small(family)), CPU)
     texts, _ = calibration_and_heldout(full.config, full.tokenizer, TEXTS, HELDOUT)
-    method = ExportSettings(scheme="w4a16", group=group).method(full.config, [])
+    method = ExportSettings(name, "w4a16", group=group).method(full.config, [])
     made, _ = quantized_decoder(full.config, full.weights, full.backend, method, texts)
     ids = list(range(5, 90))
     assert torch.equal(logits(tmp_path / "out"), made.read(ids, logits_to_keep=len(ids)))
     width = full.config.intermediate_size
+    down = "model.layers.0.mlp.down_proj"
     shapes = {name: t.shape for name, t in load_file(next((tmp_path / "out").glob("*00002-*"))).items()}
-    assert shapes["model.layers.0.mlp.down_proj.weight_zero_point"] == (8, width // group)
+    if name == "compressed-tensors":
+        assert shapes[f"{down}.weight_zero_point"] == (8, width // group)
+        return
+    assert shapes[f"{down}.weight"] == (32, width)
+    assert shapes[f"{down}.weight_offset"] == shapes[f"{down}.weight_scale"] == (64, width // group)
+    description = json.loads((tmp_path / "out" / "quant_model_description.json").read_text())
+    assert (description["version"], description["group_size"]) == ("1.0.0", group)
+    assert description[f"{down}.weight_offset"] == description["model_quant_type"] == "W4A16"
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -36,7 +36,13 @@ from tests.helpers.gguf_files import write_gguf
 from tests.helpers.serving import TEMPLATE
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-QUANTISED = ("llm-compressor", "llm-compressor-static", "msmodelslim-static-fp16", "msmodelslim-mix")
+QUANTISED = (
+    "llm-compressor",
+    "llm-compressor-static",
+    "msmodelslim-static-fp16",
+    "msmodelslim-mix",
+    "msmodelslim-w4a16",
+)
 MOST_CHARACTERS = 1000  # of a refusal
 OFF = WeightsCache(Path("/nonexistent"), gigabytes=0)
 DRAFTS = ("ngram", "suffix", "hybrid", "recycling", "corpus", "text")

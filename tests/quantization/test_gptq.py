@@ -6,9 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from quasar.checkpoints.weights import FullWeights
-from quasar.quantization.gptq import gptq
+from quasar.quantization.calibration import InputStats
+from quasar.quantization.gptq import _inverse_factor, gptq
 from quasar.quantization.int4 import to_int4
 from quasar.quantization.rounding import quantize_weight, to_int8_gptq
 
@@ -66,16 +68,53 @@ def test_weights_on_the_grid_stay_where_they_are() -> None:
         torch.testing.assert_close(dense.flatten(1), weight, rtol=0, atol=0.02)
 
 
+def channel_by_channel(weight: Tensor, moments: Tensor, scale: Tensor, offset: Tensor, low: int, high: int) -> Tensor:
+    """The paper's algorithm in float64, without blocks."""
+    moments = moments.double()
+    moments = moments + 0.01 * moments.diagonal().mean() * torch.eye(len(moments))
+    order = moments.diagonal().argsort(descending=True)
+    factor = torch.linalg.cholesky(torch.linalg.inv(moments[order][:, order]), upper=True)
+    left, values = weight.double()[:, order], torch.zeros_like(weight, dtype=torch.int8)
+    for i, channel in enumerate(order.tolist()):
+        group = channel // (weight.shape[1] // scale.shape[1])
+        step, zero = scale[:, group].double(), offset[:, group].double()
+        rounded = ((left[:, i] - zero) / step).round().clamp(low, high)
+        error = (left[:, i] - zero - rounded * step) / factor[i, i]
+        left[:, i:] -= error[:, None] * factor[i, i:]
+        values[:, channel] = rounded
+    return values
+
+
 @settings(max_examples=20, deadline=None)
-@given(st.integers(1, 70), st.integers(1, 20), st.integers(1, 64), st.integers(0, 99))
-def test_blocks_do_not_change_the_result(inputs: int, out: int, block: int, seed: int) -> None:
-    x, weight = correlated(50, 4 * inputs, seed), torch.randn(out, 4 * inputs)
-    scale = weight.abs().amax(dim=1, keepdim=True) / 127
-    whole = gptq(weight, x.t() @ x, scale, None, -127, 127, block=4 * inputs)
-    parts = gptq(weight, x.t() @ x, scale, None, -127, 127, block=block)
-    assert (
-        whole != parts
-    ).float().mean() < 0.02  # sums in another order: a number between two steps may fall elsewhere
+@given(st.integers(1, 150), st.integers(1, 20), st.integers(1, 4), st.booleans(), st.integers(0, 99))
+def test_blocks_do_not_change_the_result(size: int, out: int, groups: int, int4: bool, seed: int) -> None:
+    inputs, (low, high) = groups * size, (-8, 7) if int4 else (-127, 127)
+    x, weight = correlated(50, inputs, seed), torch.randn(out, inputs)
+    scale = weight.view(out, groups, size).abs().amax(dim=2).clamp(min=0.1) / high
+    offset = torch.randn(out, groups) * scale if int4 else torch.zeros(out, groups)
+    made = gptq(weight, x.t() @ x, scale, offset if int4 else None, low, high)
+    expected = channel_by_channel(weight, x.t() @ x, scale, offset, low, high)
+    # Sums in another order and precision: a number between two steps may fall elsewhere, and others make up for it.
+    assert (made != expected).float().mean() < 0.02
+
+
+@pytest.mark.parametrize("channels", [1, 288, 700])
+def test_moments_are_those_of_every_pair_of_channels(channels: int) -> None:
+    x, weights = torch.randn(40, channels), torch.rand(40)
+    stats, generator = InputStats.empty(channels, moments=True), torch.Generator()
+    stats.update(x[:30], weights[:30], 0, generator)
+    stats.update(x[30:], weights[30:], 0, generator)
+    stats.finish()
+    torch.testing.assert_close(stats.moments, (x * weights[:, None]).t() @ x, rtol=1e-4, atol=1e-4)
+
+
+def test_a_factor_by_halves_is_the_factor() -> None:
+    x = correlated(2000, 700)
+    moments = x.t() @ x
+    factor = _inverse_factor(moments)
+    assert torch.equal(factor, factor.triu())
+    upper = torch.linalg.inv(factor.double())
+    torch.testing.assert_close(upper @ upper.t(), moments.double(), rtol=0, atol=1e-5 * moments.max().item())
 
 
 def test_channels_that_never_fire_are_rounded_to_nearest() -> None:

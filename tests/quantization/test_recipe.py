@@ -36,7 +36,6 @@ def test_recipes_that_cannot_be(fields: dict, words: str) -> None:
         (["--budget", "200%"], "--budget 200%"),
         (["--wide", "down,"], "--wide  is no linear layer"),
         (["--alpha", "often"], "--alpha often: should be a number from 0 to 1, auto or fitted"),
-        (["--scheme", "w4a16", "--format", "ascend"], "--format ascend has no w4a16"),
         (["--scheme", "w4a16", "--lm-head", "w8a8"], "--lm-head w8a8: one checkpoint holds int8 or int4 layers"),
     ],
 )

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quasar.backends import get_backend
+from quasar.backends import get_backend, reference
 from quasar.backends.base import ActivationQuant, Quantized
 from quasar.checkpoints.weights import FullWeights
 from quasar.models.linear import W8A8Linear
@@ -33,11 +33,20 @@ def test_extremes_accumulate_exactly(value, inputs):
     assert (y == torch.tensor(float(-128 * value * inputs))).all()
 
 
+@pytest.mark.parametrize("inputs", [1, 300, 1024, 2500])
+def test_sums_are_exact_where_onednn_s_are_not(inputs, monkeypatch):
+    """As on processors without VNNI."""
+    monkeypatch.setattr(reference, "int_mm_is_exact", lambda: False)
+    x, weight = (torch.randint(-128, 128, (n, inputs), dtype=torch.int8) for n in (5, 24))
+    for a, b in ((x, weight), (torch.full_like(x, -128), torch.full_like(weight, -128))):
+        assert torch.equal(reference.int8_matmul(a, b), (a.long() @ b.long().t()).int())
+
+
 def test_real_integers_are_multiplied(monkeypatch):
     """Not fake quantisation: the matmul sees int8 on both sides."""
     seen = []
-    original = torch._int_mm
-    monkeypatch.setattr(torch, "_int_mm", lambda a, b: seen.append((a.dtype, b.dtype)) or original(a, b))
+    original = reference.int8_matmul
+    monkeypatch.setattr(reference, "int8_matmul", lambda a, b: seen.append((a.dtype, b.dtype)) or original(a, b))
     W8A8Linear(BACKEND, to_int8(FullWeights(torch.randn(8, 16), None)))(torch.randn(3, 16))
     assert seen == [(torch.int8, torch.int8)]
 

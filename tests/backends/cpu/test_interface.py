@@ -72,3 +72,7 @@ def test_an_instruction_set_that_is_not_there() -> None:
     assert done.returncode == 2
     sets = ", ".join(kernels.instruction_sets())
     assert done.stderr == f"quasar generate: QUASAR_NATIVE_ISA=mmx: this processor runs {sets}\n"
+    argv = [sys.executable, "-m", "quasar.cli", "inspect", "--check", str(SMALL)]
+    done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"no: QUASAR_NATIVE_ISA=mmx: this processor runs {sets}" in done.stdout

@@ -31,7 +31,7 @@ OPERATORS = {
     "npu_quant_matmul": Operator(npu_quant_matmul, any_layout=("x2",)),
     "npu_convert_weight_to_int4pack": Operator(npu_convert_weight_to_int4pack, meta=False),
     "npu_weight_quant_batchmatmul": Operator(
-        npu_weight_quant_batchmatmul, any_layout=("x", "weight", "antiquant_scale")
+        npu_weight_quant_batchmatmul, any_layout=("x", "weight", "antiquant_scale", "antiquant_offset")
     ),
     "npu_rms_norm": Operator(npu_rms_norm, strided=("input", "gamma")),
     "npu_add_rms_norm": Operator(npu_add_rms_norm, strided=("x1", "x2", "gamma")),

@@ -58,20 +58,22 @@ def npu_weight_quant_batchmatmul(
     inner_precise,
     weight_dtype,
 ):
-    """x fp16/bf16 [m, k] @ (int4 [k, n] * scale) + bias -> [m, n] of x's type.
+    """x fp16/bf16 [m, k] @ ((int4 [k, n] + offset) * scale) + bias -> [m, n] of x's type.
 
     The weight comes packed, int32 [k, n / 8], or [k / 8, n] as the transpose of a packed [n, k] one.
-    scale [k / group, n]; with group 0 [n] or [1, n], or [1] for the whole tensor.
+    scale [k / group, n]; with group 0 [n] or [1, n], or [1] for the whole tensor. offset as scale.
     """
     need_dtype("x", x, torch.float16, torch.bfloat16)
     need_dtype("weight", weight, torch.int8, *(() if is_inference_card() else (torch.int32,)))
     need_emulated(weight.dtype == torch.int32 and weight_dtype is None, "only int4 weights in int32")
-    need_emulated(antiquant_offset is None and quant_scale is None and quant_offset is None, "only symmetric weights")
+    need_emulated(quant_scale is None and quant_offset is None, "only outputs that are not quantised")
     need(not is_fractal(weight), "a FRACTAL_NZ weight goes with compiled graphs only, not with single calls")
     need_emulated(inner_precise == 0, "only inner_precise 0: the other wants FRACTAL_NZ")
     need(x.dim() == weight.dim() == 2, "x and weight need two dimensions")
-    for name, tensor in (("x", x), ("weight", weight), ("antiquant_scale", antiquant_scale)):
-        need(tensor.is_contiguous() or _is_transposed(tensor), f"{name} is neither contiguous nor a transpose")
+    operands = {"x": x, "weight": weight, "antiquant_scale": antiquant_scale, "antiquant_offset": antiquant_offset}
+    for name, tensor in operands.items():
+        straight = tensor is None or tensor.is_contiguous() or _is_transposed(tensor)
+        need(straight, f"{name} is neither contiguous nor a transpose")
     values = unpacked(weight.t()).t() if _is_transposed(weight) else unpacked(weight)
     (m, k), n = x.shape, values.shape[1]
     need(min(m, k, n) > 0, "x and weight may not be empty")
@@ -79,7 +81,8 @@ def npu_weight_quant_batchmatmul(
     need(max(k, n, m if _is_transposed(x) else 0) <= LARGEST, "a dimension exceeds 65535")
 
     group = antiquant_group_size
-    need_same_dtype(x=x, antiquant_scale=antiquant_scale)
+    need_same_dtype(x=x, antiquant_scale=antiquant_scale, antiquant_offset=antiquant_offset)
+    need_shape("antiquant_offset", antiquant_offset, tuple(antiquant_scale.shape))
     if group == 0:
         need_shape("antiquant_scale", antiquant_scale, (1,), (n,), (1, n))
     else:
@@ -88,8 +91,9 @@ def npu_weight_quant_batchmatmul(
     need_dtype("bias", bias, torch.float32 if x.dtype == torch.bfloat16 else torch.float16)
     need_shape("bias", bias, (n,), (1, n))
 
-    scale = antiquant_scale.double()
-    if group:
-        scale = scale.repeat_interleave(group, 0)[:k]
-    product = x.double() @ (values * scale)
+    def of_rows(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.double().repeat_interleave(group, 0)[:k] if group else tensor.double()
+
+    offset = 0.0 if antiquant_offset is None else of_rows(antiquant_offset)
+    product = x.double() @ ((values + offset) * of_rows(antiquant_scale))
     return (product if bias is None else product + bias.double()).to(x.dtype)

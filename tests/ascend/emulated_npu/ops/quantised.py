@@ -13,6 +13,7 @@ from emulated_npu.limits import (
     need_shape,
     need_training_card,
 )
+from quasar.backends.reference import int8_matmul
 
 # The `int` that torch_npu's Python layer makes of a dtype.
 DTYPE_CODES = {
@@ -173,7 +174,7 @@ def npu_quant_matmul(
     need_shape("pertoken_scale", pertoken_scale, (x1.shape[-2],))
     _check_weight(x2)
 
-    total = torch._int_mm(x1.reshape(-1, x1.shape[-1]).contiguous(), x2.contiguous())
+    total = int8_matmul(x1.reshape(-1, x1.shape[-1]).contiguous(), x2.t().contiguous())
     total = total.view(*x1.shape[:-1], n)
     if bias is not None and bias.dtype == torch.int32:
         total = total + bias
