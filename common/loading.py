@@ -17,14 +17,14 @@ from quasar.models.config import ModelConfig
 from quasar.models.decoder import Decoder
 from quasar.models.fidelity import Fidelity
 from quasar.models.linear_int4 import in_w4a4
-from quasar.models.loader import CheckpointWeights
+from quasar.models.loader import CheckpointWeights, RandomTensors
 from quasar.models.model import DEFAULT_MODEL, LoadOptions, Model, open_model
 from quasar.models.own_text import own_text
 from quasar.models.sharing import share
 from quasar.models.weights_cache import WeightsCache, source_digest
 from quasar.quantization.budget import choose_kept, describe
 from quasar.quantization.calibration import read_texts
-from quasar.quantization.methods import FITTED, Method, best_int4
+from quasar.quantization.methods import FITTED, W8A8, Method, SameLayers, best_int4
 from quasar.quantization.recipe import DEFAULT_RECIPE, Recipe, pass_bytes
 from quasar.quantization.stream import quantized_decoder
 from quasar.quantization.texts import calibration_and_heldout
@@ -187,8 +187,13 @@ def _quantized(
         writer = cache.writer(key)
     if not texts:
         texts = own_text(assemble(config, weights, backend))
-    if precision != "w8a8":
-        method: Method = best_int4(config, weights, backend)
+    method: Method
+    random = isinstance(weights, CheckpointWeights) and isinstance(weights.source, RandomTensors)
+    if random and not recipe.budget:
+        nearest = W8A8(config, smooth=False, wide=recipe.wide)
+        method = SameLayers(nearest if precision == "w8a8" else best_int4(config, weights, backend, "nearest"))
+    elif precision != "w8a8":
+        method = best_int4(config, weights, backend)
     else:
         method = recipe.method(config)
         budget = int(recipe.budget * pass_bytes(config))

@@ -50,16 +50,13 @@ from quasar_gpu.slots import PagedSlot, PagePool
 
 @dataclass(frozen=True)
 class Product:
-    """A linear layer's result [rows, outputs], to be computed: `run(out, epilogue)` launches it.
-
-    fuses: whether an epilogue may be asked for; without, it is None.
-    """
+    """A linear layer's result [rows, outputs], to be computed: `run(out, epilogue)` launches it. Longer ones than a
+    pass take no epilogue."""
 
     backend: CudaBackend
     rows: int
     outputs: int
     run: Callable[[Tensor, linear_kernels.Epilogue], None]
-    fuses: bool = True
 
     def __add__(self, other: Tensor) -> Tensor:
         """For whoever runs a layer by itself and adds the residual stream."""
@@ -86,6 +83,8 @@ class Unattended:
 class CudaBackend(Backend):
     name = "cuda"
     graphs = True  # capture passes
+    fuses_digits = True
+    int4_offsets = True
     runs_before_capture = 1
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -122,9 +121,8 @@ class CudaBackend(Backend):
         return values.to(self.device).contiguous(), scale.to(self.device, torch.float32).contiguous()
 
     def int4_weight(self, values: Tensor, scale: Tensor, offset: Tensor | None = None) -> int4_kernels.Int4Weight:
-        if offset is not None:
-            raise QuasarError("--device cuda has no int4 weights with zero points yet; symmetric groups run there")
-        return int4_kernels.pack_int4(values.to(self.device), scale.to(self.device))
+        offset = None if offset is None else offset.to(self.device)
+        return int4_kernels.pack_int4(values.to(self.device), scale.to(self.device), offset)
 
     # Products: launched by `result` and by what follows them.
 
@@ -149,30 +147,22 @@ class CudaBackend(Backend):
 
         return Product(self, rows.shape[0], values.shape[0], run)
 
-    def wide_int8_linear(self, x: Tensor, weight: Any, bias: Tensor | None) -> Any:
-        (weights, weight_scale), (rows, inputs), x = weight, x.shape, x.contiguous()
-        outputs = weights.shape[0]
+    def wide_int8_linear(self, x: Tensor | Quantized, weight: Any, bias: Tensor | None) -> Any:
+        """x: in floating point, or digits int8 [2 * rows, in] with the scale [rows] of the lower ones."""
+        values, weight_scale = weight
+        digits = self.quantize(x, ActivationQuant(wide=True)) if isinstance(x, Tensor) else x
+        rows = digits.scale.shape[0]
 
-        def both(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-            """For two digits of each row."""
+        def run(out: Tensor, epilogue: linear_kernels.Epilogue) -> None:
+            given = (digits.values, digits.scale, values, weight_scale, bias, out)
             if rows <= MOST_ROWS:
-                return self._buffers.take((2 * rows, *shape), dtype)
-            return torch.empty((2 * rows, *shape), dtype=dtype, device=self.device)
+                linear_kernels.wide_int8_linear(*given, epilogue=epilogue)
+                return
+            upper, lower = padded_int_mm(digits.values, values).chunk(2)
+            y = lower.add_(upper, alpha=16).float().mul_(digits.scale[:, None]).mul_(weight_scale)
+            out.copy_(y if bias is None else y.add_(bias))
 
-        digits, scale = both((inputs,), torch.int8), both((), torch.float32)
-        row_kernels.digits(x, digits, scale)
-
-        def run(out: Tensor, _epilogue: linear_kernels.Epilogue) -> None:
-            y = both((outputs,), torch.float32)
-            if rows > MOST_ROWS:
-                torch.mul(padded_int_mm(digits, weights).float().mul_(scale[:, None]), weight_scale, out=y)
-            else:
-                for part in (slice(0, MOST_ROWS), slice(MOST_ROWS, 2 * rows)):
-                    if part.start < 2 * rows:
-                        linear_kernels.int8_linear(digits[part], scale[part], weights, weight_scale, None, y[part])
-            row_kernels.fold_digits(y, bias, out)
-
-        return Product(self, rows, outputs, run, fuses=False)
+        return Product(self, rows, values.shape[0], run)
 
     def int4_linear(self, x: Tensor | Quantized, weight: Any, bias: Tensor | None) -> Any:
         values, scale = (x.values, x.scale) if isinstance(x, Quantized) else (x, None)
@@ -210,12 +200,19 @@ class CudaBackend(Backend):
     def quantize(self, x: Tensor, quant: ActivationQuant) -> Quantized:
         if quant.static_scale is not None:
             return self._quantize_static(x, quant.static_scale)
-        y = self._quantized(x.shape)
-        row_kernels.quantize(x, y.values, y.scale)
+        y = self._quantized(x.shape, quant)
+        (row_kernels.digits if quant.wide else row_kernels.quantize)(x.contiguous(), y.values, y.scale)
         return y
 
-    def _quantized(self, shape: tuple[int, ...]) -> Quantized:
-        return Quantized(self._new(shape, torch.int8), self._new(shape[:1], torch.float32))
+    def _quantized(self, shape: tuple[int, ...], quant: ActivationQuant | None = None) -> Quantized:
+        """Room for rows of int8; for both digits of wide ones, with a scale for each row all the same."""
+        rows, size = shape
+        scale = self._new((rows,), torch.float32)
+        if quant is None or not quant.wide:
+            return Quantized(self._new(shape, torch.int8), scale)
+        if rows <= MOST_ROWS:
+            return Quantized(self._buffers.take((2 * rows, size), torch.int8), scale)
+        return Quantized(torch.empty((2 * rows, size), dtype=torch.int8, device=self.device), scale)
 
     def _quantize_static(self, x: Tensor, scale: Tensor) -> Quantized:
         # PyTorch's own operators: only checkpoints made elsewhere have static scales.
@@ -229,7 +226,7 @@ class CudaBackend(Backend):
         """x, which left its peaks in `_peaks` unless it has too many rows or a static scale."""
         if quant.static_scale is not None or x.shape[0] > MOST_ROWS:
             return self.quantize(x, quant)
-        y = self._quantized(x.shape)
+        y = self._quantized(x.shape, quant)
         row_kernels.quantize_by_peak(x, self._peaks, y.values, y.scale)
         return y
 
@@ -240,7 +237,7 @@ class CudaBackend(Backend):
         total = x if residual is None else self._new(x.shape, self.dtype)
         peaks = self._peaks if x.shape[0] <= MOST_ROWS else None
         if quant is not None and quant.static_scale is None:
-            y = self._quantized(x.shape)
+            y = self._quantized(x.shape, quant)
             row_kernels.add_rms_norm_quantize(x, residual, weight, eps, total, y.values, y.scale, peaks)
             return y, total
         y = self._new(x.shape, self.dtype)
@@ -249,14 +246,14 @@ class CudaBackend(Backend):
 
     def swiglu(self, gate_up: Tensor | Product, quant: ActivationQuant | None) -> Tensor | Quantized:
         """A product gets it as its end, and the norm before the product made `_peaks` ready."""
-        if isinstance(gate_up, Product) and gate_up.fuses and gate_up.rows <= MOST_ROWS:
+        if isinstance(gate_up, Product) and gate_up.rows <= MOST_ROWS:
             y = self._new((gate_up.rows, gate_up.outputs // 2), self.dtype)
             gate_up.run(y, linear_kernels.SwiGLU(self._peaks))
             return y if quant is None else self._quantize_with_peaks(y, quant)
         gate_up = self.result(gate_up)
         shape = (gate_up.shape[0], gate_up.shape[1] // 2)
         if quant is not None and quant.static_scale is None:
-            quantized = self._quantized(shape)
+            quantized = self._quantized(shape, quant)
             row_kernels.swiglu_quantize(gate_up, quantized.values, quantized.scale)
             return quantized
         y = self._new(shape, self.dtype)
@@ -342,11 +339,6 @@ class CudaBackend(Backend):
         y = lm_head(x)
         if y.rows > MOST_ROWS:
             return self.result(y, torch.float32)
-        if not y.fuses:
-            logits = self.result(y, torch.float32)
-            self._keys[: y.rows] = linear_kernels.keys_of(logits.argmax(dim=-1))  # a graph holds these operations too
-            self._best = weakref.ref(logits), self._keys, None
-            return logits
         most = WINDOW if y.rows <= WINDOW else MOST_ROWS
         logits = self._buffers.take((most, y.outputs), torch.float32)[: y.rows]
         y.run(logits, linear_kernels.Best(self._keys))

@@ -155,19 +155,23 @@ def stand_in() -> None:
     config.DUMMY_SHAPES["rehearsal"] = replace(config.DUMMY_SHAPES["qwen3-8b"], max_position_embeddings=200, **sizes)
 
 
-def load_model(plan: Plan, precision: str, name: str | None = None, **options: Any) -> Any:
-    """Random weights of the plan's shape, or a shipped model, on the card."""
+def load_model(plan: Plan, scheme: str, name: str | None = None, **options: Any) -> Any:
+    """Random weights of the plan's shape (`gpu.models`), or a shipped model, on the card."""
     from quasar import load
     from quasar.models import model as models
 
+    if name is None:
+        from scripts.gpu.models import random_model
+
+        return random_model(plan.shape, scheme, backend_of(plan))
     if not plan.rehearsal:
-        return load(name or f"dummy:{plan.shape}", device="cuda", precision=precision, **options)
+        return load(name, device="cuda", precision=scheme, **options)
     opened = models.get_backend
     models.get_backend = lambda device, dtype=None, *_: backend_of(
         plan, str(dtype or "bfloat16").removeprefix("torch.")
     )
     try:
-        return load(name or f"dummy:{plan.shape}", device="cuda", precision=precision, **options)
+        return load(name, device="cuda", precision=scheme, **options)
     finally:
         models.get_backend = opened
 
@@ -354,9 +358,14 @@ def step_full(report: Report, plan: Plan) -> None:
     steps_of(report, plan, "full", switches=False)
 
 
-def step_w4a16(report: Report, plan: Plan) -> None:
-    """Passes with int4 weights."""
-    steps_of(report, plan, "w4a16", switches=False)
+def step_others(report: Report, plan: Plan) -> None:
+    """Passes with int4 weights, with zero points and without; W8A8 without wide inputs, and with an int8 lm_head."""
+    from scripts.gpu.models import SCHEMES
+
+    for scheme in ("w4a16", *(scheme for scheme in SCHEMES if "," in scheme)):
+        with report.trying(f"step {scheme}"):
+            steps_of(report, plan, scheme, switches=False)
+        free(plan)
 
 
 def profile(report: Report, plan: Plan) -> None:
@@ -567,10 +576,11 @@ def kernels(report: Report, plan: Plan) -> None:
     where = torch.device("cpu") if plan.rehearsal else torch.device("cuda", 0)
     timer = run_once if plan.rehearsal else graph_seconds
     bench = KernelBench(config_of(plan), torch.bfloat16, where, timer)
-    ways = [launching(where)] + [Launching(dependent=False)] * launching(where).dependent
-    for how in ways:
+    usual, few = launching(where), plan.rows[1]
+    others = [rows for rows in (*plan.rows, *plan.batch_rows) if rows != few]
+    ways = [(usual, [few])] + [(Launching(dependent=False), [few])] * usual.dependent + [(usual, others)]
+    for how, rows in ways:
         title = f"kernels, {plan.shape}, dependent launch {'on' if how.dependent else 'off'}"
-        rows = [*plan.rows, *plan.batch_rows] if how is ways[0] else [plan.rows[1]]
         with launching_as(where, how):
             for name, times in bench.everything(rows, [plan.context, plan.long_context]):
                 with report.trying(f"kernels {name}"):
@@ -586,7 +596,7 @@ def sweep(report: Report, plan: Plan) -> None:
 
     where = torch.device("cpu") if plan.rehearsal else torch.device("cuda", 0)
     bench = KernelBench(config_of(plan), torch.bfloat16, where, run_once if plan.rehearsal else graph_seconds)
-    for name in bench.matrices:
+    for name in ("down", "gate_up", "qkv", "lm_head"):  # o is cut as down is
         for cut, times in bench.sweep(name, plan.rows[1]):
             with report.trying(f"sweep {name} {cut}"):
                 for time_ in times:
@@ -617,13 +627,13 @@ Step = tuple[Callable[[Report, Plan], None], int]
 # By what is wanted most; seconds at most. Each call's add up to less than ten minutes.
 CALLS: dict[int, dict[str, Step]] = {
     1: {
-        "device": (device, 90),
+        "device": (device, 80),
         "correctness": (correctness, 120),
         "step w8a8": (step_w8a8, 110),
-        "step full": (step_full, 60),
-        "decode": (decode, 80),
-        "profile": (profile, 60),
-        "step w4a16": (step_w4a16, 50),
+        "step full": (step_full, 50),
+        "decode": (decode, 70),
+        "profile": (profile, 50),
+        "step others": (step_others, 95),
     },
     2: {
         "serving": (serving, 130),

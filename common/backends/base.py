@@ -26,10 +26,12 @@ class ActivationQuant:
     """How a linear layer wants its input: symmetric int8.
 
     static_scale: None for one scale per token, computed on the fly; a float32 [1] tensor for one calibrated
-    scale per tensor.
+    scale per tensor. wide: two int8 digits of each number, for `wide_int8_linear`; asked only of backends with
+    `fuses_digits`.
     """
 
     static_scale: Tensor | None = None
+    wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -239,6 +241,8 @@ class Backend(ABC):
     @abstractmethod
     def int8_linear(self, x: Quantized, weight: Any, bias: Tensor | None) -> Tensor:
         """[tokens, in] int8 -> [tokens, out] of `dtype`: int32 accumulation, one rescale, then the bias."""
+
+    fuses_digits = False  # whether what comes before a wide layer makes its digits, in a form of the backend's own
 
     def wide_int8_linear(self, x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
         """`int8_linear` of [tokens, in] floating point that keeps 12 bits of each number, as two int8 digits.

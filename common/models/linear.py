@@ -43,9 +43,9 @@ class FullLinear(Linear):
 class W8A8Linear(Linear):
     """int8 weights, one scale per output channel; int8 activations, one scale per token (or a calibrated one).
 
-    A wide layer's activations keep 12 bits, as two int8 digits. Static offsets and input biases come from checkpoints
-    that others have smoothed. Backends need not know these: such layers take their input in floating point and quantise
-    it here.
+    A wide layer's activations keep 12 bits, as two int8 digits; most backends make those in the product itself. Static
+    offsets and input biases come from checkpoints that others have smoothed. Backends need not know these: such layers
+    take their input in floating point and quantise it here.
     """
 
     def __init__(self, backend: Backend, weights: Int8Weights) -> None:
@@ -56,16 +56,16 @@ class W8A8Linear(Linear):
         self.static_scale = None if w.static_scale is None else w.static_scale.to(device)
         self.input_bias = None if w.input_bias is None else w.input_bias.to(device, torch.float32)
         self.wide = w.wide
-        plain = w.static_offset == 0 and w.input_bias is None and not w.wide
-        self.activation_quant = ActivationQuant(self.static_scale) if plain else None
+        plain = w.static_offset == 0 and w.input_bias is None and (backend.fuses_digits or not w.wide)
+        self.activation_quant = ActivationQuant(self.static_scale, w.wide) if plain else None
         self.packed = backend.int8_weight(backend.place(w.values), backend.place(w.scale))
         self.bias = None if w.bias is None else w.bias.to(device, torch.float32)
         self.nbytes = w.values.nbytes + w.scale.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
     def forward(self, x: Tensor | Quantized) -> Tensor:
+        if self.wide:
+            return self.backend.wide_int8_linear(x, self.packed, self.bias)
         if isinstance(x, Tensor):
-            if self.wide:
-                return self.backend.wide_int8_linear(x, self.packed, self.bias)
             x = self._quantize(x)
         return self.backend.int8_linear(x, self.packed, self.bias)
 

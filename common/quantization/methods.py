@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import deepcopy
 from dataclasses import replace
 
 import torch
@@ -107,14 +108,13 @@ class W8A8(Method):
     def round(self, adapted: LayerWeights, stats: dict[str, InputStats]) -> LayerWeights:
         made: dict[str, LinearWeights] = {}
         for name, full in adapted.linears().items():
-            seen = stats[name]
             if (adapted.index, name) in self._keep:
                 made[name] = replace(full, weight=full.weight.to(self.config.dtype))
                 continue
             wide = name in self.wide
-            static = static_scale(seen.peak) if self._static and not wide else None
+            static = static_scale(stats[name].peak) if self._static and not wide else None
             if self.moments:
-                made[name] = to_int8_gptq(full, seen.moments, static, wide)
+                made[name] = to_int8_gptq(full, stats[name].moments, static, wide)
             else:
                 made[name] = to_int8(full, static, wide)
         return replace(adapted, **made)
@@ -166,14 +166,37 @@ class Int4(Method):
         return head if self._rotation is None else self._rotation.top(head)
 
 
-def best_int4(config: ModelConfig, source: WeightSource, backend: Backend) -> Int4:
+def best_int4(config: ModelConfig, source: WeightSource, backend: Backend, rounding: str = "gptq") -> Int4:
     """The int4 for this model and device: groups of 32 with zero points where the device has those, else symmetric
-    groups of 128, by GPTQ. Rotated, unless the weights lie on an int4 grid already, which rotation would leave."""
+    groups of 128. Rotated, unless the weights lie on an int4 grid already, which rotation would leave."""
     if not backend.int4_offsets:
-        return Int4(config, rounding="gptq")
+        return Int4(config, rounding=rounding)
     weight = source.layer(0).down
     assert isinstance(weight, FullWeights)
-    return Int4(config, group=32, symmetric=False, rotated=not lies_on_grid(weight), rounding="gptq")
+    return Int4(config, group=32, symmetric=False, rotated=not lies_on_grid(weight), rounding=rounding)
+
+
+class SameLayers(Method):
+    """A method for random weights, whose layers are all the same (`RandomTensors`): it quantises the first and copies
+    it, and needs no texts. A pass costs what it does with the method itself; the values mean nothing anyway."""
+
+    def __init__(self, method: Method) -> None:
+        """method: one that does not calibrate."""
+        super().__init__(method.config)
+        self._method = method
+        self._first: LayerWeights | None = None
+        self.precision, self.wide = method.precision, method.wide
+
+    def check(self, backend: Backend) -> None:
+        self._method.check(backend)
+
+    def round(self, adapted: LayerWeights, stats: dict[str, InputStats]) -> LayerWeights:
+        if self._first is None:
+            self._first = self._method.round(self._method.prepare(adapted), {})
+        return replace(deepcopy(self._first), index=adapted.index)  # in memory of its own: caches must not hold it
+
+    def head(self, head: HeadWeights) -> HeadWeights:
+        return self._method.head(head)
 
 
 def int8_head(head: HeadWeights, static: Tensor | None = None, wide: bool = False) -> HeadWeights:

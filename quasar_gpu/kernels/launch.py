@@ -31,7 +31,6 @@ WINDOW = 16  # rows of the padded tile: the N of the tensor cores' instructions
 MOST_ROWS = 64  # rows that read the weights once: up to four tiles for each block of weights
 
 _DEPENDENT_CAPABILITY = (9, 0)
-_DEPENDENT_TRITON = (3, 4)  # older ones have neither the launch attribute nor its instructions
 
 
 @dataclass(frozen=True)
@@ -73,12 +72,12 @@ def launching_as(device: torch.device, how: Launching) -> Iterator[None]:
 def _has_dependent_launch(device: torch.device) -> bool:
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < _DEPENDENT_CAPABILITY:
         return False
-    return triton_has_dependent_launch(triton.__version__)
+    return triton_at_least(3, 4)  # torch 2.8's; older ones have neither the launch attribute nor its instructions
 
 
-def triton_has_dependent_launch(version: str) -> bool:
-    """Whether this Triton knows launch_pdl and griddepcontrol: 3.4 (torch 2.8) and later."""
-    return tuple(int(part) for part in version.split(".")[:2]) >= _DEPENDENT_TRITON
+def triton_at_least(major: int, minor: int) -> bool:
+    """Whether the Triton that is here is that version or a later one."""
+    return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (major, minor)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int, stages: int = 1, **constants: Any) -> None:
@@ -118,14 +117,14 @@ def jit(*, varying: tuple[str, ...] = ()) -> Callable[[Callable], Any]:
     return triton.jit(do_not_specialize=list(varying))
 
 
-def row_tiles(rows: int) -> int:
-    """Tiles of 16 rows that a product computes for each block of weights: 1, 2 or 4.
+def row_tiles(rows: int, digits: int = 1) -> int:
+    """Tiles of 16 columns that a product computes for each block of weights, a row having `digits` of them: up to 8.
 
     Raises QuasarError beyond 64 rows.
     """
     if not 1 <= rows <= MOST_ROWS:
         raise QuasarError(f"a pass of {rows} rows: CUDA kernels that read the weights once take 1 to {MOST_ROWS}")
-    return 1 if rows <= WINDOW else 2 if rows <= 2 * WINDOW else 4
+    return triton.next_power_of_2(triton.cdiv(rows * digits, WINDOW))
 
 
 @triton.jit

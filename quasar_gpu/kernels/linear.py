@@ -3,8 +3,12 @@
 The weights are the first operand of the tensor cores' instruction and 16 rows the second, which may be that narrow.
 A program owns a block of outputs and walks the whole inner dimension through a ring of asynchronously filled blocks in
 shared memory; a card needs some 20 to 40 KB under way on each processor to keep its memory busy (3 TB/s times 1 us
-of latency over 132 of them). More than 16 rows are two or four tiles, multiplied one after the other with each block of
-weights while it is there: by the same instruction in the same order, so a row's bits are those it has alone.
+of latency over 132 of them). More than 16 rows of floats are two or four tiles, multiplied one after the other with
+each block of weights while it is there: by the same instruction in the same order, so a row's bits are those it has
+alone. Sums of integers are exact however they are cut: their rows are one tile of 16 to 128 columns.
+
+A wide input has two columns, one for each int8 digit: six rows of them still fill one tile of 16. The columns of a row
+lie side by side, in one thread's registers, where their sums meet.
 
 What follows a product may be fused into its end (`Epilogue`): SwiGLU, for which a program owns outputs of the gate and
 the same ones of up; or the largest logit.
@@ -44,12 +48,14 @@ class LinearConfig:
     stages: int
 
 
-# By tiles of rows. Many outputs: 64 of them fill the large instruction (wgmma m64n16 on Hopper), and there are programs
-# enough. With four tiles twice as many, since each program reads all rows from L2.
+# By tiles of 16 rows, eight being 64 rows of two digits. Many outputs: 64 of them fill the large instruction (wgmma
+# m64n16 on Hopper), and there are programs enough. From four tiles on twice as many, since each program reads all rows
+# from L2.
 _WIDE = {
     1: LinearConfig(outputs=64, bytes_inside=128, warps=4, stages=5),
     2: LinearConfig(outputs=64, bytes_inside=128, warps=4, stages=5),
     4: LinearConfig(outputs=128, bytes_inside=128, warps=8, stages=4),
+    8: LinearConfig(outputs=128, bytes_inside=128, warps=8, stages=3),
 }
 # Some thousand outputs: the small instruction (m16n8), 16 outputs to a program, and two warps, since that makes two of
 # it. Every processor then has two or three programs of Qwen3-8B's o and down (256) and qkv (384).
@@ -57,6 +63,7 @@ _NARROW = {
     1: LinearConfig(outputs=16, bytes_inside=256, warps=2, stages=8),
     2: LinearConfig(outputs=32, bytes_inside=256, warps=4, stages=5),
     4: LinearConfig(outputs=32, bytes_inside=256, warps=4, stages=4),
+    8: LinearConfig(outputs=32, bytes_inside=128, warps=4, stages=4),
 }
 # float32 has no exact tensor core instruction: plain multiply-adds, in blocks that fit the registers.
 _FLOAT32 = LinearConfig(outputs=32, bytes_inside=128, warps=4, stages=3)
@@ -64,9 +71,11 @@ _MANY = 16384  # outputs
 
 
 def linear_config(outputs: int, dtype: torch.dtype, tiles: int = 1) -> LinearConfig:
-    """The cut for a weight [outputs, in] of `dtype` and so many tiles of rows: from shapes alone.
+    """The cut for a weight [outputs, in] of `dtype` and so many tiles of 16 rows, or of 8 rows of digits: from shapes
+    alone.
 
-    A weight keeps its instruction and its steps along the inner dimension at every number of tiles, and so its sums.
+    A float weight keeps its instruction and its steps along the inner dimension at every number of tiles, and so its
+    sums.
     """
     if dtype == torch.float32:
         return _FLOAT32
@@ -109,11 +118,6 @@ def best_tokens(keys: Tensor) -> Tensor:
     return 0xFFFFFFFF - (keys & 0xFFFFFFFF)
 
 
-def keys_of(tokens: Tensor) -> Tensor:
-    """Outputs' indices [rows] -> keys int64 [rows] that `best_tokens` reads them from."""
-    return 0xFFFFFFFF - tokens
-
-
 def int8_linear(
     values: Tensor,
     scale: Tensor,
@@ -132,6 +136,25 @@ def int8_linear(
     for more than 64 rows.
     """
     _launch(_int8_linear, values, weight, (scale, weight_scale), bias, out, config, epilogue)
+
+
+def wide_int8_linear(
+    digits: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    config: LinearConfig | None = None,
+    epilogue: Epilogue = None,
+) -> None:
+    """`int8_linear` of inputs that are 16 * upper + lower: digits int8 [2 * rows, in], of all rows first the upper
+    ones, scale float32 [rows] that of the lower ones (`rows.digits`).
+
+    Bit for bit the reference's: both digits' sums meet as integers. Reads in * out bytes, once. Raises QuasarError for
+    more than 64 rows.
+    """
+    _launch(_int8_linear, digits, weight, (scale, weight_scale), bias, out, config, epilogue, digits=2)
 
 
 def float_linear(
@@ -160,13 +183,15 @@ def _launch(
     out: Tensor,
     config: LinearConfig | None,
     epilogue: Epilogue,
+    digits: int = 1,
 ) -> None:
-    rows, inner = x.shape
+    rows, inner = x.shape[0] // digits, x.shape[1]
     outputs = weight.shape[0]
-    tiles = row_tiles(rows)
+    tiles = row_tiles(rows, digits)
     config = config or linear_config(outputs, weight.dtype, tiles)
     block = config.bytes_inside // weight.element_size()
     extra, kind = epilogue_of(epilogue, out)
+    tiling = {"COLUMNS": tiles * WINDOW, "DIGITS": digits} if scales else {"TILES": tiles, "WINDOW": WINDOW}
     launch(
         kernel,
         (triton.cdiv(outputs, config.outputs),),
@@ -178,9 +203,8 @@ def _launch(
         EPILOGUE=kind,
         OUTPUTS=config.outputs,
         BLOCK=block,
-        TILES=tiles,
-        WINDOW=WINDOW,
         PREFETCH=prefetch_bytes(x.device, inner * weight.element_size(), config.outputs >= 64),
+        **tiling,
     )
 
 
@@ -203,28 +227,38 @@ def prefetch_bytes(device: torch.device, row_bytes: int, wide: bool) -> int:
 def _int8_linear(
     x, weight, scale, weight_scale, bias, out, extra, rows, outputs, inner,
     HAS_BIAS: tl.constexpr, EVEN: tl.constexpr, EPILOGUE: tl.constexpr, OUTPUTS: tl.constexpr, BLOCK: tl.constexpr,
-    TILES: tl.constexpr, WINDOW: tl.constexpr, PREFETCH: tl.constexpr, DEPENDENT: tl.constexpr,
+    COLUMNS: tl.constexpr, DIGITS: tl.constexpr, PREFETCH: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    """COLUMNS: of the tile of all rows; a row's digits are next to each other there, and all rows apart in memory."""
     n = outputs_of(outputs, OUTPUTS, EPILOGUE)
     prefetch_weights(weight, outputs, inner, OUTPUTS, EPILOGUE, PREFETCH)
     await_inputs(DEPENDENT)
-    sums0, sums1, sums2, sums3 = _dot(x, weight, n, rows, outputs, inner, tl.int32, EVEN, OUTPUTS, BLOCK, TILES, WINDOW)
+    # Outputs beyond the last repeat it and are not stored: loads need no mask for them.
+    here = tl.minimum(n, outputs - 1)
+    column, k = tl.arange(0, COLUMNS), tl.arange(0, BLOCK)
+    row = column // DIGITS
+    weight_at = weight + here.to(tl.int64)[:, None] * inner + k[None, :]
+    x_at = x + (row + column % DIGITS * rows)[None, :] * inner + k[:, None]
+    sums = tl.zeros((OUTPUTS, COLUMNS), dtype=tl.int32)
+    for start in range(0, inner, BLOCK):
+        if EVEN:
+            there = (row < rows)[None, :] & (k < BLOCK)[:, None]
+            w = tl.load(weight_at)
+        else:
+            inside = k < inner - start
+            there = (row < rows)[None, :] & inside[:, None]
+            w = tl.load(weight_at, mask=inside[None, :], other=0)
+        sums = tl.dot(w, tl.load(x_at, mask=there, other=0), sums, out_dtype=tl.int32)
+        weight_at += BLOCK
+        x_at += BLOCK
     let_next_start(DEPENDENT)
-    n_scale = tl.load(weight_scale + tl.minimum(n, outputs - 1))[:, None]
-    m = tl.arange(0, WINDOW)
-    y = sums0.to(tl.float32) * tl.load(scale + m, mask=m < rows, other=0)[None, :] * n_scale
-    finish(y, bias, out, extra, n, m, rows, outputs, HAS_BIAS, EPILOGUE, OUTPUTS, WINDOW)
-    if TILES > 1:
-        m += WINDOW
-        y = sums1.to(tl.float32) * tl.load(scale + m, mask=m < rows, other=0)[None, :] * n_scale
-        finish(y, bias, out, extra, n, m, rows, outputs, HAS_BIAS, EPILOGUE, OUTPUTS, WINDOW)
-    if TILES > 2:
-        m += WINDOW
-        y = sums2.to(tl.float32) * tl.load(scale + m, mask=m < rows, other=0)[None, :] * n_scale
-        finish(y, bias, out, extra, n, m, rows, outputs, HAS_BIAS, EPILOGUE, OUTPUTS, WINDOW)
-        m += WINDOW
-        y = sums3.to(tl.float32) * tl.load(scale + m, mask=m < rows, other=0)[None, :] * n_scale
-        finish(y, bias, out, extra, n, m, rows, outputs, HAS_BIAS, EPILOGUE, OUTPUTS, WINDOW)
+    if DIGITS == 2:
+        upper, lower = tl.split(tl.reshape(sums, (OUTPUTS, COLUMNS // 2, 2)))
+        sums = 16 * upper + lower
+    m = tl.arange(0, COLUMNS // DIGITS)
+    y = sums.to(tl.float32) * tl.load(scale + m, mask=m < rows, other=0)[None, :]
+    y *= tl.load(weight_scale + here)[:, None]
+    finish(y, bias, out, extra, n, m, rows, outputs, HAS_BIAS, EPILOGUE, OUTPUTS, COLUMNS // DIGITS)
 
 
 @jit(varying=("rows",))
@@ -236,9 +270,7 @@ def _float_linear(
     n = outputs_of(outputs, OUTPUTS, EPILOGUE)
     prefetch_weights(weight, outputs, inner, OUTPUTS, EPILOGUE, PREFETCH)
     await_inputs(DEPENDENT)
-    sums0, sums1, sums2, sums3 = _dot(
-        x, weight, n, rows, outputs, inner, tl.float32, EVEN, OUTPUTS, BLOCK, TILES, WINDOW
-    )
+    sums0, sums1, sums2, sums3 = _dot(x, weight, n, rows, outputs, inner, EVEN, OUTPUTS, BLOCK, TILES, WINDOW)
     let_next_start(DEPENDENT)
     m = tl.arange(0, WINDOW)
     finish(sums0, bias, out, extra, n, m, rows, outputs, HAS_BIAS, EPILOGUE, OUTPUTS, WINDOW)
@@ -265,20 +297,20 @@ def outputs_of(outputs, OUTPUTS: tl.constexpr, EPILOGUE: tl.constexpr):
 
 @triton.jit
 def _dot(
-    x, weight, n, rows, outputs, inner, SUM: tl.constexpr,
+    x, weight, n, rows, outputs, inner,
     EVEN: tl.constexpr, OUTPUTS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """This program's block of weight @ x.T for up to four tiles of rows, [OUTPUTS, WINDOW] of SUM each. Missing rows
+    """This program's block of weight @ x.T for up to four tiles of rows, float32 [OUTPUTS, WINDOW] each. Missing rows
     of x count as zeros."""
     # Outputs beyond the last repeat it and are not stored: loads need no mask for them.
     n = tl.minimum(n, outputs - 1)
     m, k = tl.arange(0, WINDOW), tl.arange(0, BLOCK)
     weight_at = weight + n.to(tl.int64)[:, None] * inner + k[None, :]
     x_at = x + m[None, :] * inner + k[:, None]
-    sums0 = tl.zeros((OUTPUTS, WINDOW), dtype=SUM)
-    sums1 = tl.zeros((OUTPUTS, WINDOW), dtype=SUM)
-    sums2 = tl.zeros((OUTPUTS, WINDOW), dtype=SUM)
-    sums3 = tl.zeros((OUTPUTS, WINDOW), dtype=SUM)
+    sums0 = tl.zeros((OUTPUTS, WINDOW), dtype=tl.float32)
+    sums1 = tl.zeros((OUTPUTS, WINDOW), dtype=tl.float32)
+    sums2 = tl.zeros((OUTPUTS, WINDOW), dtype=tl.float32)
+    sums3 = tl.zeros((OUTPUTS, WINDOW), dtype=tl.float32)
     for start in range(0, inner, BLOCK):
         if EVEN:
             inside = k < BLOCK
@@ -287,18 +319,18 @@ def _dot(
             inside = k < inner - start
             w = tl.load(weight_at, mask=inside[None, :], other=0)
         there = (m < rows)[None, :] & inside[:, None]
-        sums0 = tl.dot(w, tl.load(x_at, mask=there, other=0), sums0, input_precision="ieee", out_dtype=SUM)
+        sums0 = tl.dot(w, tl.load(x_at, mask=there, other=0), sums0, input_precision="ieee")
         if TILES > 1:
             there = (m + WINDOW < rows)[None, :] & inside[:, None]
             tile = tl.load(x_at + WINDOW * inner, mask=there, other=0)
-            sums1 = tl.dot(w, tile, sums1, input_precision="ieee", out_dtype=SUM)
+            sums1 = tl.dot(w, tile, sums1, input_precision="ieee")
         if TILES > 2:
             there = (m + 2 * WINDOW < rows)[None, :] & inside[:, None]
             tile = tl.load(x_at + 2 * WINDOW * inner, mask=there, other=0)
-            sums2 = tl.dot(w, tile, sums2, input_precision="ieee", out_dtype=SUM)
+            sums2 = tl.dot(w, tile, sums2, input_precision="ieee")
             there = (m + 3 * WINDOW < rows)[None, :] & inside[:, None]
             tile = tl.load(x_at + 3 * WINDOW * inner, mask=there, other=0)
-            sums3 = tl.dot(w, tile, sums3, input_precision="ieee", out_dtype=SUM)
+            sums3 = tl.dot(w, tile, sums3, input_precision="ieee")
         weight_at += BLOCK
         x_at += BLOCK
     return sums0, sums1, sums2, sums3

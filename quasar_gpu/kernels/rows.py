@@ -3,6 +3,9 @@
 A window has few rows, so these are bound by latency, not by bytes (Qwen3-8B: 8 KB a row). A norm needs its whole row at
 once: one program reads it, keeps it in registers and writes what the next matmul wants. Where a row's peak is known
 already, several programs quantise it.
+
+What the next matmul wants is a number for QUANTIZE: 0 the row as it is, 7 or 127 integers up to that, and more than 127
+two int8 digits of integers up to that (`Backend.digits`).
 """
 
 from __future__ import annotations
@@ -68,7 +71,8 @@ def add_rms_norm_quantize(
     scale: Tensor,
     peaks: Tensor | None = None,
 ) -> None:
-    """add_rms_norm, then quantize: values int8 [rows, hidden], scale float32 [rows].
+    """add_rms_norm, then `quantize`, or `digits` where there is room for two: values int8 [rows or 2 * rows, hidden],
+    scale float32 [rows].
 
     The normed row is rounded to x's type before it is quantised, which only keeps the reference's numbers.
     """
@@ -85,8 +89,9 @@ def swiglu(gate_up: Tensor, out: Tensor) -> None:
 
 
 def swiglu_quantize(gate_up: Tensor, values: Tensor, scale: Tensor) -> None:
-    """swiglu, then quantize: values int8 [rows, inter], scale float32 [rows]."""
-    _launch_rows(_swiglu, gate_up, values, scale, INT8)
+    """swiglu, then `quantize`, or `digits` where there is room for two: values int8 [rows or 2 * rows, inter], scale
+    float32 [rows]."""
+    _launch_rows(_swiglu, gate_up, values, scale, _limit(gate_up.shape[0], values))
 
 
 def quantize(x: Tensor, values: Tensor, scale: Tensor, limit: int = INT8) -> None:
@@ -96,27 +101,27 @@ def quantize(x: Tensor, values: Tensor, scale: Tensor, limit: int = INT8) -> Non
     _launch_rows(_quantize, x, values, scale, limit)
 
 
+def digits(x: Tensor, values: Tensor, scale: Tensor) -> None:
+    """x [rows, n] -> values int8 [2 * rows, n]: of all rows the upper digits of integers, then the lower ones; scale
+    float32 [rows] of the lower ones, the upper ones' is 16 times that. Bit for bit the reference's (`Backend.digits`).
+    """
+    _launch_rows(_quantize, x, values, scale, widest(x.shape[1]))
+
+
 def quantize_by_peak(x: Tensor, peaks: Tensor, values: Tensor, scale: Tensor) -> None:
-    """`quantize` to int8 by several programs a row; peaks int32 [rows] has max|row| already (`launch.as_peak`)."""
+    """`quantize` to int8 by several programs a row, or `digits` where values [2 * rows, n] has room for two; peaks
+    int32 [rows] has max|row| already (`launch.as_peak`)."""
     rows, size = x.shape
     grid = (rows, triton.cdiv(size, _SHARE))
-    launch(_quantize_by_peak, grid, x, peaks, values, scale, size, warps=4, SHARE=_SHARE, BLOCK=2048)
+    limit = _limit(rows, values)
+    launch(
+        _quantize_by_peak, grid, x, peaks, values, scale, rows, size, warps=4, QUANTIZE=limit, SHARE=_SHARE, BLOCK=2048
+    )
 
 
-def digits(x: Tensor, values: Tensor, scale: Tensor) -> None:
-    """x [rows, n] -> values int8 [2 * rows, n], scale float32 [2 * rows]: of all rows the upper digits of integers,
-    then the lower ones. Bit for bit the reference's (`Backend.digits`)."""
-    rows, size = x.shape
-    block = triton.next_power_of_2(size)
-    launch(_digits, (rows,), x, values, scale, rows, size, warps=_warps(block), WIDEST=widest(size), BLOCK=block)
-
-
-def fold_digits(y: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """y float32 [2 * rows, n] -> out [rows, n], the sum of its halves, plus bias float32 [n]."""
-    rows, size = out.shape
-    grid = (rows, triton.cdiv(size, _EMBED_BLOCK))
-    more = {"HAS_BIAS": bias is not None, "BLOCK": _EMBED_BLOCK}
-    launch(_fold, grid, y, y if bias is None else bias, out, rows, size, warps=4, **more)
+def _limit(rows: int, values: Tensor) -> int:
+    """The largest integer of rows quantised into `values`."""
+    return INT8 if values.shape[0] == rows else widest(values.shape[1])
 
 
 def _warps(block: int) -> int:
@@ -148,20 +153,21 @@ def _launch_norm(
             out,
             scale,
             x if peaks is None else peaks,
+            rows,
             hidden,
         ),
         warps=_warps(block),
         ADD=residual is not None,
-        QUANTIZE=0 if out is scale else INT8,
+        QUANTIZE=0 if out is scale else _limit(rows, out),
         HAS_PEAKS=peaks is not None,
         BLOCK=block,
     )
 
 
 def _launch_rows(kernel: triton.JITFunction, x: Tensor, out: Tensor, scale: Tensor, limit: int) -> None:
-    rows, size = out.shape
+    rows, size = x.shape[0], out.shape[1]
     block = triton.next_power_of_2(size)
-    launch(kernel, (rows,), x, out, scale, size, warps=_warps(block), QUANTIZE=limit, BLOCK=block)
+    launch(kernel, (rows,), x, out, scale, rows, size, warps=_warps(block), QUANTIZE=limit, BLOCK=block)
 
 
 @jit()
@@ -178,9 +184,9 @@ def _embed(
         tl.store(keys + row, LEAST, mask=row < MOST_ROWS)
 
 
-@jit(varying=("eps",))
+@jit(varying=("eps", "rows"))
 def _add_rms_norm(
-    x, residual, weight, eps, total, out, scale, peaks, hidden,
+    x, residual, weight, eps, total, out, scale, peaks, rows, hidden,
     ADD: tl.constexpr, QUANTIZE: tl.constexpr, HAS_PEAKS: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     row, column = tl.program_id(0), tl.arange(0, BLOCK)
@@ -197,11 +203,13 @@ def _add_rms_norm(
         tl.store(peaks + row, 0)
     mean = tl.div_rn(tl.sum(y * y, axis=0), hidden.to(tl.float32))
     y = (y * tl.div_rn(1.0, tl.sqrt_rn(mean + eps)) * gain).to(dtype)
-    _store_row(y, out, scale, row, here, inside, QUANTIZE)
+    _store_row(y, out, scale, row, rows * hidden, here, inside, QUANTIZE)
 
 
-@jit()
-def _swiglu(gate_up, out, scale, inter, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
+@jit(varying=("rows",))
+def _swiglu(
+    gate_up, out, scale, rows, inter, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr
+):  # fmt: skip
     row, column = tl.program_id(0), tl.arange(0, BLOCK)
     inside = column < inter
     dtype = gate_up.dtype.element_ty
@@ -209,67 +217,54 @@ def _swiglu(gate_up, out, scale, inter, QUANTIZE: tl.constexpr, BLOCK: tl.conste
     gate = tl.load(gate_up + row * 2 * inter + column, mask=inside, other=0).to(tl.float32)
     up = tl.load(gate_up + (row * 2 + 1) * inter + column, mask=inside, other=0).to(tl.float32)
     y = silu_times(gate, up, dtype).to(dtype)
-    _store_row(y, out, scale, row, row * inter + column, inside, QUANTIZE)
+    _store_row(y, out, scale, row, rows * inter, row * inter + column, inside, QUANTIZE)
 
 
-@jit()
-def _quantize(x, out, scale, size, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
+@jit(varying=("rows",))
+def _quantize(
+    x, out, scale, rows, size, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr
+):  # fmt: skip
     row, column = tl.program_id(0), tl.arange(0, BLOCK)
     here, inside = row * size + column, column < size
     await_inputs(DEPENDENT)
-    _store_row(tl.load(x + here, mask=inside, other=0), out, scale, row, here, inside, QUANTIZE)
+    _store_row(tl.load(x + here, mask=inside, other=0), out, scale, row, rows * size, here, inside, QUANTIZE)
 
 
-@jit()
+@jit(varying=("rows",))
 def _quantize_by_peak(
-    x, peaks, values, scale, size, SHARE: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr
+    x, peaks, values, scale, rows, size,
+    QUANTIZE: tl.constexpr, SHARE: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     row, share = tl.program_id(0), tl.arange(0, BLOCK)
     column = tl.program_id(1) * SHARE + share
     here, inside = row * size + column, (column < size) & (share < SHARE)
     await_inputs(DEPENDENT)
     y = tl.load(x + here, mask=inside, other=0).to(tl.float32)
-    row_scale = row_scale_of(tl.load(peaks + row).to(tl.float32, bitcast=True), 127)
-    tl.store(values + here, round_to_int8(tl.div_rn(y, row_scale)), mask=inside)
+    row_scale = row_scale_of(tl.load(peaks + row).to(tl.float32, bitcast=True), QUANTIZE)
+    _store_integers(y, row_scale, values, rows * size, here, inside, QUANTIZE)
     if tl.program_id(1) == 0:
         tl.store(scale + row, row_scale)
 
 
-@jit(varying=("rows",))
-def _digits(
-    x, values, scale, rows, size, WIDEST: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr
-):  # fmt: skip
-    row, column = tl.program_id(0), tl.arange(0, BLOCK)
-    here, inside = row * size + column, column < size
-    await_inputs(DEPENDENT)
-    y = tl.load(x + here, mask=inside, other=0).to(tl.float32)
-    row_scale = row_scale_of(tl.max(tl.abs(y), axis=0), WIDEST)
-    whole = rounded(tl.div_rn(y, row_scale))
-    upper = tl.floor((whole + 8.0) * 0.0625)
-    tl.store(values + here, upper.to(tl.int8), mask=inside)
-    tl.store(values + rows * size + here, (whole - 16.0 * upper).to(tl.int8), mask=inside)
-    tl.store(scale + row, 16.0 * row_scale)
-    tl.store(scale + rows + row, row_scale)
-
-
-@jit(varying=("rows",))
-def _fold(y, bias, out, rows, size, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
-    row, column = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    here, inside = row * size + column, column < size
-    await_inputs(DEPENDENT)
-    total = tl.load(y + here, mask=inside) + tl.load(y + rows * size + here, mask=inside)
-    if HAS_BIAS:
-        total += tl.load(bias + column, mask=inside)
-    tl.store(out + here, total.to(out.dtype.element_ty), mask=inside)
-
-
 @triton.jit
-def _store_row(y, out, scale, row, here, inside, QUANTIZE: tl.constexpr):
-    """As it is, or, where QUANTIZE is the largest integer to use, quantised."""
+def _store_row(y, out, scale, row, lower, here, inside, QUANTIZE: tl.constexpr):
+    """As it is, or quantised; lower: how far behind the upper digits the lower ones go."""
     if QUANTIZE:
         y = y.to(tl.float32)
         row_scale = row_scale_of(tl.max(tl.abs(y), axis=0), QUANTIZE)
-        tl.store(out + here, round_to_int8(tl.div_rn(y, row_scale)), mask=inside)
+        _store_integers(y, row_scale, out, lower, here, inside, QUANTIZE)
         tl.store(scale + row, row_scale)
     else:
         tl.store(out + here, y, mask=inside)
+
+
+@triton.jit
+def _store_integers(y, row_scale, out, lower, here, inside, QUANTIZE: tl.constexpr):
+    y = tl.div_rn(y, row_scale)
+    if QUANTIZE > 127:
+        whole = rounded(y)
+        upper = tl.floor((whole + 8.0) * 0.0625)
+        tl.store(out + here, upper.to(tl.int8), mask=inside)
+        tl.store(out + lower + here, (whole - 16.0 * upper).to(tl.int8), mask=inside)
+    else:
+        tl.store(out + here, round_to_int8(y), mask=inside)

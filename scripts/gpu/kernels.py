@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, pairwise
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from quasar.backends.base import AttentionSpec, Batch, Segment
 from quasar.models.config import ModelConfig
 from quasar_gpu.backend import CudaBackend
-from quasar_gpu.kernels import attention, linear, rows
+from quasar_gpu.kernels import attention, int4, linear, rows
 from quasar_gpu.kernels.launch import MOST_ROWS
 from quasar_gpu.slots import PagedSlot
 
@@ -90,19 +90,41 @@ class KernelBench:
         }
 
     def int8_linear(
-        self, name: str, counts: list[int], config: linear.LinearConfig | None = None
+        self, name: str, counts: list[int], config: linear.LinearConfig | None = None, digits: int = 1
     ) -> Iterator[KernelTime]:
-        """With W8A8 weights; config None takes the backend's choice."""
+        """With W8A8 weights, under inputs of one digit or two; config None takes the backend's choice."""
         out, inner = self.matrices[name]
+        product = linear.int8_linear if digits == 1 else linear.wide_int8_linear
         copies = _copies(out * inner)
         weights, scales = [self._int8(out, inner) for _ in range(copies)], self._random(out, dtype=torch.float32)
         for m in counts:
-            x, scale, y = self._int8(m, inner), self._random(m, dtype=torch.float32), self._empty(m, out)
+            x, scale = self._int8(digits * m, inner), self._random(m, dtype=torch.float32)
+            y = self._empty(m, out)
 
             def run(i: int, x: Tensor = x, scale: Tensor = scale, y: Tensor = y) -> None:
-                linear.int8_linear(x, scale, weights[i % copies], scales, None, y, config)
+                product(x, scale, weights[i % copies], scales, None, y, config)
 
-            yield self._time(f"int8_linear {name}", m, out * inner, run)
+            yield self._time(f"{product.__name__} {name}", m, out * inner, run)
+
+    def int4_linear(
+        self, name: str, counts: list[int], group: int, zeros: bool, config: int4.Int4Config | None = None
+    ) -> Iterator[KernelTime]:
+        """With W4A16 weights in groups, with zero points or symmetric; config None takes the backend's choice."""
+        out, inner = self.matrices[name]
+        group = min(group, inner & -inner)
+        scale = self._random(out, inner // group)
+        weight = int4.pack_int4(self._int8(out, inner), scale.bfloat16(), scale.bfloat16() if zeros else None)
+        nbytes = weight.values.nbytes + weight.scale.nbytes * (1 + zeros)
+        copies = _copies(nbytes)
+        weights = [weight] + [replace(weight, values=weight.values.clone()) for _ in range(copies - 1)]
+        about = f"groups of {group}{' with zero points' if zeros else ''}"
+        for m in counts:
+            x, y = self._random(m, inner), self._empty(m, out)
+
+            def run(i: int, x: Tensor = x, y: Tensor = y) -> None:
+                int4.int4_linear(x, None, weights[i % copies], None, y, config=config)
+
+            yield self._time(f"int4_linear {name}, {about}", m, nbytes, run)
 
     def float_linear(
         self, name: str, counts: list[int], config: linear.LinearConfig | None = None
@@ -126,6 +148,7 @@ class KernelBench:
         x, total, gain = self._random(m, c.hidden_size), self._empty(m, c.hidden_size), self._random(c.hidden_size)
         scale, values = self._empty(m, dtype=torch.float32), self._empty(m, c.hidden_size, dtype=torch.int8)
         act, act8 = self._random(m, c.intermediate_size), self._empty(m, c.intermediate_size, dtype=torch.int8)
+        two = self._empty(2 * m, c.intermediate_size, dtype=torch.int8)
         peaks, keys = (torch.zeros(MOST_ROWS, dtype=kind, device=self._device) for kind in (torch.int32, torch.int64))
         table = self._random(4096, c.hidden_size)
         ids = torch.arange(m, device=self._device)
@@ -138,6 +161,7 @@ class KernelBench:
             ),
             "quantize": (size, lambda i: rows.quantize(x, values, scale)),
             "quantize_by_peak": (act.nbytes, lambda i: rows.quantize_by_peak(act, peaks, act8, scale)),
+            "quantize_by_peak, two digits": (act.nbytes, lambda i: rows.quantize_by_peak(act, peaks, two, scale)),
         }
         for name, (nbytes, run) in runs.items():
             yield self._time(name, m, nbytes, run)
@@ -177,16 +201,24 @@ class KernelBench:
         for name in self.matrices:
             yield f"int8_linear {name}", self.int8_linear(name, counts)
             yield f"float_linear {name}", self.float_linear(name, counts)
+            if name in ("qkv", "down"):
+                yield f"wide_int8_linear {name}", self.int8_linear(name, counts, digits=2)
+            if name != "lm_head":
+                for group, zeros in ((32, True), (128, False)):
+                    yield f"int4_linear {name}, groups of {group}", self.int4_linear(name, counts, group, zeros)
         for m in counts:
             yield f"rows, M = {m}", self.row_kernels(m)
             for context in contexts:
                 yield f"attention, M = {m} behind {context}", self.attention_kernels(m, context)
 
     def sweep(self, name: str, m: int) -> Iterator[tuple[str, Iterator[KernelTime]]]:
-        """Every cut of the int8 and the 16-bit matmul, by what it is, to be iterated one by one."""
+        """Every cut of the int8, the 16-bit and the int4 matmul, by what it is, to be iterated one by one."""
         for config in linear.linear_configs():
             cut = f"{config.outputs}x{config.bytes_inside} B, {config.warps} warps, {config.stages} stages"
             yield cut, chain(self.int8_linear(name, [m], config), self.float_linear(name, [m], config))
+        for small in int4.int4_configs(32) if name != "lm_head" else ():
+            cut = f"{small.outputs} outputs, {small.warps} warps, {small.stages} stages"
+            yield cut, self.int4_linear(name, [m], small.step, True, small)
 
 
 def _copies(nbytes: int) -> int:

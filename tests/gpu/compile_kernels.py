@@ -55,21 +55,23 @@ def main(capability: int) -> None:
 
     def compile_only(self, *args, grid, warmup, **options):
         kernel = run(self, *args, grid=grid, warmup=True, **options)
-        tiles = options.get("TILES", 1)
-        print(json.dumps({"kernel": self.fn.__name__, "grid": grid, "tiles": tiles, **found(kernel)}), flush=True)
+        tiles = options.get("TILES") or options.get("COLUMNS", 16) // 16
+        about = {"kernel": self.fn.__name__, "grid": grid, "tiles": tiles, "digits": options.get("DIGITS", 1)}
+        about |= {"group": options.get("GROUP", 0)}
+        print(json.dumps(about | found(kernel)), flush=True)
 
     JITFunction.run = compile_only
     with launching_as(META, Launching(dependent=capability >= 90)):
         matmuls(torch.bfloat16, (1, 4) if capability == 90 else (1,))
-        int4_matmuls(torch.bfloat16)
+        int4_matmuls(torch.bfloat16, everything=capability == 90)
         attend(torch.bfloat16)
         if capability == 90:  # the rest is much the same everywhere
             between(torch.bfloat16)
-            for everything in (matmuls, int4_matmuls, attend, between):
-                everything(torch.float32)
+            for kernels in (matmuls, int4_matmuls, attend, between):
+                kernels(torch.float32)
     if capability == 90:
         with launching_as(META, Launching(dependent=True, late=False, prefetch_kb=0)):
-            matmuls(torch.bfloat16)
+            matmuls(torch.bfloat16, wide=False)
 
 
 def found(kernel) -> dict:
@@ -110,7 +112,7 @@ def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype, device=META)
 
 
-def matmuls(dtype: torch.dtype, tiles: tuple[int, ...] = (1,)) -> None:
+def matmuls(dtype: torch.dtype, tiles: tuple[int, ...] = (1,), wide: bool = True) -> None:
     """down, gate_up with SwiGLU at its end, lm_head with the largest logit; float32 has a single cut."""
     for count in tiles:
         tokens = WINDOW if count == 1 else 16 * count
@@ -129,10 +131,14 @@ def matmuls(dtype: torch.dtype, tiles: tuple[int, ...] = (1,)) -> None:
             x, weight = x.to(torch.int8), weight.to(torch.int8)
             scale, weight_scale = (empty(size, dtype=torch.float32) for size in (tokens, outputs))
             linear.int8_linear(x, scale, weight, weight_scale, None, out, epilogue=epilogue)
+            if wide:
+                digits = empty(2 * tokens, inner, dtype=torch.int8)
+                linear.wide_int8_linear(digits, scale, weight, weight_scale, None, out, epilogue=epilogue)
 
 
-def int4_matmuls(dtype: torch.dtype) -> None:
-    """Every cut at W4A16 and W4A4, a prompt's among them, and down's rotation."""
+def int4_matmuls(dtype: torch.dtype, everything: bool = False) -> None:
+    """Every cut at W4A16 and W4A4, a prompt's among them, in small groups with zero points; in `everything` in other
+    groups too; and down's rotation."""
     for tokens, outputs, inner in (
         (WINDOW, 2 * INTER, HIDDEN),
         (WINDOW, HIDDEN, INTER),
@@ -140,13 +146,16 @@ def int4_matmuls(dtype: torch.dtype) -> None:
         (512, HIDDEN, INTER),
     ):
         x, out = empty(tokens, inner, dtype=dtype), empty(tokens, outputs, dtype=dtype)
-        values, scale = empty(outputs, inner // 2, dtype=torch.int8), empty(outputs, inner // 128, dtype=torch.bfloat16)
-        weight = int4.Int4Weight(values, scale, 128)
+        values = empty(outputs, inner // 2, dtype=torch.int8)
         epilogue = linear.SwiGLU(empty(MOST_ROWS, dtype=torch.int32)) if outputs == 2 * INTER else None
-        int4.int4_linear(x, None, weight, None, out, epilogue)
+        for group, with_offset in ((32, True), (128, False)) if everything else ((32, True),):
+            scale = empty(outputs, inner // group, dtype=torch.bfloat16)
+            weight = int4.Int4Weight(values, scale, group, scale if with_offset else None)
+            int4.int4_linear(x, None, weight, None, out, epilogue)
+            if dtype != torch.float32:
+                int4.int4_linear(x.to(torch.int8), empty(tokens, dtype=torch.float32), weight, None, out, epilogue)
         if dtype == torch.float32:  # a single cut
             return
-        int4.int4_linear(x.to(torch.int8), empty(tokens, dtype=torch.float32), weight, None, out, epilogue)
     x = empty(WINDOW, INTER, dtype=dtype)
     int4.rotate(x, empty(128, 128, dtype=dtype), x)
 
@@ -163,9 +172,10 @@ def between(dtype: torch.dtype) -> None:
     rows.swiglu(empty(WINDOW, 2 * INTER, dtype=dtype), act)
     rows.quantize(act, long, scale)
     rows.quantize_by_peak(act, peaks, long, scale)
-    two, scales = empty(2 * WINDOW, INTER, dtype=torch.int8), empty(2 * WINDOW, dtype=torch.float32)
-    rows.digits(act, two, scales)
-    rows.fold_digits(empty(2 * WINDOW, HIDDEN, dtype=torch.float32), empty(HIDDEN, dtype=torch.float32), x)
+    # Digits for wide inputs.
+    rows.add_rms_norm_quantize(x, x, weight, 1e-6, x, empty(2 * WINDOW, HIDDEN, dtype=torch.int8), scale, peaks)
+    rows.digits(act, empty(2 * WINDOW, INTER, dtype=torch.int8), scale)
+    rows.quantize_by_peak(act, peaks, empty(2 * WINDOW, INTER, dtype=torch.int8), scale)
 
 
 def attend(dtype: torch.dtype) -> None:

@@ -136,6 +136,52 @@ def test_every_launch_runs_on_its_tensors_card(cards, monkeypatch):
     assert entered == [torch.device("cuda", 1), None]  # and back; nothing for the current one
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_capture_stays_on_its_card(monkeypatch, fails):
+    """Its stream, what is waited for, and the current card; and a capture that fails is ended."""
+    from quasar_gpu import graphs
+
+    said = []
+
+    class Entered:
+        def __init__(self, what, device=None):
+            self.what = what
+            said.append((what, device))
+
+        def __enter__(self):
+            said.append(("enter", self.what))
+
+        def __exit__(self, *_):
+            said.append(("leave", self.what))
+
+        def wait_stream(self, other):
+            said.append(("waits for", other.what))
+
+    class Graph:
+        def capture_begin(self, pool, capture_error_mode):
+            said.append(("begin", pool, capture_error_mode))
+
+        def capture_end(self):
+            said.append(("end",))
+
+    def run():
+        if fails:
+            raise RuntimeError("refused")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: Entered("card", device.index))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Entered("own stream", device.index))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Entered("current stream", device.index))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: said.append(("synchronised", device.index)))
+    with pytest.raises(RuntimeError, match="refused") if fails else nullcontext():
+        graphs.capture(run, torch.device("cuda", 1), "pool")
+    begun = [("card", 1), ("enter", "card"), ("synchronised", 1), ("own stream", 1), ("enter", "own stream")]
+    begun += [("begin", "pool", "thread_local"), ("end",), ("leave", "own stream")]
+    after = [] if fails else [("current stream", 1), ("waits for", "own stream")]
+    assert said == [*begun, *after, ("leave", "card")]
+
+
 def test_what_does_not_fit_is_refused_with_both_figures(memory):
     card = torch.device("cuda", 0)
     require_free(card, int(12e9), "loading it")

@@ -15,13 +15,18 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GROUPS = (32, 64, 128)
 
 
-def random_weight(outputs, groups, group, seed, device):
-    """What pack_int4 takes, and what it stands for in float64."""
+def random_weight(outputs, groups, group, seed, device, zeros=False):
+    """What pack_int4 made, with zero points or symmetric, and what it stands for in float64."""
     g = torch.Generator().manual_seed(seed)
     values = torch.randint(-8, 8, (outputs, groups * group), generator=g, dtype=torch.int8)
     scale = (torch.rand(outputs, groups, generator=g) + 0.1).bfloat16()
     dense = values.double() * scale.double().repeat_interleave(group, 1)
-    return int4.pack_int4(values.to(device), scale.to(device)), dense
+    offset = None
+    if zeros:
+        offset = torch.randn(outputs, groups, generator=g).bfloat16()
+        dense += offset.double().repeat_interleave(group, 1)
+        offset = offset.to(device)
+    return int4.pack_int4(values.to(device), scale.to(device), offset), dense
 
 
 def product(x, scale, weight, bias=None, dtype=torch.float32):
@@ -38,11 +43,12 @@ def product(x, scale, weight, bias=None, dtype=torch.float32):
     st.sampled_from(GROUPS),
     st.sampled_from(DTYPES),
     st.booleans(),
+    st.booleans(),
     st.integers(0, 99),
 )
-def test_both_products_are_those_of_the_integers(tokens, groups, outputs, group, dtype, biased, seed):
+def test_both_products_are_those_of_the_integers(tokens, groups, outputs, group, dtype, biased, zeros, seed):
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    weight, dense = random_weight(outputs, groups, group, seed, device)
+    weight, dense = random_weight(outputs, groups, group, seed, device, zeros)
     g = torch.Generator().manual_seed(seed)
     bias = torch.randn(outputs, generator=g).to(device) if biased else None
     offset = bias.cpu().double() if biased else 0
@@ -69,16 +75,32 @@ def test_extreme_sums_are_exact(kernel_device, weight, x):
         assert (product(tokens.to(dtype), None, packed) == 640 * weight * x).all()
 
 
-def test_every_nibble_meets_its_input(kernel_device):
+@pytest.mark.parametrize("zeros", [False, True])
+def test_every_nibble_meets_its_input(kernel_device, zeros):
     """One input at a time gives one column of the weights, whichever half of a byte it lies in."""
-    weight, dense = random_weight(16, 3, 32, 0, kernel_device)
+    weight, dense = random_weight(16, 3, 32, 0, kernel_device, zeros)
     columns = product(torch.eye(96, device=kernel_device), None, weight)
-    assert torch.equal(columns.cpu().double(), dense.t())
+    if zeros:  # a product and an offset are added, which rounds
+        torch.testing.assert_close(columns.cpu().double(), dense.t(), rtol=1e-6, atol=1e-6)
+    else:
+        assert torch.equal(columns.cpu().double(), dense.t())
 
 
+@pytest.mark.parametrize(("weight", "x"), [(-8, 7), (7, -7), (0, -7)])
+def test_offsets_meet_exact_sums_of_inputs(kernel_device, weight, x):
+    values = torch.full((20, 640), weight, dtype=torch.int8, device=kernel_device)
+    ones = torch.ones(20, 5, dtype=torch.bfloat16, device=kernel_device)
+    packed = int4.pack_int4(values, ones, -3 * ones)
+    tokens = torch.full((3, 640), x, dtype=torch.int8, device=kernel_device)
+    assert (product(tokens, torch.ones(3, device=kernel_device), packed) == 640 * (weight - 3) * x).all()
+    for dtype in DTYPES:
+        assert (product(tokens.to(dtype), None, packed) == 640 * (weight - 3) * x).all()
+
+
+@pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.int8])
-def test_a_row_does_not_depend_on_its_window(kernel_device, dtype):
-    weight, _ = random_weight(40, 3, 64, 1, kernel_device)
+def test_a_row_does_not_depend_on_its_window(kernel_device, dtype, zeros):
+    weight, _ = random_weight(40, 3, 64, 1, kernel_device, zeros)
     x = torch.randn(70, 192, generator=torch.Generator().manual_seed(2))
     x = ((x * 3).round().clamp(-7, 7) if dtype == torch.int8 else x).to(dtype).to(kernel_device)
     scale = torch.rand(70, device=kernel_device) if dtype == torch.int8 else None
@@ -86,7 +108,7 @@ def test_a_row_does_not_depend_on_its_window(kernel_device, dtype):
     def run(take):
         return product(x[take], None if scale is None else scale[take], weight)
 
-    window = run(slice(0, 16))
+    window = run(slice(0, 16))  # the tiles have 8, 16 and 64 rows
     assert torch.equal(run(slice(2, 8)), window[2:8])
     tall = run(slice(0, 70))
     assert torch.equal(tall[:16], window)
@@ -130,3 +152,14 @@ def test_int4_activations_are_the_references(kernel_device, dtype):
     assert torch.equal(values.cpu(), want.values)
     assert torch.equal(scale.cpu(), want.scale)
     assert values[3, :6].tolist() == [7, 0, 2, 2, 0, -6]
+
+
+@pytest.mark.parametrize("rows", [1, 8, 9, 16])
+@pytest.mark.parametrize("outputs", [1024, 4096, 24576])
+def test_a_warp_for_each_16_outputs(rows, outputs):
+    """With more, Triton has several warps unpack the same weights."""
+    config = int4.int4_config(rows, outputs, 128, torch.bfloat16)
+    assert config.outputs == 16 * config.warps
+    assert rows <= config.rows <= 16
+    integers = int4.int4_config(rows, outputs, 128, torch.int8)
+    assert integers.outputs == 16 * integers.warps

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quasar import QuasarError
-from quasar.backends.base import Quantized
+from quasar.backends.base import Quantized, widest
 from quasar.backends.reference import ReferenceBackend
 
 pytest.importorskip("triton")
@@ -43,6 +43,50 @@ def test_int8_is_the_references(tokens, inner, outputs, dtype, biased, seed):
     reference.int8_matmul = lambda x, w: sums  # torch._int_mm itself is not asked about odd sizes
     quantized, handle = Quantized(values.cpu(), scale.cpu()), (weight.cpu(), weight_scale.cpu())
     assert torch.equal(out.cpu(), reference.int8_linear(quantized, handle, bias.cpu() if biased else None))
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    st.integers(1, 64),
+    st.integers(1, 600),
+    st.integers(1, 90),
+    st.sampled_from(DTYPES),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_wide_inputs_are_the_references(tokens, inner, outputs, dtype, biased, seed):
+    """Bit for bit: both digits' sums meet as integers."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    _, _, weight, weight_scale, bias = operands(tokens, inner, outputs, seed, device)
+    x = torch.randn(tokens, inner, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    reference = ReferenceBackend("cpu", dtype)
+    reference.int8_matmul = lambda x, w: (x.long() @ w.long().t()).int()  # takes odd sizes
+    want = reference.wide_int8_linear(x, (weight.cpu(), weight_scale.cpu()), bias.cpu() if biased else None)
+    digits, scale = wide(x.to(device))
+    out = torch.empty(tokens, outputs, dtype=dtype, device=device)
+    linear.wide_int8_linear(digits, scale, weight, weight_scale, bias if biased else None, out)
+    assert torch.equal(out.cpu(), want)
+
+
+def wide(x):
+    digits, scale = torch.empty(2 * len(x), x.shape[1], dtype=torch.int8, device=x.device), torch.empty(len(x))
+    rows.digits(x, digits, scale := scale.to(x.device))
+    return digits, scale
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_the_widest_sums_are_exact(kernel_device, sign):
+    """At a length where they just fit int32."""
+    inner = 8400
+    x = torch.full((3, inner), 1.0, device=kernel_device)
+    digits, scale = wide(x)
+    weights = torch.full((20, inner), 128 * sign if sign < 0 else 127, dtype=torch.int8, device=kernel_device)
+    out = torch.empty(3, 20, device=kernel_device)
+    linear.wide_int8_linear(digits, torch.ones_like(scale), weights, torch.ones(20, device=kernel_device), None, out)
+    largest = widest(inner)
+    assert largest < 2039
+    assert (out == float(torch.tensor(inner * largest * weights[0, 0].item(), dtype=torch.float32))).all()
+    assert inner * largest * 128 < 2**31 < inner * (largest + 2) * 128
 
 
 @pytest.mark.parametrize(("token", "weight"), [(-128, -128), (127, 127), (127, -128), (-128, 127), (0, -128)])
@@ -83,15 +127,17 @@ def test_float(kernel_device, dtype, tokens, inner, outputs):
 
 
 @pytest.mark.parametrize("outputs", [40, 16384])  # both families of cuts
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.int8])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int8, "digits"])
 def test_a_row_does_not_depend_on_its_batch(kernel_device, monkeypatch, dtype, outputs):
-    """One, two and four tiles of rows."""
+    """One, two and four tiles of rows; eight of digits."""
     monkeypatch.setattr(linear, "_MANY", 41 if outputs == 40 else 40)
     values, scale, weight, weight_scale, bias = operands(64, 300, 40, 1, kernel_device)
 
     def run(take):
         out = torch.empty(len(values[take]), 40, device=kernel_device)
-        if dtype == torch.int8:
+        if dtype == "digits":
+            linear.wide_int8_linear(*wide(values[take] / 100), weight, weight_scale, bias, out)
+        elif dtype == torch.int8:
             linear.int8_linear(values[take], scale[take], weight, weight_scale, bias, out)
         else:
             linear.float_linear((values[take] / 100).to(dtype), (weight / 100).to(dtype), None, out)
@@ -103,14 +149,18 @@ def test_a_row_does_not_depend_on_its_batch(kernel_device, monkeypatch, dtype, o
 
 
 def test_more_rows_are_refused(kernel_device):
-    x = torch.zeros(65, 32, device=kernel_device)
+    x, out = torch.zeros(65, 32, device=kernel_device), torch.empty(65, 8, device=kernel_device)
+    weight, ones = torch.zeros(8, 32, device=kernel_device), torch.ones(65, device=kernel_device)
     with pytest.raises(QuasarError, match=r"a pass of 65 rows: CUDA kernels .* take 1 to 64"):
-        linear.float_linear(x, torch.zeros(8, 32, device=kernel_device), None, torch.empty(65, 8, device=kernel_device))
+        linear.float_linear(x, weight, None, out)
+    with pytest.raises(QuasarError, match=r"a pass of 65 rows: CUDA kernels .* take 1 to 64"):
+        linear.wide_int8_linear(*wide(x), weight.to(torch.int8), ones[:8], None, out)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float16])
 def test_configs_suit_the_types(dtype):
-    cuts = [linear.linear_config(out, dtype, tiles) for out in (256, 4096, 151936) for tiles in (1, 2, 4)]
+    all_tiles = (1, 2, 4, 8) if dtype == torch.int8 else (1, 2, 4)
+    cuts = [linear.linear_config(out, dtype, tiles) for out in (256, 4096, 151936) for tiles in all_tiles]
     for config in (*linear.linear_configs(), *cuts):
         assert config.bytes_inside // dtype.itemsize >= 32  # the least that the instruction takes of int8
         assert 128 % config.outputs == 0  # prefetch_weights cuts 128 requests by outputs
@@ -127,16 +177,20 @@ def test_a_weights_cuts_differ_in_nothing_that_orders_sums():
 # What is fused into their end.
 
 
+@pytest.mark.parametrize("digits", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "inter"), [(3, 21), (18, 40)])
-def test_swiglu_at_the_end_is_swiglu_after_it(kernel_device, dtype, tokens, inter):
+def test_swiglu_at_the_end_is_swiglu_after_it(kernel_device, dtype, tokens, inter, digits):
     values, scale, weight, weight_scale, bias = operands(tokens, 70, 2 * inter, 0, kernel_device)
+    product = linear.int8_linear
+    if digits:
+        product, (values, scale) = linear.wide_int8_linear, wide(values.float() / 100)
     peaks = torch.zeros(tokens, dtype=torch.int32, device=kernel_device)
     gate_up = torch.empty(tokens, 2 * inter, dtype=dtype, device=kernel_device)
     want, out = (torch.empty(tokens, inter, dtype=dtype, device=kernel_device) for _ in range(2))
-    linear.int8_linear(values, scale, weight, weight_scale, bias, gate_up)
+    product(values, scale, weight, weight_scale, bias, gate_up)
     rows.swiglu(gate_up, want)
-    linear.int8_linear(values, scale, weight, weight_scale, bias, out, epilogue=linear.SwiGLU(peaks))
+    product(values, scale, weight, weight_scale, bias, out, epilogue=linear.SwiGLU(peaks))
     assert torch.equal(out, want)
     assert torch.equal(peaks.view(torch.float32), want.abs().amax(dim=1).float())
     quantized = [torch.empty_like(out, dtype=torch.int8) for _ in range(2)]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quasar.backends.base import ActivationQuant, fold_digits
+from quasar.backends.base import ActivationQuant
 from quasar.backends.reference import ReferenceBackend
 
 pytest.importorskip("triton")
@@ -94,25 +94,42 @@ def test_quantize_is_the_references(kernel_device, dtype):
     assert values[3, :8].tolist() == [127, 0, 2, 2, 0, -2, -126, 126]
 
 
+@pytest.mark.parametrize("size", [130, 9000])  # 9000: smaller integers, or sums would overflow
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_two_digits_are_the_references(kernel_device, dtype):
-    x = random(5, 130, dtype=dtype, device=kernel_device)
+def test_two_digits_are_the_references(kernel_device, dtype, size):
+    x = random(5, size, dtype=dtype, device=kernel_device)
     x[1] = 0
     x[2, 0] = 3e4
-    values = torch.empty(10, 130, dtype=torch.int8, device=kernel_device)
-    scale = torch.empty(10, device=kernel_device)
-    rows.digits(x, values, scale)
+    x[3, :2] = torch.tensor([-2039, 7.5], dtype=dtype)  # scale 1 and the widest integer there is, and a tie
     want = ReferenceBackend("cpu", dtype).digits(x.cpu())
-    assert torch.equal(values.cpu(), want.values)
-    assert torch.equal(scale.cpu(), want.scale)
+    peaks = x.abs().amax(dim=1).float().view(torch.int32)
+    for quantise in (rows.digits, lambda x, *out: rows.quantize_by_peak(x, peaks, *out)):
+        values = torch.empty(10, size, dtype=torch.int8, device=kernel_device)
+        scale = torch.empty(5, device=kernel_device)
+        quantise(x, values, scale)
+        assert torch.equal(values.cpu(), want.values)
+        assert torch.equal(scale.cpu(), want.scale[5:])
 
 
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_digits_are_folded(kernel_device, with_bias):
-    y, bias = (random(*shape, dtype=torch.float32, device=kernel_device) for shape in ((6, 1030), (1030,)))
-    out = torch.empty(3, 1030, dtype=torch.bfloat16, device=kernel_device)
-    rows.fold_digits(y, bias if with_bias else None, out)
-    assert torch.equal(out, fold_digits(y, bias if with_bias else None).bfloat16())
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_digits_made_by_what_comes_before(kernel_device, dtype):
+    """Norm and SwiGLU write those of what they would have written."""
+    x, residual = (random(3, 200, dtype=dtype, device=kernel_device, seed=seed) for seed in (1, 2))
+    weight = random(200, dtype=dtype, device=kernel_device, seed=3)
+
+    def run(kernel):
+        values, scale = torch.empty(6, 200, dtype=torch.int8, device=kernel_device), torch.empty(3).to(kernel_device)
+        kernel(values, scale)
+        return values, scale
+
+    total, out = torch.empty_like(x), torch.empty_like(x)
+    rows.add_rms_norm(x, residual, weight, 1e-6, total, out)
+    found = run(lambda *into: rows.add_rms_norm_quantize(x, residual, weight, 1e-6, total, *into))
+    assert all(map(torch.equal, found, run(lambda *into: rows.digits(out, *into))))
+    gate_up = random(3, 400, dtype=dtype, device=kernel_device)
+    rows.swiglu(gate_up, out)
+    found = run(lambda *into: rows.swiglu_quantize(gate_up, *into))
+    assert all(map(torch.equal, found, run(lambda *into: rows.digits(out, *into))))
 
 
 def test_embed(kernel_device):

@@ -13,12 +13,15 @@ import torch
 pytest.importorskip("triton")
 
 from quasar.models.config import DUMMY_SHAPES
+from quasar.models.linear import W8A8Linear
 from quasar_gpu import graphs
 from quasar_gpu.backend import CudaBackend
 from quasar_gpu.kernels import attention
+from quasar_gpu.kernels.int4 import int4_configs
 from quasar_gpu.kernels.linear import linear_configs
 from scripts import measure_gpu
 from scripts.gpu import kernels, operators
+from scripts.gpu.models import SCHEMES, random_model
 from tests.gpu.launches import record
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "measure_gpu.py"
@@ -29,7 +32,7 @@ SHAPE = replace(
     num_heads=2,
     num_kv_heads=1,
     head_dim=16,
-    intermediate_size=48,
+    intermediate_size=64,
     vocab_size=96,
 )
 
@@ -75,12 +78,30 @@ def test_every_kernel_is_timed(kernel_device):
     """By a timer that runs it once and says that it took a microsecond."""
     bench = kernels.KernelBench(SHAPE, torch.bfloat16, kernel_device, measure_gpu.run_once)
     (int8,), (full,) = bench.int8_linear("down", [2]), bench.float_linear("lm_head", [2])
-    assert (int8.nbytes, full.nbytes) == (32 * 48, 96 * 32 * 2)
-    assert kernels.table_row(int8) == {"kernel": "int8_linear down", "M": 2, "us": 1.0, "GB/s": 1.5}
+    assert (int8.nbytes, full.nbytes) == (32 * 64, 96 * 32 * 2)
+    (wide,), (int4,) = bench.int8_linear("down", [2], digits=2), bench.int4_linear("down", [2], 32, True)
+    assert (wide.kernel, wide.nbytes) == ("wide_int8_linear down", int8.nbytes)
+    assert (int4.kernel, int4.nbytes) == ("int4_linear down, groups of 32 with zero points", 32 * (32 + 4 + 4))
+    assert kernels.table_row(int8) == {"kernel": "int8_linear down", "M": 2, "us": 1.0, "GB/s": 2.0}
     names = [time.kernel for time in (*bench.row_kernels(2), *bench.attention_kernels(2, 20))]
     assert names[:4] == ["embed", "add_rms_norm_quantize", "quantize", "quantize_by_peak"]
-    assert names[4:] == ["attend_items behind 20", "combine behind 20"]
-    assert len(list(bench.sweep("o", 2))) == len(linear_configs())
+    assert names[4:] == ["quantize_by_peak, two digits", "attend_items behind 20", "combine behind 20"]
+    assert len(list(bench.sweep("o", 2))) == len(linear_configs()) + len(int4_configs(32))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_models_to_time_are_what_they_say(kernel_device, monkeypatch, scheme):
+    """And made without calibration's minutes."""
+    monkeypatch.setitem(DUMMY_SHAPES, "small", replace(SHAPE, num_layers=1))
+    monkeypatch.setattr(attention, "_UNROLLED", 1)
+    model = random_model("small", scheme, CudaBackend(kernel_device, torch.bfloat16))
+    (layer,), head = model.decoder.layers, model.decoder.lm_head
+    assert (isinstance(head, W8A8Linear), model.precision) == ("lm_head" in scheme, scheme.partition(",")[0])
+    if model.precision == "w8a8":
+        wide = "inputs" not in scheme
+        assert (layer.qkv.wide, layer.o.wide, layer.gate_up.wide, layer.down.wide) == (wide, False, False, wide)
+    elif model.precision == "w4a16":
+        assert (layer.down.packed.offset is None) == ("symmetric" in scheme)
 
 
 def test_gaps_between_kernels_are_seen():

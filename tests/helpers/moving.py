@@ -18,12 +18,13 @@ class PlainInt4(ReferenceBackend):
     """The reference, but int4 weights stay as they were given and meet inputs in float64 (PyTorch's kernel takes
     bfloat16 and gives it)."""
 
-    def int4_weight(self, values: Tensor, scale: Tensor, offset: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return values, scale  # symmetric: these backends have no zero points yet
+    def int4_weight(self, values: Tensor, scale: Tensor, offset: Tensor | None = None) -> tuple[Tensor, ...]:
+        return (values, scale) if offset is None else (values, scale, offset)
 
-    def int4_linear(self, x: Tensor | Quantized, weight: tuple[Tensor, Tensor], bias: Tensor | None) -> Tensor:
-        values, scale = weight
-        dense = values.double() * scale.double().repeat_interleave(values.shape[1] // scale.shape[1], 1)
+    def int4_linear(self, x: Tensor | Quantized, weight: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
+        values, *grids = weight
+        scale, *offset = (grid.double().repeat_interleave(values.shape[1] // grid.shape[1], 1) for grid in grids)
+        dense = values.double() * scale + (offset[0] if offset else 0)
         y = x.values.double() @ dense.t() * x.scale[:, None] if isinstance(x, Quantized) else x.double() @ dense.t()
         return (y if bias is None else y + bias).to(self.dtype)
 

@@ -269,14 +269,14 @@ static void int4_inputs(void *data, int thread, int threads)
     const int digits = a->scale ? 2 : 1;
     const int64_t groups = a->k / a->group;
     int64_t from, to, tile = 0;
-    share(a->m, thread, threads, &from, &to);
-    for (int64_t row = from; row < to; row++) {
+    share(groups, thread, threads, &from, &to); /* not rows: those of a tile lie in the same lines */
+    for (int64_t row = 0; row < a->m; row++) {
         while (int4_tile_row(a->m, digits, tile + 1) <= row)
             tile++;
         const int64_t first = int4_tile_row(a->m, digits, tile);
         const int64_t stride = (int4_tile_row(a->m, digits, tile + 1) - first) * digits * 8;
         int8_t *q = a->q + first * digits * a->k + (row - first) * digits * 8;
-        for (int64_t g = 0; g < groups; g++) {
+        for (int64_t g = from; g < to; g++) {
             const int64_t at = row * a->k + g * a->group;
             float inverse = 1;
             if (digits == 2) {

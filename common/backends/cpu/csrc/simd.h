@@ -131,6 +131,10 @@ INLINE int32_t sum_int_lanes(vi v)
 {
 #if ISA_AVX512
     return _mm512_reduce_add_epi32((__m512i)v);
+#elif ISA_AVX2
+    __m128i four = _mm_add_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+    __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
 #else
     int32_t sum = 0;
     for (int lane = 0; lane < VL; lane++)
@@ -142,6 +146,10 @@ INLINE int32_t max_int_lanes(vi v)
 {
 #if ISA_AVX512
     return _mm512_reduce_max_epi32((__m512i)v);
+#elif ISA_AVX2
+    __m128i four = _mm_max_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+    __m128i two = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+    return _mm_cvtsi128_si32(_mm_max_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
 #else
     int32_t best = v[0];
     for (int lane = 1; lane < VL; lane++)
