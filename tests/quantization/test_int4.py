@@ -62,8 +62,8 @@ def test_kernel_against_the_integers():
 
 
 def test_other_devices_say_what_they_have():
-    with pytest.raises(QuasarError, match="--device meta has --precision full and w8a8"):
-        ReferenceBackend("meta").int4_weight(torch.zeros(16, 128, dtype=torch.int8), torch.ones(16, 1).bfloat16())
+    with pytest.raises(QuasarError, match="--device mps has --precision full and w8a8"):
+        ReferenceBackend("mps").int4_weight(torch.zeros(16, 128, dtype=torch.int8), torch.ones(16, 1).bfloat16())
 
 
 def test_int4_activations_take_fifteen_values():
