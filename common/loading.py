@@ -24,10 +24,11 @@ from quasar.models.sharing import share
 from quasar.models.weights_cache import WeightsCache, source_digest
 from quasar.quantization.budget import choose_kept, describe
 from quasar.quantization.calibration import read_texts
+from quasar.quantization.kv import kv_fidelity
 from quasar.quantization.methods import FITTED, W8A8, Method, SameLayers, best_int4
 from quasar.quantization.recipe import DEFAULT_RECIPE, Recipe, pass_bytes
 from quasar.quantization.stream import quantized_decoder
-from quasar.quantization.texts import calibration_and_heldout
+from quasar.quantization.texts import built_in, calibration_and_heldout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase  # takes seconds to import
@@ -79,6 +80,7 @@ def load(
             raise QuasarError(
                 f"{model} is quantised ({loaded.precision}); --precision {precision} needs the model it was made of"
             )
+        _say_what_kv_costs(loaded, kv, heldout)
         return loaded
     found.backend.require_memory(quantized_bytes(found.config, precision), f"loading {model}")
     full = found.decoder(progress) if lossless else None
@@ -98,7 +100,16 @@ def load(
         files=found.files,
         cache=cache or WeightsCache(),
     )
-    return replace(found.model(decoder), precision=precision, fidelity=fidelity, full=full, weights=None)
+    quantized = replace(found.model(decoder), precision=precision, fidelity=fidelity, full=full, weights=None)
+    _say_what_kv_costs(quantized, kv, heldout)
+    return quantized
+
+
+def _say_what_kv_costs(model: Model, kv: str, heldout: Sequence[str] | None) -> None:
+    """Of int8, which is for little memory; bfloat16 changes near ties alone (docs/cpu.md)."""
+    if kv == "int8" and model.tokenizer is not None:
+        texts = map(model.tokenizer.encode, heldout) if heldout else built_in(model.tokenizer, "heldout")
+        log.warning("--kv int8 against float32: %s", kv_fidelity(model.decoder, texts))
 
 
 @out_of_memory_in_one_line()

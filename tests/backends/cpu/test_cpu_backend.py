@@ -1,5 +1,7 @@
 """The fast CPU backend end to end against the reference backend, which defines the numbers."""
 
+import re
+
 import pytest
 import torch
 
@@ -104,6 +106,16 @@ def test_bfloat16_rounds_float32_weights_too():
 
 
 # --kv
+
+
+def test_int8_keys_and_values_say_what_they_cost(caplog):
+    load("tiny-qwen3", device="cpu", precision="full", kv="bfloat16")
+    assert not caplog.messages
+    model = load("tiny-qwen3", device="cpu", precision="full", kv="int8")
+    (line,) = caplog.messages
+    found = re.fullmatch(r"--kv int8 against float32: mean KL (\S+) nats, .* 512 held-out tokens", line)
+    assert 1e-6 < float(found[1]) < 1e-1
+    assert model.decoder.backend.kv == "int8"
 
 
 @pytest.mark.parametrize("kv", ["bfloat16", "int8"])

@@ -1,0 +1,38 @@
+"""What keys and values in fewer bits do to a model, on held-out text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor
+
+from quasar.backends.base import Batch, Segment
+from quasar.models.decoder import Decoder
+from quasar.models.fidelity import Fidelity
+from quasar.models.runtime import Runtime
+from quasar.quantization.fidelity import FidelityTally, held_out
+
+_TOKENS = 512
+
+
+def kv_fidelity(decoder: Decoder, texts: Iterable[Sequence[int]]) -> Fidelity:
+    """Of the format that the decoder's backend keeps keys and values in, against float32, on the CPU backend."""
+    backend, c = decoder.backend, decoder.config
+    asked = backend.kv
+    tally = FidelityTally()
+    try:
+        for ids in held_out(texts, c.vocab_size, c.max_position_embeddings, _TOKENS):
+            found = []
+            for backend.kv in ("float32", asked):
+                found.append(_log_probs(decoder, ids[:-1]))
+            tally.add(found[0], found[1], ids[1:])
+    finally:
+        backend.kv = asked
+    return tally.figures()
+
+
+def _log_probs(decoder: Decoder, ids: Sequence[int]) -> Tensor:
+    """float32 [tokens, vocab] after each token."""
+    runtime = Runtime(decoder)
+    slot = runtime.new_slot(len(ids))
+    return runtime.run(Batch([Segment(slot, ids, logits_to_keep=len(ids))])).float().log_softmax(dim=-1)
