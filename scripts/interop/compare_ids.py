@@ -4,11 +4,11 @@
     python compare_ids.py check DIR PROMPTS.json VLLM.json  compares with what vllm_generate.py wrote; 1: too far off
 
 vLLM computes in float32 here, so it is held to Quasar's reference backend in float32, and so is Quasar's CPU backend:
-the same greedy ids for 85 % of the prompts, and first-token logprobs 1e-2 apart on average at most. An activation between
-two int8 steps may fall either way, so right ones have 90 to 98 % and 4e-3; where sums are wrong it is 65 % and 4e-2. On
-processors without VNNI, oneDNN adds pairs of int8 products in 16 bits, which saturate, and vLLM cannot say what the
-checkpoint means. There it is held to the reference backend with sums that saturate in the same way: then the products
-alone are why it differs from the exact ones.
+the same greedy ids for 85 % of the prompts, and first-token logprobs 1e-2 apart on average at most. An activation
+between two int8 steps may fall either way, so right ones have 90 to 98 % and 4e-3; where sums are wrong it is 65 % and
+4e-2. On processors without VNNI, oneDNN adds pairs of int8 products in saturating 16 bits, and vLLM cannot say what
+the checkpoint means. There it is held to the reference backend with sums that saturate in the same way: then the
+products alone are why it differs from the exact ones.
 """
 
 from __future__ import annotations
