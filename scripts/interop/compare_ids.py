@@ -3,13 +3,12 @@
     python compare_ids.py prompts MODEL PROMPTS.json        writes 200 prompts of token ids
     python compare_ids.py check DIR PROMPTS.json VLLM.json  compares with what vllm_generate.py wrote; 1: too far off
 
-vLLM computes in float32 here, so it is held to Quasar's reference backend in float32: the same greedy ids for 95 % of
-the prompts, since an activation between two int8 steps may fall either way. On processors without VNNI, oneDNN adds
-pairs of int8 products in 16 bits, which saturate, and vLLM cannot say what the checkpoint means. There it is held to
-the reference backend with sums that saturate in the same way: then the products alone are why it differs from the exact
-ones.
-
-Quasar's CPU backend is held to the reference for 90 %: it multiplies lm_head in bfloat16 where the processor can.
+vLLM computes in float32 here, so it is held to Quasar's reference backend in float32, and so is Quasar's CPU backend:
+the same greedy ids for 85 % of the prompts, and first-token logprobs 1e-2 apart on average at most. An activation
+between two int8 steps may fall either way, so right ones have 90 to 98 % and 4e-3; where sums are wrong it is 65 % and
+4e-2. On processors without VNNI, oneDNN adds pairs of int8 products in saturating 16 bits, and vLLM cannot say what
+the checkpoint means. There it is held to the reference backend with sums that saturate in the same way: then the
+products alone are why it differs from the exact ones.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from quasar.models.model import ASSETS
 from quasar.quantization.calibration import read_texts
 
 PROMPTS, LENGTH, NEW_TOKENS = 200, 24, 32
-LEAST, LEAST_OWN = 0.95, 0.90
+LEAST, APART = 0.85, 1e-2  # share of prompts with the same ids, and mean difference of first-token logprobs
 SATURATING = 50  # prompts of the slow comparison, which looks at each pair of products
 
 
@@ -77,8 +76,8 @@ def said_by(model: Model, prompts: list[list[int]], first: list[int]) -> list[Sa
     return rows
 
 
-def compare(what: str, one: list[Said], other: list[Said]) -> float:
-    """Prints, and returns the share of prompts with the same ids."""
+def compare(what: str, one: list[Said], other: list[Said]) -> bool:
+    """Prints, and says whether they are near enough."""
     both = list(zip(one, other, strict=True))
     share = sum(a.ids == b.ids for a, b in both) / len(both)
     tokens = sum(x == y for a, b in both for x, y in zip(a.ids, b.ids, strict=True)) / (len(both) * NEW_TOKENS)
@@ -87,7 +86,7 @@ def compare(what: str, one: list[Said], other: list[Said]) -> float:
         f"{what}: the same {NEW_TOKENS} ids for {share:.1%} of {len(both)} prompts, {tokens:.1%} of tokens; "
         f"first-token logprob differs by {statistics.mean(differences):.1e} on average, {max(differences):.1e} at most"
     )
-    return share
+    return share >= LEAST and statistics.mean(differences) <= APART
 
 
 def check(folder: str, prompts: str, answers: str) -> None:
@@ -109,9 +108,8 @@ def check(folder: str, prompts: str, answers: str) -> None:
         print(f"{folder}: vLLM's int8 products saturate on this processor, so that is not held against it")
         saturating = said(SaturatingReference(), SATURATING)
         theirs = compare(f"{folder}: vLLM and the reference with saturating sums", vllm[:SATURATING], saturating)
-    for name, share, least in (("Quasar on CPU", own, LEAST_OWN), ("vLLM", theirs, LEAST)):
-        if share < least:
-            sys.exit(f"{name}: the same ids for {share:.1%} of prompts, below {least:.0%}")
+    if not (own and theirs):
+        sys.exit(f"{folder}: {'Quasar on CPU' if theirs else 'vLLM'} is too far off")
 
 
 if __name__ == "__main__":
