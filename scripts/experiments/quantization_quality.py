@@ -44,6 +44,8 @@ class Conversation:
 def sampled(found: Checkpoint, path: Path, count: int, tokens: int, samples: Path | None) -> list[Conversation]:
     """The file's first `count` questions with the model's answers of up to `tokens` tokens."""
     kept = None if samples is None else samples / f"{path.stem}-{count}-{tokens}.json"
+    if samples is not None:
+        samples.mkdir(parents=True, exist_ok=True)
     if kept is not None and kept.exists():
         return [Conversation(**fields) for fields in json.loads(kept.read_text())]
     model = found.model(found.decoder())
