@@ -73,9 +73,10 @@ class RowRule:
         survival [longest]: of its candidates; seconds: of a verification over so many rows; others: sequences in its
         pass, which wait for the draft too; free: what could be verified instead, without passes of the drafter.
         """
-        taken = 0 if free is None else self.candidates([free], 1 + others, seconds)[0]
+        free = Draft() if free is None else free
+        taken = self.candidates([free, *[Draft()] * others], 1 + others, seconds)[0]
         tokens = 1.0 + others
-        best_rate, best = (tokens + sum(free.survival[:taken] if free else ())) / seconds(1 + others + taken), 0
+        best_rate, best = (tokens + sum(free.survival[:taken])) / seconds(1 + others + taken), 0
         for length, chance in enumerate(survival, 1):
             tokens += chance
             rate = tokens / (seconds(1 + others + length) + length * seconds_per_candidate)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from quasar.models.costs import PassCosts
 from quasar.speculation.draft import Draft
-from quasar.speculation.rows import CAPTURED_SIZES, FixedRows, RowRule
+from quasar.speculation.rows import CAPTURED_SIZES, PUBLISHED_GAMMA, FixedRows, RowRule
 
 RULE = RowRule()
 CAPTURED = RowRule(captured=True)
@@ -29,6 +29,7 @@ def test_free_rows_are_taken_and_dear_ones_are_not():
 
 def test_rows_go_to_the_most_likely_of_all_sequences():
     assert RULE.candidates([draft(0.9, 0.8, 0.7, 0.6), draft(0.2, 0.1), draft(0.75)], 3, FLAT, most=8) == [4, 0, 1]
+    assert RULE.candidates([draft(0.9)] * 3, 3, FLAT, most=2) == [0, 0, 0]  # a pass of prompts may be longer already
 
 
 def test_a_step_in_the_cost_may_be_worth_climbing():
@@ -70,6 +71,8 @@ def test_the_least_is_what_a_row_costs():
     costs = PassCosts({1: 1.0, 64: 7.3})  # a tenth of the first row each
     assert RULE.least(1, 1, costs) == pytest.approx(0.1)
     assert RULE.least(16, 16, costs) == pytest.approx(16 * 0.1 / costs(16))
+    assert RULE.least(1, 1, STEEP) == pytest.approx(1.0)
+    assert RULE.least(64, 64, costs) == 0.0  # no row could be added
     assert FixedRows(3).least(1, 1, costs) == 0.0
 
 
@@ -86,6 +89,39 @@ def test_what_is_free_may_pay_better_than_a_chain():
     survival = [0.9**i for i in range(1, 9)]
     assert RULE.chain(survival, FLAT, seconds_per_candidate=0.4, free=draft(0.9, 0.8, 0.7)) == 0
     assert RULE.chain(survival, FLAT, seconds_per_candidate=0.1, free=draft(0.2, 0.1)) > 0
+
+
+@given(
+    st.lists(st.floats(0, 1), max_size=8),
+    st.lists(st.floats(0, 1), max_size=4),
+    st.integers(0, 3),
+    st.floats(0, 1),
+    st.lists(st.floats(0.01, 1.0), min_size=16, max_size=16),
+)
+def test_no_other_length_of_a_chain_brings_more(survival, free, others, seconds_per_candidate, steps):
+    """Against every length, and against verifying any number of the free candidates instead."""
+    survival, free = sorted(survival, reverse=True), sorted(free, reverse=True)
+    costs = PassCosts(dict(enumerate(itertools.accumulate(steps), 1)))
+
+    def rate(tokens: list[float], drafting: float) -> float:
+        return (1 + others + sum(tokens)) / (costs(1 + others + len(tokens)) + drafting)
+
+    lengths = [rate(survival[:n], n * seconds_per_candidate) for n in range(len(survival) + 1)]
+    instead = max(rate(free[:n], 0.0) for n in range(len(free) + 1))
+    length = RULE.chain(survival, costs, seconds_per_candidate, others, draft(*free))
+    assert max(lengths[length], instead) == pytest.approx(max(*lengths, instead))
+    assert length == 0 or lengths[length] > instead
+    if not others:
+        assert RULE.chain(survival, costs, seconds_per_candidate) == RULE.chain(
+            survival, costs, seconds_per_candidate, 0, Draft()
+        )
+
+
+def test_a_pass_is_filled_to_a_size_that_was_captured():
+    sizes = {1: 1, 2: 2, 3: 2, 4: 4, 7: 4, 8: 8, 15: 8, 16: 16, 63: 56, 64: 64, 70: 64}
+    assert {rows: CAPTURED.filled(rows) for rows in sizes} == sizes
+    assert [RULE.filled(rows) for rows in (1, 3, 63, 64, 65)] == [1, 3, 63, 64, 64]
+    assert PUBLISHED_GAMMA == 5  # arXiv 2603.01399, section 4
 
 
 def test_fixed_rows_do_not_look_at_costs():
