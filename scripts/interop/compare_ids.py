@@ -3,12 +3,13 @@
     python compare_ids.py prompts MODEL PROMPTS.json        writes 200 prompts of token ids
     python compare_ids.py check DIR PROMPTS.json VLLM.json  compares with what vllm_generate.py wrote; 1: too far off
 
-vLLM computes in float32 here, so it is held to Quasar's reference backend in float32, and so is Quasar's CPU backend:
+vLLM computes W8A8 in float32 here, so it is held to Quasar's reference backend in float32, and so is the CPU backend:
 the same greedy ids for 85 % of the prompts, and first-token logprobs 1e-2 apart on average at most. An activation
 between two int8 steps may fall either way, so right ones have 90 to 98 % and 4e-3; where sums are wrong it is 65 % and
 4e-2. On processors without VNNI, oneDNN adds pairs of int8 products in saturating 16 bits, and vLLM cannot say what
 the checkpoint means. There it is held to the reference backend with sums that saturate in the same way: then the
-products alone are why it differs from the exact ones.
+products alone are why it differs from the exact ones. Its int4 kernel computes in bfloat16 alone, whose rounding moves
+more: 86 % and 1e-2 where nothing is wrong, held to 75 % and 2e-2.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from quasar.models.model import ASSETS
 from quasar.quantization.calibration import read_texts
 
 PROMPTS, LENGTH, NEW_TOKENS = 200, 24, 32
-LEAST, APART = 0.85, 1e-2  # share of prompts with the same ids, and mean difference of first-token logprobs
+# Share of prompts with the same ids, and mean difference of first-token logprobs, by the dtype of activations.
+BOUNDS = {"float32": (0.85, 1e-2), "bfloat16": (0.75, 2e-2)}
 SATURATING = 50  # prompts of the slow comparison, which looks at each pair of products
 
 
@@ -76,7 +78,7 @@ def said_by(model: Model, prompts: list[list[int]], first: list[int]) -> list[Sa
     return rows
 
 
-def compare(what: str, one: list[Said], other: list[Said]) -> bool:
+def compare(what: str, one: list[Said], other: list[Said], dtype: str = "float32") -> bool:
     """Prints, and says whether they are near enough."""
     both = list(zip(one, other, strict=True))
     share = sum(a.ids == b.ids for a, b in both) / len(both)
@@ -86,7 +88,8 @@ def compare(what: str, one: list[Said], other: list[Said]) -> bool:
         f"{what}: the same {NEW_TOKENS} ids for {share:.1%} of {len(both)} prompts, {tokens:.1%} of tokens; "
         f"first-token logprob differs by {statistics.mean(differences):.1e} on average, {max(differences):.1e} at most"
     )
-    return share >= LEAST and statistics.mean(differences) <= APART
+    least, apart = BOUNDS[dtype]
+    return share >= least and statistics.mean(differences) <= apart
 
 
 def check(folder: str, prompts: str, answers: str) -> None:
@@ -103,7 +106,7 @@ def check(folder: str, prompts: str, answers: str) -> None:
 
     reference = said(ReferenceBackend())
     own = compare(f"{folder}: Quasar on CPU and its reference", said(), reference)
-    theirs = compare(f"{folder}: vLLM and the reference", vllm, reference)
+    theirs = compare(f"{folder}: vLLM in {written['dtype']} and the reference", vllm, reference, written["dtype"])
     if not written["exact"]:
         print(f"{folder}: vLLM's int8 products saturate on this processor, so that is not held against it")
         saturating = said(SaturatingReference(), SATURATING)

@@ -3,7 +3,8 @@
     python vllm_generate.py DIR PROMPTS.json OUT.json
 
 PROMPTS.json is a list of lists of token ids. OUT.json gets `rows`, for each the generated ids and the first one's
-logprob, and `exact`: whether vLLM's int8 products are, which those of oneDNN are not on processors without VNNI.
+logprob; `dtype` of activations; and `exact`: whether vLLM's int8 products are, which those of oneDNN are not on
+processors without VNNI.
 """
 
 from __future__ import annotations
@@ -29,10 +30,13 @@ def main() -> None:
     from vllm import LLM, SamplingParams
 
     folder, prompts, out = sys.argv[1:4]
-    if json.loads((Path(folder) / "config.json").read_text())["model_type"] == "PanguEmbedded":
+    config = json.loads((Path(folder) / "config.json").read_text())
+    if config["model_type"] == "PanguEmbedded":
         _know_pangu_config()
-    # float32, as the CPU backend of Quasar computes: the comparison is of checkpoints, not of rounding.
-    engine = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=1024, trust_remote_code=False)
+    # float32, as the CPU backend of Quasar computes: the comparison is of checkpoints, not of rounding. vLLM's int4
+    # kernel on CPU has no float32.
+    dtype = "bfloat16" if config["quantization_config"]["format"] == "pack-quantized" else "float32"
+    engine = LLM(folder, dtype=dtype, enforce_eager=True, max_model_len=1024, trust_remote_code=False)
     settings = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=1, detokenize=False)
     inputs = [{"prompt_token_ids": ids} for ids in json.loads(Path(prompts).read_text())]
     results = []
@@ -40,7 +44,7 @@ def main() -> None:
         completion = output.outputs[0]
         ids = list(completion.token_ids)
         results.append({"ids": ids, "logprob": completion.logprobs[0][ids[0]].logprob})
-    Path(out).write_text(json.dumps({"exact": _exact(), "rows": results}))
+    Path(out).write_text(json.dumps({"dtype": dtype, "exact": dtype != "float32" or _exact(), "rows": results}))
 
 
 def _exact() -> bool:
