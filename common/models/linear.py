@@ -63,6 +63,9 @@ class W8A8Linear(Linear):
         self.nbytes = w.values.nbytes + w.scale.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
     def forward(self, x: Tensor | Quantized) -> Tensor:
+        if self.input_bias is not None:
+            assert isinstance(x, Tensor)  # what comes before it quantises plain inputs alone
+            x = (x.float() + self.input_bias).to(x.dtype)
         if self.wide:
             return self.backend.wide_int8_linear(x, self.packed, self.bias)
         if isinstance(x, Tensor):
@@ -70,8 +73,6 @@ class W8A8Linear(Linear):
         return self.backend.int8_linear(x, self.packed, self.bias)
 
     def _quantize(self, x: Tensor) -> Quantized:
-        if self.input_bias is not None:
-            x = (x.float() + self.input_bias).to(x.dtype)
         if self.static_scale is None or self.static_offset == 0:
             return self.backend.quantize(x, ActivationQuant(self.static_scale))
         values = (x.float() / self.static_scale + self.static_offset).round().clamp(-128, 127).to(torch.int8)

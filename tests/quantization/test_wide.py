@@ -45,6 +45,16 @@ def test_numbers_keep_twelve_bits(tokens: int, inputs: int, out: int, with_bias:
     assert ((y - torch.nn.functional.linear(x, weight, made.bias)).abs() <= most).all()
 
 
+def test_a_shifted_input_is_shifted_before_it_gets_its_digits() -> None:
+    """As msModelSlim's smoothing leaves them: norms that shift, before layers of 16-bit inputs."""
+    weight, shift, x = torch.randn(32, 64), torch.randn(64), torch.randn(5, 64)
+    made = replace(to_int8(FullWeights(weight, None)), wide=True)
+    shifted = W8A8Linear(get_backend("reference"), replace(made, input_bias=shift))
+    assert shifted.activation_quant is None
+    assert torch.equal(shifted(x), W8A8Linear(get_backend("reference"), made)(x + shift))
+    assert not torch.equal(shifted(x), W8A8Linear(get_backend("reference"), made)(x))
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 5), st.sampled_from([1, 70, 8228, 8229, 12288, 60_000]), st.integers(0, 2**31))
 def test_two_digits_are_one_integer(tokens: int, inputs: int, seed: int) -> None:
