@@ -28,7 +28,7 @@ from quasar.quantization.kv import kv_fidelity
 from quasar.quantization.methods import FITTED, W8A8, Method, SameLayers, best_int4
 from quasar.quantization.recipe import DEFAULT_RECIPE, Recipe, pass_bytes
 from quasar.quantization.stream import quantized_decoder
-from quasar.quantization.texts import built_in, calibration_and_heldout
+from quasar.quantization.texts import calibration_and_heldout, heldout_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase  # takes seconds to import
@@ -108,7 +108,7 @@ def load(
 def _say_what_kv_costs(model: Model, kv: str, heldout: Sequence[str] | None) -> None:
     """Of int8, which is for little memory; bfloat16 changes near ties alone (docs/cpu.md)."""
     if kv == "int8" and model.tokenizer is not None:
-        texts = map(model.tokenizer.encode, heldout) if heldout else built_in(model.tokenizer, "heldout")
+        texts = heldout_texts(model.tokenizer, heldout)
         log.warning("--kv int8 against float32: %s", kv_fidelity(model.decoder, texts))
 
 

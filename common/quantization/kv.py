@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from torch import Tensor
-
-from quasar.backends.base import Batch, Segment
 from quasar.models.decoder import Decoder
 from quasar.models.fidelity import Fidelity
-from quasar.models.runtime import Runtime
 from quasar.quantization.fidelity import FidelityTally, held_out
 
 _TOKENS = 512
@@ -24,15 +20,8 @@ def kv_fidelity(decoder: Decoder, texts: Iterable[Sequence[int]]) -> Fidelity:
         for ids in held_out(texts, c.vocab_size, c.max_position_embeddings, _TOKENS):
             found = []
             for backend.kv in ("float32", asked):
-                found.append(_log_probs(decoder, ids[:-1]))
+                found.append(decoder.read(ids[:-1], len(ids) - 1).log_softmax(dim=-1))
             tally.add(found[0], found[1], ids[1:])
     finally:
         backend.kv = asked
     return tally.figures()
-
-
-def _log_probs(decoder: Decoder, ids: Sequence[int]) -> Tensor:
-    """float32 [tokens, vocab] after each token."""
-    runtime = Runtime(decoder)
-    slot = runtime.new_slot(len(ids))
-    return runtime.run(Batch([Segment(slot, ids, logits_to_keep=len(ids))])).float().log_softmax(dim=-1)

@@ -8,7 +8,7 @@ code alone.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,9 +43,14 @@ def calibration_and_heldout(
         if ids:
             calibration.append(ids[:limit])
             tokens += len(calibration[-1])
-    own = map(tokenizer.encode, heldout) if heldout else built_in(tokenizer, "heldout")
+    own = heldout_texts(tokenizer, heldout)
     most = 4096 if heldout or config.matrix_parameters < _SMALL else 1536
     return calibration, held_out(own, config.vocab_size, config.max_position_embeddings, most)
+
+
+def heldout_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str] | None) -> Iterable[list[int]]:
+    """Token ids of the texts to measure on, None meaning the built-in ones."""
+    return map(tokenizer.encode, texts) if texts else built_in(tokenizer, "heldout")
 
 
 def built_in(tokenizer: PreTrainedTokenizerBase, name: str) -> Iterator[list[int]]:

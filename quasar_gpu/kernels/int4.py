@@ -204,9 +204,8 @@ def _int4_linear(
                 if EVEN:
                     high_x = tl.load(x_at + (2 * i + 1) * GROUP + step, mask=there, other=0)
                 else:
-                    inside = (k < inner - (2 * pair + 1) * GROUP)[
-                        :, None
-                    ]  # all or none: the last pair may have one group
+                    # All or none: the last pair may have one group.
+                    inside = (k < inner - (2 * pair + 1) * GROUP)[:, None]
                     high_x = tl.load(x_at + (2 * i + 1) * GROUP + step, mask=there & inside, other=0)
                 low_w = _low_nibbles(w, ASSEMBLY).to(x.dtype.element_ty)
                 high_w = _high_nibbles(w, ASSEMBLY).to(x.dtype.element_ty)

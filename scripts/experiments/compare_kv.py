@@ -15,21 +15,15 @@ from pathlib import Path
 import torch
 
 from quasar import load
-from quasar.backends.base import Batch, Segment
 from quasar.backends.cpu.kernels import KV_FORMATS
 from quasar.generation import GenerationSettings, generate
 from quasar.models.model import ASSETS, Model
-from quasar.models.runtime import Runtime
 from quasar.quantization.calibration import read_texts
 
 
 def answer_logits(model: Model, prompt: list[int], answer: list[int]) -> torch.Tensor:
     """Log-probabilities [answer, vocab] that the model gives at each token of an answer."""
-    runtime = Runtime(model.decoder)
-    ids = prompt + answer[:-1]
-    slot = runtime.new_slot(len(ids))
-    logits = runtime.run(Batch([Segment(slot, ids, logits_to_keep=len(answer))]))
-    return logits.float().log_softmax(dim=-1).clone()
+    return model.decoder.read(prompt + answer[:-1], len(answer)).log_softmax(dim=-1)
 
 
 def first_difference(a: list[int], b: list[int]) -> int | None:

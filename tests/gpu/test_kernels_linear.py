@@ -1,5 +1,7 @@
 """Matmuls of few rows: int8 bit for bit the reference's, floats by tolerance, rows the same in every batch."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -24,15 +26,13 @@ def operands(tokens, inner, outputs, seed, device):
     return values, scale, weight, weight_scale, torch.randn(outputs, generator=g).to(device)
 
 
-@settings(max_examples=12, deadline=None)
-@given(
-    st.integers(1, 64),
-    st.integers(1, 600),
-    st.integers(1, 90),
-    st.sampled_from(DTYPES),
-    st.booleans(),
-    st.integers(0, 99),
-)
+def of_any_size(test: Callable[..., None]) -> Callable[..., None]:
+    """Tokens, inputs, outputs, type, whether there is a bias, seed."""
+    sizes = st.integers(1, 64), st.integers(1, 600), st.integers(1, 90)
+    return settings(max_examples=12)(given(*sizes, st.sampled_from(DTYPES), st.booleans(), st.integers(0, 99))(test))
+
+
+@of_any_size
 def test_int8_is_the_references(tokens, inner, outputs, dtype, biased, seed):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     values, scale, weight, weight_scale, bias = operands(tokens, inner, outputs, seed, device)
@@ -45,15 +45,7 @@ def test_int8_is_the_references(tokens, inner, outputs, dtype, biased, seed):
     assert torch.equal(out.cpu(), reference.int8_linear(quantized, handle, bias.cpu() if biased else None))
 
 
-@settings(max_examples=12, deadline=None)
-@given(
-    st.integers(1, 64),
-    st.integers(1, 600),
-    st.integers(1, 90),
-    st.sampled_from(DTYPES),
-    st.booleans(),
-    st.integers(0, 99),
-)
+@of_any_size
 def test_wide_inputs_are_the_references(tokens, inner, outputs, dtype, biased, seed):
     """Bit for bit: both digits' sums meet as integers."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
