@@ -134,32 +134,29 @@ class CudaBackend(Backend):
         return Product(self, x.shape[0], weight.shape[0], run)
 
     def int8_linear(self, x: Quantized, weight: Any, bias: Tensor | None) -> Any:
-        (values, weight_scale), (rows, scale) = weight, (x.values, x.scale)
-        if scale.shape[0] != rows.shape[0]:  # one for all of them
-            scale = self._new(rows.shape[:1], torch.float32).copy_(scale)
-
-        def run(out: Tensor, epilogue: linear_kernels.Epilogue) -> None:
-            if rows.shape[0] <= MOST_ROWS:
-                linear_kernels.int8_linear(rows, scale, values, weight_scale, bias, out, epilogue=epilogue)
-                return
-            y = padded_int_mm(rows, values).float().mul_(scale[:, None]).mul_(weight_scale)
-            out.copy_(y if bias is None else y.add_(bias))
-
-        return Product(self, rows.shape[0], values.shape[0], run)
+        rows = x.values.shape[:1]
+        if x.scale.shape != rows:  # one for all of them
+            x = Quantized(x.values, self._new(rows, torch.float32).copy_(x.scale))
+        return self._int8_product(x, weight, bias)
 
     def wide_int8_linear(self, x: Tensor | Quantized, weight: Any, bias: Tensor | None) -> Any:
         """x: in floating point, or digits int8 [2 * rows, in] with the scale [rows] of the lower ones."""
-        values, weight_scale = weight
         digits = self.quantize(x, ActivationQuant(wide=True)) if isinstance(x, Tensor) else x
-        rows = digits.scale.shape[0]
+        return self._int8_product(digits, weight, bias)
+
+    def _int8_product(self, x: Quantized, weight: Any, bias: Tensor | None) -> Product:
+        """x: int8 [rows, in], or both digits [2 * rows, in]; with a scale for each row."""
+        (values, weight_scale), rows = weight, x.scale.shape[0]
 
         def run(out: Tensor, epilogue: linear_kernels.Epilogue) -> None:
-            given = (digits.values, digits.scale, values, weight_scale, bias, out)
             if rows <= MOST_ROWS:
-                linear_kernels.wide_int8_linear(*given, epilogue=epilogue)
+                linear_kernels.int8_linear(x.values, x.scale, values, weight_scale, bias, out, epilogue=epilogue)
                 return
-            upper, lower = padded_int_mm(digits.values, values).chunk(2)
-            y = lower.add_(upper, alpha=16).float().mul_(digits.scale[:, None]).mul_(weight_scale)
+            sums = padded_int_mm(x.values, values)
+            if sums.shape[0] > rows:
+                upper, lower = sums.chunk(2)
+                sums = lower.add_(upper, alpha=16)
+            y = sums.float().mul_(x.scale[:, None]).mul_(weight_scale)
             out.copy_(y if bias is None else y.add_(bias))
 
         return Product(self, rows, values.shape[0], run)

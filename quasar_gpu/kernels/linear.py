@@ -131,30 +131,14 @@ def int8_linear(
     """out[i, n] = (sum over k of values[i, k] * weight[n, k]) * scale[i] * weight_scale[n] + bias[n].
 
     values int8 [rows, in], scale float32 [rows], weight int8 [out, in], weight_scale and bias float32 [out], out
-    [rows, out] of bfloat16, float16 or float32. Bit for bit the reference's: the sums are exact, the rest is float32
-    in the same order, rounded once. (int32 holds any sum up to in = 131071.) Reads in * out bytes. Raises QuasarError
-    for more than 64 rows.
+    [rows, out] of bfloat16, float16 or float32. Inputs that are 16 * upper + lower have values [2 * rows, in], of all
+    rows first the upper digits, and the scale of the lower ones (`rows.digits`); both digits' sums meet as integers.
+
+    Bit for bit the reference's: the sums are exact, the rest is float32 in the same order, rounded once. (int32 holds
+    any sum up to in = 131071.) Reads in * out bytes, once. Raises QuasarError for more than 64 rows.
     """
-    _launch(_int8_linear, values, weight, (scale, weight_scale), bias, out, config, epilogue)
-
-
-def wide_int8_linear(
-    digits: Tensor,
-    scale: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
-    config: LinearConfig | None = None,
-    epilogue: Epilogue = None,
-) -> None:
-    """`int8_linear` of inputs that are 16 * upper + lower: digits int8 [2 * rows, in], of all rows first the upper
-    ones, scale float32 [rows] that of the lower ones (`rows.digits`).
-
-    Bit for bit the reference's: both digits' sums meet as integers. Reads in * out bytes, once. Raises QuasarError for
-    more than 64 rows.
-    """
-    _launch(_int8_linear, digits, weight, (scale, weight_scale), bias, out, config, epilogue, digits=2)
+    digits = values.shape[0] // scale.shape[0]
+    _launch(_int8_linear, values, weight, (scale, weight_scale), bias, out, config, epilogue, digits)
 
 
 def float_linear(

@@ -94,7 +94,6 @@ class KernelBench:
     ) -> Iterator[KernelTime]:
         """With W8A8 weights, under inputs of one digit or two; config None takes the backend's choice."""
         out, inner = self.matrices[name]
-        product = linear.int8_linear if digits == 1 else linear.wide_int8_linear
         copies = _copies(out * inner)
         weights, scales = [self._int8(out, inner) for _ in range(copies)], self._random(out, dtype=torch.float32)
         for m in counts:
@@ -102,9 +101,9 @@ class KernelBench:
             y = self._empty(m, out)
 
             def run(i: int, x: Tensor = x, scale: Tensor = scale, y: Tensor = y) -> None:
-                product(x, scale, weights[i % copies], scales, None, y, config)
+                linear.int8_linear(x, scale, weights[i % copies], scales, None, y, config)
 
-            yield self._time(f"{product.__name__} {name}", m, out * inner, run)
+            yield self._time(f"{'wide_' * (digits - 1)}int8_linear {name}", m, out * inner, run)
 
     def int4_linear(
         self, name: str, counts: list[int], group: int, zeros: bool, config: int4.Int4Config | None = None

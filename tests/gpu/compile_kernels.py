@@ -133,7 +133,7 @@ def matmuls(dtype: torch.dtype, tiles: tuple[int, ...] = (1,), wide: bool = True
             linear.int8_linear(x, scale, weight, weight_scale, None, out, epilogue=epilogue)
             if wide:
                 digits = empty(2 * tokens, inner, dtype=torch.int8)
-                linear.wide_int8_linear(digits, scale, weight, weight_scale, None, out, epilogue=epilogue)
+                linear.int8_linear(digits, scale, weight, weight_scale, None, out, epilogue=epilogue)
 
 
 def int4_matmuls(dtype: torch.dtype, everything: bool = False) -> None:

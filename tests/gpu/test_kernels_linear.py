@@ -56,7 +56,7 @@ def test_wide_inputs_are_the_references(tokens, inner, outputs, dtype, biased, s
     want = reference.wide_int8_linear(x, (weight.cpu(), weight_scale.cpu()), bias.cpu() if biased else None)
     digits, scale = wide(x.to(device))
     out = torch.empty(tokens, outputs, dtype=dtype, device=device)
-    linear.wide_int8_linear(digits, scale, weight, weight_scale, bias if biased else None, out)
+    linear.int8_linear(digits, scale, weight, weight_scale, bias if biased else None, out)
     assert torch.equal(out.cpu(), want)
 
 
@@ -74,7 +74,7 @@ def test_the_widest_sums_are_exact(kernel_device, sign):
     digits, scale = wide(x)
     weights = torch.full((20, inner), 128 * sign if sign < 0 else 127, dtype=torch.int8, device=kernel_device)
     out = torch.empty(3, 20, device=kernel_device)
-    linear.wide_int8_linear(digits, torch.ones_like(scale), weights, torch.ones(20, device=kernel_device), None, out)
+    linear.int8_linear(digits, torch.ones_like(scale), weights, torch.ones(20, device=kernel_device), None, out)
     largest = widest(inner)
     assert largest < 2039
     assert (out == float(torch.tensor(inner * largest * weights[0, 0].item(), dtype=torch.float32))).all()
@@ -128,7 +128,7 @@ def test_a_row_does_not_depend_on_its_batch(kernel_device, monkeypatch, dtype, o
     def run(take):
         out = torch.empty(len(values[take]), 40, device=kernel_device)
         if dtype == "digits":
-            linear.wide_int8_linear(*wide(values[take] / 100), weight, weight_scale, bias, out)
+            linear.int8_linear(*wide(values[take] / 100), weight, weight_scale, bias, out)
         elif dtype == torch.int8:
             linear.int8_linear(values[take], scale[take], weight, weight_scale, bias, out)
         else:
@@ -146,7 +146,7 @@ def test_more_rows_are_refused(kernel_device):
     with pytest.raises(QuasarError, match=r"a pass of 65 rows: CUDA kernels .* take 1 to 64"):
         linear.float_linear(x, weight, None, out)
     with pytest.raises(QuasarError, match=r"a pass of 65 rows: CUDA kernels .* take 1 to 64"):
-        linear.wide_int8_linear(*wide(x), weight.to(torch.int8), ones[:8], None, out)
+        linear.int8_linear(*wide(x), weight.to(torch.int8), ones[:8], None, out)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float16])
@@ -174,15 +174,14 @@ def test_a_weights_cuts_differ_in_nothing_that_orders_sums():
 @pytest.mark.parametrize(("tokens", "inter"), [(3, 21), (18, 40)])
 def test_swiglu_at_the_end_is_swiglu_after_it(kernel_device, dtype, tokens, inter, digits):
     values, scale, weight, weight_scale, bias = operands(tokens, 70, 2 * inter, 0, kernel_device)
-    product = linear.int8_linear
     if digits:
-        product, (values, scale) = linear.wide_int8_linear, wide(values.float() / 100)
+        values, scale = wide(values.float() / 100)
     peaks = torch.zeros(tokens, dtype=torch.int32, device=kernel_device)
     gate_up = torch.empty(tokens, 2 * inter, dtype=dtype, device=kernel_device)
     want, out = (torch.empty(tokens, inter, dtype=dtype, device=kernel_device) for _ in range(2))
-    product(values, scale, weight, weight_scale, bias, gate_up)
+    linear.int8_linear(values, scale, weight, weight_scale, bias, gate_up)
     rows.swiglu(gate_up, want)
-    product(values, scale, weight, weight_scale, bias, out, epilogue=linear.SwiGLU(peaks))
+    linear.int8_linear(values, scale, weight, weight_scale, bias, out, epilogue=linear.SwiGLU(peaks))
     assert torch.equal(out, want)
     assert torch.equal(peaks.view(torch.float32), want.abs().amax(dim=1).float())
     quantized = [torch.empty_like(out, dtype=torch.int8) for _ in range(2)]
