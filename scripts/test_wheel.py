@@ -20,7 +20,7 @@ from pathlib import Path
 
 COMPILED = {
     "x86_64": ["amx", "avx512bf16", "avx512", "avxvnni", "avx2", "plain"],
-    "aarch64": ["dotprod", "plain"],
+    "aarch64": ["i8mm", "dotprod", "plain"],
 }
 
 

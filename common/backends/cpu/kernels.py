@@ -40,7 +40,7 @@ def _open() -> tuple[ModuleType | None, str | None, str | None]:
     """(the extension, the instruction set in use, why there is none although one was built).
 
     The processor's fastest set unless QUASAR_NATIVE_ISA names another: amx, avx512bf16, avx512, avxvnni, avx2 or plain
-    on x86-64, dotprod or plain on aarch64.
+    on x86-64, i8mm, dotprod or plain on aarch64.
     """
     try:
         extension = import_module(_NAME)
@@ -349,7 +349,7 @@ class PackedInt8(_Packed):
     bits = 8
 
     def __init__(self, weight: Tensor, scale: Tensor):
-        super().__init__(weight, _int8, 4)
+        super().__init__(weight, _int8, 8)
         self.scale = scale.to(_float32).contiguous().clone()
         self._scale_pointer = _pointer(self.scale, _float32, self.n)
 

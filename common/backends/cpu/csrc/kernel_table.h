@@ -8,7 +8,7 @@
 #include "rows.h"
 
 const struct kernels KERNELS = {
-    ISA_NAME, {INT8_WIDTH, INT8_INPUTS, FLOAT_WIDTH, INT8_SHIFT}, INT8_WIDENS,
+    ISA_NAME, {INT8_WIDTH, INT8_INPUTS, FLOAT_WIDTH, INT4_INPUTS, INT8_SHIFT}, INT8_WIDENS,
     int8_linear, f32_linear, bf16_linear, rounded_linear, round_bf16, embed_bf16, embed_f32, quantize, norm,
     swiglu, rope, attention, argmax, top_k, read_memory, hadamard,
     digits, int4_linear, int4_inputs, exp_array,

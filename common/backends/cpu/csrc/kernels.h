@@ -221,7 +221,7 @@ typedef void (*task_fn)(void *args, int thread, int threads);
 
 /* How a weight lies in memory, [ceil(n / width), k / inputs, width, inputs], which is up to the kernels that read it. */
 struct layout {
-    int64_t int8_width, int8_inputs, float_width;
+    int64_t int8_width, int8_inputs, float_width, int4_inputs; /* inputs of an output that lie together */
     uint8_t int8_shift;      /* added to each value */
 };
 
@@ -235,8 +235,8 @@ struct kernels {
     void (*exp)(const float *x, float *y, int64_t n); /* for the accuracy test */
 };
 
-extern const struct kernels kernels_amx, kernels_avx512bf16, kernels_avx512, kernels_avxvnni, kernels_avx2, kernels_dotprod;
-extern const struct kernels kernels_plain;
+extern const struct kernels kernels_amx, kernels_avx512bf16, kernels_avx512, kernels_avxvnni, kernels_avx2;
+extern const struct kernels kernels_i8mm, kernels_dotprod, kernels_plain;
 
 /* Whether the compiler can make kernels_amx, and Linux is there to be asked for the tiles. */
 #if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
@@ -246,6 +246,11 @@ extern const struct kernels kernels_plain;
 /* Whether the compiler can make kernels_dotprod: older clang has the intrinsics only where every processor has them. */
 #if defined(__aarch64__) && defined(__linux__) && (!defined(__clang__) || __clang_major__ >= 16)
 #define HAVE_DOTPROD 1
+#endif
+
+/* Whether it can make kernels_i8mm. */
+#if HAVE_DOTPROD && (defined(__clang__) || __GNUC__ >= 10)
+#define HAVE_I8MM 1
 #endif
 
 /* parallel.c */
@@ -326,7 +331,7 @@ void slot_copy(const struct slot *from, const struct slot *to, int64_t positions
 void use_huge_pages(void *, size_t bytes);
 /* Weights from row-major [n, k] to the layouts above */
 void pack_int8(const struct layout *, const int8_t *weight, uint8_t *packed, int64_t n, int64_t k);
-void pack_int4(const int8_t *weight, uint8_t *packed, int64_t n, int64_t k);
+void pack_int4(const struct layout *, const int8_t *weight, uint8_t *packed, int64_t n, int64_t k);
 void pack_scales(const uint16_t *scale, uint16_t *packed, int64_t n, int64_t groups);
 void pack_bf16(const struct layout *, const uint16_t *weight, uint16_t *packed, int64_t n, int64_t k);
 void pack_f32(const struct layout *, const float *weight, float *packed, int64_t n, int64_t k);

@@ -153,7 +153,7 @@ INLINE void float_rows(const word *w, int64_t group, const enum operands operand
         float_rows(w, group, operands, x, stride, k, rows, add, once, sums);                                         \
     }
 FLOAT_ROWS_OF(f32_rows, F32_F32)
-FLOAT_ROWS_OF(bf16_rows, BF16_F32)
+IN_ORDER FLOAT_ROWS_OF(bf16_rows, BF16_F32)
 #if ISA_AVX512BF16
 FLOAT_ROWS_OF(rounded_rows, BF16_BF16)
 #else

@@ -15,17 +15,25 @@
 #define INT4_COLUMNS(sums, whole) ((sums) <= 1 ? NV : (whole) || (sums) <= 3 ? NV / 2 : NV / 4)
 #elif ISA_DOTPROD
 #define INT4_ROWS(digits) ((void)(digits), 6)
-#define INT4_COLUMNS(sums, whole) ((sums) <= 3 ? NV : (sums) <= 6 ? NV / 2 : NV / 4)
+#define INT4_COLUMNS(sums, whole) ((sums) <= (ISA_I8MM ? 2 : 3) ? NV : (sums) <= 6 ? NV / 2 : NV / 4)
 #else
 #define INT4_ROWS(digits) ((void)(digits), 1)
 #define INT4_COLUMNS(sums, whole) NV
 #endif
+#define INT4_INPUTS (ISA_I8MM ? 8 : 4) /* of an output that lie together */
 #define INT4_MOST_ROWS 8
 #define INT4_PANEL 10 /* tiles of rows between two reads of the weights */
 
 typedef uint16_t vscale __attribute__((vector_size(VL * 2), aligned(2), may_alias));
 
-INLINE vf widen_scale(const uint16_t *scale) { return (vf)(__builtin_convertvector(*(const vscale *)scale, vi) << 16); }
+INLINE vf widen_scale(const uint16_t *scale)
+{
+#if ISA_DOTPROD /* which gcc would take apart lane by lane */
+    return (vf)vshlq_n_u32(vmovl_u16(vld1_u16(scale)), 16);
+#else
+    return (vf)(__builtin_convertvector(*(const vscale *)scale, vi) << 16);
+#endif
+}
 
 INLINE int32_t word_at(const void *p)
 {
@@ -51,9 +59,6 @@ INLINE vi add_nibbles(vi acc, vi low, vi high, vi x_low, vi x_high)
     acc = (vi)_mm256_add_epi16((__m256i)acc, _mm256_maddubs_epi16((__m256i)low, (__m256i)x_low));
     KEEP(acc);
     return (vi)_mm256_add_epi16((__m256i)acc, _mm256_maddubs_epi16((__m256i)high, (__m256i)x_high));
-#elif ISA_DOTPROD
-    int32x4_t sum = vdotq_s32((int32x4_t)acc, (int8x16_t)low, (int8x16_t)x_low);
-    return (vi)vdotq_s32(sum, (int8x16_t)high, (int8x16_t)x_high);
 #else
     typedef int8_t bytes __attribute__((vector_size(VL * 4)));
     bytes l = (bytes)low, h = (bytes)high, xl = (bytes)x_low, xh = (bytes)x_high;
@@ -94,6 +99,91 @@ INLINE void add_pairs(vi (*acc)[NV], const uint8_t *p, const int8_t *x, const in
 #define add_pairs(...) (void)0
 #endif
 
+#if ISA_DOTPROD
+#define INT4_LANES 1 /* the inputs of two sums lie in one register, and the product instructions take their parts of it */
+
+/* acc[4][columns] of two sums, or of one, += the products of 8 inputs. */
+INLINE void add_lanes(vi (*acc)[NV], const int v, int8x16_t low, int8x16_t high, int8x16_t x, const int both)
+{
+#if ISA_I8MM /* of two sums and two outputs: both outputs of the one, then both of the other */
+    (void)both;
+    acc[0][v] = (vi)vmmlaq_s32((int32x4_t)acc[0][v], x, low);
+    acc[1][v] = (vi)vmmlaq_s32((int32x4_t)acc[1][v], x, high);
+    KEEP(acc[0][v]);
+    KEEP(acc[1][v]);
+#else
+    acc[0][v] = (vi)vdotq_laneq_s32((int32x4_t)acc[0][v], low, x, 0);
+    acc[0][v] = (vi)vdotq_laneq_s32((int32x4_t)acc[0][v], high, x, 1);
+    KEEP(acc[0][v]);
+    if (both) {
+        acc[1][v] = (vi)vdotq_laneq_s32((int32x4_t)acc[1][v], low, x, 2);
+        acc[1][v] = (vi)vdotq_laneq_s32((int32x4_t)acc[1][v], high, x, 3);
+        KEEP(acc[1][v]);
+    }
+#endif
+}
+
+INLINE int8x16_t two_inputs(const int8_t *x, const int both)
+{
+    return both ? vld1q_s8(x) : vcombine_s8(vld1_s8(x), vdup_n_s8(0));
+}
+
+/* acc[parts][columns] += the products of a group's inputs; it begins the same for all outputs. What waits in registers is what there is less of: inputs, or
+ * weights. */
+INLINE void add_group(vi (*acc)[NV], const uint8_t *p, const int8_t *x, int64_t group, const int parts, const int columns,
+                      const int first)
+{
+    const int pairs = (parts + 1) / 2;
+    const uint8x16_t nibble = vdupq_n_u8(15);
+    vi sums[INT4_MOST_ROWS * 2][NV];
+    UNROLL for (int c = 0; c < parts; c++) UNROLL for (int v = 0; v < columns; v++) sums[c][v] = acc[c][v];
+#if ISA_I8MM
+    UNROLL for (int c = 0; c < pairs; c++) UNROLL for (int v = 0; v < columns; v++) {
+        const vi second = 2 * c + 1 < parts ? acc[2 * c + 1][v] : (vi){0};
+        sums[2 * c][v] = sums[2 * c + 1][v] = (vi)vzip1q_s64((int64x2_t)acc[2 * c][v], (int64x2_t)second);
+    }
+#endif
+    for (int64_t k = 0; k < group; k += 8, p += BLOCK * 4, x += 8 * parts) {
+        if (first) {
+            prefetch_weight(p, 1);
+            prefetch_weight(p + 64, 1);
+        }
+        if (pairs <= 3) {
+            int8x16_t xr[3];
+            UNROLL for (int c = 0; c < pairs; c++) xr[c] = two_inputs(x + 16 * c, 2 * c + 1 < parts);
+            UNROLL for (int v = 0; v < columns; v++) {
+                const uint8x16_t bytes = vld1q_u8(p + 16 * v);
+                const int8x16_t low = (int8x16_t)vandq_u8(bytes, nibble), high = (int8x16_t)vshrq_n_u8(bytes, 4);
+                UNROLL for (int c = 0; c < pairs; c++) add_lanes(sums + 2 * c, v, low, high, xr[c], 2 * c + 1 < parts);
+            }
+        } else {
+            int8x16_t low[NV], high[NV];
+            UNROLL for (int v = 0; v < columns; v++) {
+                const uint8x16_t bytes = vld1q_u8(p + 16 * v);
+                low[v] = (int8x16_t)vandq_u8(bytes, nibble);
+                high[v] = (int8x16_t)vshrq_n_u8(bytes, 4);
+            }
+            UNROLL for (int c = 0; c < pairs; c++) {
+                const int8x16_t xr = two_inputs(x + 16 * c, 2 * c + 1 < parts);
+                UNROLL for (int v = 0; v < columns; v++)
+                    add_lanes(sums + 2 * c, v, low[v], high[v], xr, 2 * c + 1 < parts);
+            }
+        }
+    }
+    UNROLL for (int c = 0; c < parts; c++) UNROLL for (int v = 0; v < columns; v++) {
+#if ISA_I8MM
+        const int64x2_t low = (int64x2_t)sums[c / 2 * 2][v], high = (int64x2_t)sums[c / 2 * 2 + 1][v];
+        acc[c][v] = (vi)(c % 2 ? vzip2q_s64(low, high) : vzip1q_s64(low, high));
+#else
+        acc[c][v] = sums[c][v];
+#endif
+    }
+}
+#else
+#define INT4_LANES 0
+#define add_group(...) (void)0
+#endif
+
 /* totals[rows][32] of one block. x, x_scale and sums begin with the tile's first row; has_offset is whether there is one. */
 INLINE void int4_tile(const struct int4_linear_args *a, const uint8_t *w, const uint16_t *scale, const uint16_t *offset,
                       const int8_t *x, const float *x_scale, const int32_t *sums, float (*totals)[BLOCK], const int rows,
@@ -110,7 +200,9 @@ INLINE void int4_tile(const struct int4_linear_args *a, const uint8_t *w, const 
                 acc[c][v] = wide[c][v] = splat_int(c % per_row == per_row - 1 ? sums[c / per_row * groups + g] : 0);
             const uint8_t *p = w + v0 * VL * 4;
             const int8_t *xk = x;
-            for (int64_t left = a->group; left > 0; left -= widens ? INT4_STEP : a->group) {
+            if (INT4_LANES)
+                add_group(acc, p, xk, a->group, parts, columns, v0 == 0);
+            for (int64_t left = INT4_LANES ? 0 : a->group; left > 0; left -= widens ? INT4_STEP : a->group) {
                 if (widens)
                     UNROLL for (int c = 0; c < parts; c++) UNROLL for (int v = 0; v < columns; v++) acc[c][v] = (vi){0};
                 for (int64_t k = widens && left > INT4_STEP ? INT4_STEP : left; k > 0; k -= 8, p += BLOCK * 4) {
@@ -223,7 +315,7 @@ INLINE void int4_blocks(const struct int4_linear_args *a, const int digits, cons
         }
 }
 
-static void int4_linear(void *data, int thread, int threads)
+IN_ORDER static void int4_linear(void *data, int thread, int threads)
 {
     const struct int4_linear_args *a = data;
     if (a->digits == 2)

@@ -10,7 +10,8 @@
  *                                 instructions a pair, as many as `maddubs` on |x| and sign(w, x) would need with its
  *                                 `sign`, on fewer multiplier slots, and -128 is a value as any other. Wide inputs
  *                                 (`digits`) come as int16 and cost the same;
- *   dot products of aarch64       both operands are signed. */
+ *   dot products of aarch64       both operands are signed;
+ *   products of 2 by 8 (i8mm)     two rows with two outputs, 8 inputs of each: x is copied in that order once per call. */
 #pragma once
 #include "simd.h"
 
@@ -30,6 +31,13 @@
 #define INT8_INPUTS 2
 #define INT8_SHIFT 0u
 #define INT8_WIDENS 1    /* x is widened to int16 first */
+#elif ISA_I8MM
+#define INT8_ROWS 6
+#define INT8_WIDTH 16
+#define INT8_INPUTS 8
+#define INT8_SHIFT 0u
+#define INT8_TOGETHER 2  /* rows that one instruction multiplies: x is copied so that they lie together */
+#define INT8_CHUNK 1024
 #elif ISA_DOTPROD
 #define INT8_ROWS 6
 #define INT8_WIDTH 16
@@ -44,15 +52,21 @@
 #ifndef INT8_WIDENS
 #define INT8_WIDENS 0
 #endif
-#define INT8_PANEL 64    /* rows between two reads of the weights */
+#ifndef INT8_TOGETHER
+#define INT8_TOGETHER 1
+#endif
+#ifndef INT8_CHUNK
 #define INT8_CHUNK 512   /* inputs whose weights all tiles of a panel read before the next */
+#endif
+#define INT8_PANEL 64    /* rows between two reads of the weights */
+#define INT8_COPIES (INT8_WIDENS || INT8_TOGETHER > 1) /* whether x is copied, once per call, for the tiles to read */
 
 #if INT8_WIDENS
 typedef int16_t int8_input;
-#define INT8_BUFFER 32768 /* widened inputs on the stack: 64 KiB */
 #else
 typedef int8_t int8_input;
 #endif
+#define INT8_BUFFER ((int64_t)(65536 / sizeof(int8_input))) /* copied inputs on the stack: 64 KiB */
 
 INLINE int32_t four(const void *x)
 {
@@ -61,7 +75,14 @@ INLINE int32_t four(const void *x)
     return word;
 }
 
-/* sums[rows][INT8_WIDTH] += (weight + INT8_SHIFT) * x over k inputs, a multiple of 4. x: rows `stride` apart. */
+/* Inputs of an output as they are packed: whole groups of those that lie together. */
+INLINE int64_t packed_inputs(const struct int8_linear_args *a)
+{
+    return (a->k4 * 4 + INT8_INPUTS - 1) / INT8_INPUTS * INT8_INPUTS;
+}
+
+/* sums[rows][INT8_WIDTH] += (weight + INT8_SHIFT) * x over k inputs, a multiple of 4 and of INT8_INPUTS. x: rows `stride`
+ * apart; or pairs of them two strides apart, 8 inputs of the one and then of the other, and `rows` is even. */
 INLINE void int8_tile(const uint8_t *w, const int8_input *x, int64_t stride, int64_t k, const int rows,
                       const int once, int32_t (*sums)[INT8_WIDTH])
 {
@@ -112,10 +133,43 @@ INLINE void int8_tile(const uint8_t *w, const int8_input *x, int64_t stride, int
     }
     UNROLL for (int r = 0; r < rows; r++) UNROLL for (int v = 0; v < 2; v++)
         _mm256_storeu_si256((void *)(sums[r] + 8 * v), acc[r][v]);
+#elif ISA_I8MM
+    int32x4_t acc[INT8_ROWS / 2][8]; /* of two rows and two outputs: both of the one row, then both of the other */
+    UNROLL for (int r = 0; r < rows; r += 2) UNROLL for (int v = 0; v < 4; v++) {
+        int64x2_t row = vreinterpretq_s64_s32(vld1q_s32(sums[r] + 4 * v));
+        int64x2_t next = vreinterpretq_s64_s32(vld1q_s32(sums[r + 1] + 4 * v));
+        acc[r / 2][2 * v] = vreinterpretq_s32_s64(vzip1q_s64(row, next));
+        acc[r / 2][2 * v + 1] = vreinterpretq_s32_s64(vzip2q_s64(row, next));
+    }
+    for (int64_t i = 0; i < k; i += 8, w += 128) {
+        int8x16_t xr[INT8_ROWS / 2];
+        UNROLL for (int r = 0; r < rows; r += 2) xr[r / 2] = vld1q_s8(x + r * stride + 2 * i);
+        UNROLL for (int v = 0; v < 8; v++) {
+            int8x16_t weights = vld1q_s8((const int8_t *)w + 16 * v);
+            UNROLL for (int p = 0; p < rows / 2; p++) acc[p][v] = vmmlaq_s32(acc[p][v], xr[p], weights);
+        }
+    }
+    UNROLL for (int r = 0; r < rows; r += 2) UNROLL for (int v = 0; v < 4; v++) {
+        int64x2_t first = vreinterpretq_s64_s32(acc[r / 2][2 * v]), second = vreinterpretq_s64_s32(acc[r / 2][2 * v + 1]);
+        vst1q_s32(sums[r] + 4 * v, vreinterpretq_s32_s64(vzip1q_s64(first, second)));
+        vst1q_s32(sums[r + 1] + 4 * v, vreinterpretq_s32_s64(vzip2q_s64(first, second)));
+    }
 #elif ISA_DOTPROD
     int32x4_t acc[INT8_ROWS][4];
     UNROLL for (int r = 0; r < rows; r++) UNROLL for (int v = 0; v < 4; v++) acc[r][v] = vld1q_s32(sums[r] + 4 * v);
-    for (int64_t i = 0; i < k; i += 4, w += 64) {
+    int64_t i = 0;
+    for (; i + 16 <= k; i += 16) { /* a register of x holds four operands */
+        int8x16_t xr[INT8_ROWS];
+        UNROLL for (int r = 0; r < rows; r++) xr[r] = vld1q_s8(x + r * stride + i);
+#define LANE(lane)                                                                                                     \
+    UNROLL for (int v = 0; v < 4; v++, w += 16) {                                                                      \
+        const int8x16_t weights = vld1q_s8((const int8_t *)w);                                                         \
+        UNROLL for (int r = 0; r < rows; r++) acc[r][v] = vdotq_laneq_s32(acc[r][v], weights, xr[r], lane);            \
+    }
+        LANE(0) LANE(1) LANE(2) LANE(3)
+#undef LANE
+    }
+    for (; i < k; i += 4, w += 64) {
         int8x16_t weights[4];
         UNROLL for (int v = 0; v < 4; v++) weights[v] = vld1q_s8((const int8_t *)w + 16 * v);
         UNROLL for (int r = 0; r < rows; r++) {
@@ -137,14 +191,23 @@ INLINE void int8_tile(const uint8_t *w, const int8_input *x, int64_t stride, int
 }
 
 /* Rows must be a constant for the accumulators to live in registers. */
+#if !ISA_I8MM /* whose loads come in pairs otherwise */
+IN_ORDER
+#endif
 NOINLINE void int8_rows(const uint8_t *w, const int8_input *x, int64_t stride, int64_t k, int64_t rows,
                         int once, int32_t (*sums)[INT8_WIDTH])
 {
 #define ROWS(n) case n: once ? int8_tile(w, x, stride, k, n, 1, sums) : int8_tile(w, x, stride, k, n, 0, sums); break
     switch (rows) {
-    ROWS(1); ROWS(2); ROWS(3); ROWS(4);
+    ROWS(2); ROWS(4);
+#if INT8_TOGETHER == 1
+    ROWS(1); ROWS(3);
 #if INT8_ROWS >= 6
-    ROWS(5); ROWS(6);
+    ROWS(5);
+#endif
+#endif
+#if INT8_ROWS >= 6
+    ROWS(6);
 #endif
 #if INT8_ROWS >= 8
     ROWS(7); ROWS(8);
@@ -199,20 +262,21 @@ INLINE void finish_int8(const struct int8_linear_args *a, int64_t row, int64_t r
     }
 }
 
-/* The rows [first, last) of x, each of 4 * k4 inputs, with INT8_WIDTH outputs. The sums begin at zero, or at those of the
- * inputs before `k`; inputs [k, k_end) are added. */
+/* The rows [first, last) of x with INT8_WIDTH outputs. The sums begin at zero, or at those of the inputs before `k`; inputs
+ * [k, k_end) are added. x has a row of zeros more where rows are multiplied two by two and one is left. */
 INLINE void int8_outputs(const struct int8_linear_args *a, int64_t group, int64_t first, int64_t last, int64_t k,
                          int64_t k_end, const int8_input *x, int64_t stride, int64_t chunk_stride, const int32_t *x_sum)
 {
-    const int64_t inputs = a->k4 * 4, column = group * INT8_WIDTH, rows = last - first;
+    const int64_t inputs = packed_inputs(a), column = group * INT8_WIDTH, rows = last - first;
     const int64_t columns = a->n - column < INT8_WIDTH ? a->n - column : INT8_WIDTH;
-    const int64_t tiles = (rows + INT8_ROWS - 1) / INT8_ROWS, chunk = tiles == 1 && !chunk_stride ? inputs : INT8_CHUNK;
+    const int64_t units = (rows + INT8_TOGETHER - 1) / INT8_TOGETHER, most = INT8_ROWS / INT8_TOGETHER;
+    const int64_t tiles = (units + most - 1) / most, chunk = tiles == 1 && !chunk_stride ? inputs : INT8_CHUNK;
     int32_t sums[INT8_PANEL][INT8_WIDTH] __attribute__((aligned(64)));
     /* What is unfinished waits where the result will be: an int32 takes a float's place. */
     int32_t *waiting = (int32_t *)a->out + first * a->n + column;
-    for (int64_t r = 0; r < rows; r++) {
+    for (int64_t r = 0; r < units * INT8_TOGETHER; r++) {
         uint32_t shift = INT8_SHIFT && !k ? INT8_SHIFT * (uint32_t)x_sum[r] : 0; /* the sums may pass 2^31 and come back */
-        if (!k)
+        if (!k || r >= rows)
             for (int j = 0; j < INT8_WIDTH; j++)
                 sums[r][j] = (int32_t)-shift;
         else
@@ -222,7 +286,7 @@ INLINE void int8_outputs(const struct int8_linear_args *a, int64_t group, int64_
     for (; k < k_end; k += chunk, w += chunk * INT8_WIDTH, x += chunk_stride ? chunk_stride : chunk) {
         int64_t taken = k_end - k < chunk ? k_end - k : chunk;
         for (int64_t tile = 0, row = 0; tile < tiles; tile++) {
-            int64_t next = rows * (tile + 1) / tiles;
+            int64_t next = units * (tile + 1) / tiles * INT8_TOGETHER;
             int8_rows(w, x + row * stride, stride, taken, next - row, tile == 0, sums + row);
             row = next;
         }
@@ -234,11 +298,38 @@ INLINE void int8_outputs(const struct int8_linear_args *a, int64_t group, int64_
             memcpy(waiting + r * a->n, sums[r], (size_t)columns * sizeof(int32_t));
 }
 
-#if INT8_WIDENS
+#if INT8_TOGETHER == 2
+/* Inputs [from, end) of x, [chunks][pairs of rows][INT8_CHUNK / 8][2][8], zeros behind the last row and input. */
+static void copy_int8(const struct int8_linear_args *a, int64_t first, int64_t rows, int64_t from, int64_t end,
+                      int8_t *copy)
+{
+    const int64_t inputs = a->k4 * 4;
+    for (; from < end; from += INT8_CHUNK)
+        for (int64_t r = 0; r < rows; r += 2, copy += 2 * INT8_CHUNK) {
+            const int8_t *row = (const int8_t *)a->x + (first + r) * inputs + from, *next = row + inputs;
+            const int64_t chunk_end = end < inputs ? end : inputs;
+            const int64_t taken = chunk_end - from < INT8_CHUNK ? chunk_end - from : INT8_CHUNK;
+            int64_t i = 0;
+            for (; i + 8 <= taken; i += 8) {
+                memcpy(copy + 2 * i, row + i, 8);
+                if (r + 1 < rows)
+                    memcpy(copy + 2 * i + 8, next + i, 8);
+                else
+                    memset(copy + 2 * i + 8, 0, 8);
+            }
+            if (i < taken) { /* four more */
+                memset(copy + 2 * i, 0, 16);
+                memcpy(copy + 2 * i, row + i, 4);
+                if (r + 1 < rows)
+                    memcpy(copy + 2 * i + 8, next + i, 4);
+            }
+        }
+}
+#elif INT8_WIDENS
 /* Inputs [from, end) of x, int16, [chunks][rows][INT8_CHUNK]: rows a constant apart, so that a tile needs no address for
  * each of them. */
-static void widen_int8(const struct int8_linear_args *a, int64_t first, int64_t rows, int64_t from, int64_t end,
-                       int16_t *wide)
+static void copy_int8(const struct int8_linear_args *a, int64_t first, int64_t rows, int64_t from, int64_t end,
+                      int16_t *wide)
 {
     for (; from < end; from += INT8_CHUNK)
         for (int64_t r = 0; r < rows; r++, wide += INT8_CHUNK) {
@@ -260,15 +351,16 @@ static void widen_int8(const struct int8_linear_args *a, int64_t first, int64_t 
 
 INLINE void int8_panel(const struct int8_linear_args *a, int64_t first, int64_t last, int64_t from, int64_t to)
 {
-    const int64_t inputs = a->k4 * 4;
-#if INT8_WIDENS
-    int16_t wide[INT8_BUFFER] __attribute__((aligned(64)));
-    const int64_t rows = last - first, most = INT8_BUFFER / INT8_CHUNK / rows * INT8_CHUNK;
+    const int64_t inputs = packed_inputs(a);
+#if INT8_COPIES
+    int8_input copy[INT8_BUFFER] __attribute__((aligned(64)));
+    const int64_t rows = last - first, room = (rows + INT8_TOGETHER - 1) / INT8_TOGETHER * INT8_TOGETHER;
+    const int64_t most = INT8_BUFFER / INT8_CHUNK / room * INT8_CHUNK;
     for (int64_t k = 0; k < inputs; k += most) {
         int64_t k_end = k + most < inputs ? k + most : inputs;
-        widen_int8(a, first, rows, k, k_end, wide);
+        copy_int8(a, first, rows, k, k_end, copy);
         for (int64_t group = from; group < to; group++)
-            int8_outputs(a, group, first, last, k, k_end, wide, INT8_CHUNK, rows * INT8_CHUNK, NULL);
+            int8_outputs(a, group, first, last, k, k_end, copy, INT8_CHUNK, room * INT8_CHUNK, NULL);
     }
 #else
     const int8_t *x = a->x;

@@ -18,7 +18,8 @@
 #endif
 #elif HAVE_DOTPROD
 #include <sys/auxv.h>
-#define DOT_PRODUCTS (1UL << 20) /* HWCAP_ASIMDDP, which older headers lack */
+#define DOT_PRODUCTS (1UL << 20)  /* of AT_HWCAP: HWCAP_ASIMDDP, which older headers lack */
+#define INT8_MATRICES (1UL << 13) /* of AT_HWCAP2: HWCAP2_I8MM, likewise */
 #endif
 
 static const struct kernels *isa = &kernels_plain;
@@ -47,8 +48,13 @@ static int supported(const struct kernels *k)
     if (k == &kernels_avx2)
         return avx2;
 #elif HAVE_DOTPROD
+    int dotprod = (getauxval(AT_HWCAP) & DOT_PRODUCTS) != 0;
+#if HAVE_I8MM
+    if (k == &kernels_i8mm)
+        return dotprod && (getauxval(AT_HWCAP2) & INT8_MATRICES) != 0;
+#endif
     if (k == &kernels_dotprod)
-        return (getauxval(AT_HWCAP) & DOT_PRODUCTS) != 0;
+        return dotprod;
 #endif
     return k == &kernels_plain;
 }
@@ -60,6 +66,9 @@ static const struct kernels *const all_kernels[] = {
 #if defined(__x86_64__)
     &kernels_avx512bf16, &kernels_avx512, &kernels_avxvnni, &kernels_avx2,
 #elif HAVE_DOTPROD
+#if HAVE_I8MM
+    &kernels_i8mm,
+#endif
     &kernels_dotprod,
 #endif
     &kernels_plain,
@@ -465,7 +474,7 @@ FUNCTION(py_read, 3)
 FUNCTION(py_pack, 5)
     Py_BEGIN_ALLOW_THREADS
     switch (INT(0)) {
-    case 4: pack_int4(ADDRESS(1), ADDRESS(2), INT(3), INT(4)); break;
+    case 4: pack_int4(&isa->layout, ADDRESS(1), ADDRESS(2), INT(3), INT(4)); break;
     case 8: pack_int8(&isa->layout, ADDRESS(1), ADDRESS(2), INT(3), INT(4)); break;
     case 16: pack_bf16(&isa->layout, ADDRESS(1), ADDRESS(2), INT(3), INT(4)); break;
     case 32: pack_f32(&isa->layout, ADDRESS(1), ADDRESS(2), INT(3), INT(4)); break;

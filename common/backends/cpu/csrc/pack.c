@@ -19,15 +19,17 @@ void use_huge_pages(void *p, size_t bytes)
 #endif
 }
 
-/* int8 [n, k] -> [n / width, k / inputs, width, inputs] of value + shift, n and k rounded up to 32 and 4 with zeros. */
+/* int8 [n, k] -> [n / width, k / inputs, width, inputs] of value + shift, n rounded up to 32
+ * and k to 4, or to `inputs`, with zeros. */
 void pack_int8(const struct layout *layout, const int8_t *weight, uint8_t *packed, int64_t n, int64_t k)
 {
-    const int64_t blocks = (n + BLOCK - 1) / BLOCK, padded = (k + 3) / 4 * 4, inputs = layout->int8_inputs;
+    const int64_t blocks = (n + BLOCK - 1) / BLOCK, inputs = layout->int8_inputs, step = inputs < 4 ? 4 : inputs;
+    const int64_t padded = (k + step - 1) / step * step;
     use_huge_pages(packed, (size_t)(blocks * padded * BLOCK));
     for (int64_t first = 0; first < blocks * BLOCK; first += layout->int8_width)
         for (int64_t i = 0; i < padded; i += inputs)
             for (int64_t j = first; j < first + layout->int8_width; j++, packed += inputs) {
-                uint8_t together[4] = {0};
+                uint8_t together[8] = {0};
                 if (j < n && i < k)
                     memcpy(together, weight + j * k + i, (size_t)(i + inputs <= k ? inputs : k - i));
                 for (int64_t b = 0; b < inputs; b++)
@@ -35,17 +37,20 @@ void pack_int8(const struct layout *layout, const int8_t *weight, uint8_t *packe
             }
 }
 
-/* int4 (-8 .. 7) -> [blocks, k / 8, 32, 4] of nibbles 8 too large: of 8 inputs the first four are the low ones of four
- * bytes, the others the high ones. */
-void pack_int4(const int8_t *weight, uint8_t *packed, int64_t n, int64_t k)
+/* int4 (-8 .. 7) -> [blocks, k / 8, 32 / 4, 16] of nibbles 8 too large: 8 inputs of 4 outputs in 16 bytes, of which the
+ * first four inputs are the low ones, or all inputs of the first two outputs where 8 inputs lie together. */
+void pack_int4(const struct layout *layout, const int8_t *weight, uint8_t *packed, int64_t n, int64_t k)
 {
-    int64_t blocks = (n + BLOCK - 1) / BLOCK;
+    const int64_t blocks = (n + BLOCK - 1) / BLOCK, inputs = layout->int4_inputs;
+    const int64_t right = inputs == 4 ? 4 : 0, down = inputs == 4 ? 0 : 2; /* from a low nibble to the high one */
     use_huge_pages(packed, (size_t)(blocks * BLOCK * k / 2));
     for (int64_t block = 0; block < blocks; block++)
         for (int64_t i = 0; i < k; i += 8)
-            for (int64_t j = block * BLOCK; j < (block + 1) * BLOCK; j++)
-                for (int64_t b = i; b < i + 4; b++) {
-                    int low = j < n ? weight[j * k + b] : 0, high = j < n ? weight[j * k + b + 4] : 0;
+            for (int64_t first = block * BLOCK; first < (block + 1) * BLOCK; first += 4)
+                for (int64_t b = 0; b < 16; b++) {
+                    const int64_t j = first + b / inputs, at = i + b % inputs;
+                    int low = j < n ? weight[j * k + at] : 0;
+                    int high = j + down < n ? weight[(j + down) * k + at + right] : 0;
                     *packed++ = (uint8_t)((low + 8) | (high + 8) << 4);
                 }
 }

@@ -12,6 +12,10 @@
 #include <arm_neon.h>
 #endif
 
+#ifndef ISA_I8MM
+#define ISA_I8MM 0
+#endif
+
 #if ISA_AVX512
 #define VL 16
 #elif ISA_AVX2
@@ -23,6 +27,11 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define NOINLINE static __attribute__((noinline))
+#if ISA_DOTPROD && !defined(__clang__) /* for gcc, whose first scheduling there moves loads up until a tile's sums spill */
+#define IN_ORDER __attribute__((optimize("no-schedule-insns")))
+#else
+#define IN_ORDER
+#endif
 #define UNROLL _Pragma("GCC unroll 16")
 /* Pins an accumulator to a register here: without it gcc orders a tile's sums so that they spill. */
 #if ISA_AVX512
