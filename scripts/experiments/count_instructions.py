@@ -1,69 +1,50 @@
-"""Instructions of the inner loops of the ARM products, to judge them by where no such processor is at hand.
+"""Multiply-adds for each instruction that the ARM products execute, to judge them by where no such processor is.
 
-    python scripts/experiments/count_instructions.py i8mm int8_rows int4_linear
+    python scripts/experiments/count_instructions.py
 
-Compiles one instruction set for aarch64 (Debian: gcc-aarch64-linux-gnu) and prints, for every innermost loop of the
-named functions that has a product instruction, how many instructions it has, of which kinds, and its multiply-adds
-(of 16 for a product of four inputs, 32 for one of 2 by 2 by 8) for each. Products of rows that are only padding count.
+All instructions of a call on one thread, from its first to its last: the loops, scaling, what is copied. Compiles the
+kernels for aarch64 and runs them under qemu, which counts (Debian: gcc-aarch64-linux-gnu libc6-dev-arm64-cross
+qemu-user). A multiply-add is one weight by one input, whatever the instruction set makes of it.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
 import subprocess
 import tempfile
-from collections import Counter
 from pathlib import Path
 
 KERNELS = Path(__file__).parents[2] / "common/backends/cpu/csrc"
-FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-w"]
-PRODUCTS = {"sdot": 16, "smmla": 32}
-LINE = re.compile(r"\s*([0-9a-f]+):\s+(\S+)\s*([^/]*)")
-
-
-def innermost_loops(lines: list[tuple[int, str, str]]) -> list[list[tuple[str, str]]]:
-    """The (mnemonic, operands) between a branch backwards and its target, where no other such loop lies within."""
-    places = {address: i for i, (address, _, _) in enumerate(lines)}
-    backwards = []
-    for i, (address, name, operands) in enumerate(lines):
-        target = re.search(r"\b([0-9a-f]+) <", operands)
-        if name.startswith(("b.", "cbnz", "cbz", "tbz", "tbnz")) and target:
-            to = int(target[1], 16)
-            if to < address and to in places:
-                backwards.append((places[to], i))
-    inner = [(a, b) for a, b in backwards if not any((c, d) != (a, b) and a <= c and d <= b for c, d in backwards)]
-    return [[(name, operands) for _, name, operands in lines[a : b + 1]] for a, b in inner]
+SOURCES = [Path(__file__).with_suffix(".c"), *(KERNELS / f"{name}.c" for name in ("isa_dotprod", "isa_i8mm"))]
+PRODUCTS = ("full", "w8a8", "w4a16", "w4a4")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("set", choices=["dotprod", "i8mm"])
-    parser.add_argument("functions", nargs="+")
+    parser.add_argument("--rows", default="1,2,6,8,16,64")
+    parser.add_argument("--shape", type=int, nargs=2, default=(1024, 1024), help="outputs and inputs")
+    parser.add_argument("--group", type=int, default=32, help="inputs that share a scale in int4")
     parser.add_argument("--compiler", default="aarch64-linux-gnu-gcc", help="perhaps with options")
-    parser.add_argument("--print", action="store_true", help="the loops themselves too")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder) / "kernels.o"
-        subprocess.run([*args.compiler.split(), *FLAGS, "-c", KERNELS / f"isa_{args.set}.c", "-o", made], check=True)
-        dump = ["aarch64-linux-gnu-objdump", "-d", "--no-show-raw-insn", made]
-        text = subprocess.run(dump, check=True, capture_output=True, text=True).stdout
-    for name, body in re.findall(r"^[0-9a-f]+ <(.+)>:\n((?:.+\n)+)", text, re.MULTILINE):
-        if name.split(".")[0] not in args.functions:
-            continue
-        lines = [(int(m[1], 16), m[2], m[3].strip()) for m in map(LINE.match, body.splitlines()) if m]
-        for loop in innermost_loops(lines):
-            kinds = Counter(kind for kind, _ in loop)
-            multiply_adds = sum(kinds[kind] * count for kind, count in PRODUCTS.items())
-            if not multiply_adds:
-                continue
-            spills = sum("sp" in operands for _, operands in loop)
-            print(
-                f"{name}: {len(loop)} instructions, {multiply_adds} multiply-adds, {multiply_adds / len(loop):.1f} "
-                f"for each; {spills} on the stack; {', '.join(f'{count} {kind}' for kind, count in kinds.most_common())}"
-            )
-            if args.print:
-                print("".join(f"    {kind:8} {operands}\n" for kind, operands in loop))
+        plugin, program = Path(folder) / "plugin.so", Path(folder) / "program"
+        subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-DPLUGIN", SOURCES[0], "-o", plugin], check=True)
+        flags = ["-O3", "-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-w", "-static", f"-I{KERNELS}"]
+        subprocess.run([*args.compiler.split(), *flags, *SOURCES, "-lm", "-o", program], check=True)
+
+        def instructions(*arguments: str | int) -> int:
+            command = ["qemu-aarch64", "-cpu", "max", "-plugin", plugin, program, *map(str, arguments)]
+            return int(subprocess.run(command, check=True, capture_output=True, text=True).stderr)
+
+        rows = [int(m) for m in args.rows.split(",")]
+        print("| set | product |", *(f"M={m} |" for m in rows))
+        for name in ("dotprod", "i8mm"):
+            for product in PRODUCTS:
+                counts = []
+                for m in rows:
+                    call = (name, product, m, *args.shape, args.group)
+                    counts.append(m * args.shape[0] * args.shape[1] / (instructions(*call, 2) - instructions(*call, 1)))
+                print(f"| {name} | {product} |", *(f"{count:.1f} |" for count in counts), flush=True)
 
 
 if __name__ == "__main__":
