@@ -1,4 +1,4 @@
-/* NEON with its products of 2 by 8 by 2 int8 matrices: ARMv8.6 servers (Graviton 3, Ampere One, Grace) and later. */
+/* NEON with its products of 2 by 8 by 2 int8 matrices: ARMv8.6 servers (Graviton 3, Grace, Ampere One) and later. */
 #include "kernels.h"
 #if HAVE_I8MM
 #if defined(__clang__)

@@ -238,6 +238,9 @@ INLINE void int4_tile(const struct int4_linear_args *a, const uint8_t *w, const 
             }
             if (widens)
                 UNROLL for (int c = 0; c < parts; c++) UNROLL for (int v = 0; v < columns; v++) acc[c][v] = wide[c][v];
+#if ISA_DOTPROD
+            __asm__("" : "+r"(x_scale), "+r"(sums)); /* or gcc fetches them for all columns, and spills */
+#endif
             UNROLL for (int v = 0; v < columns; v++) {
                 const int j = (v0 + v) * VL;
                 const vf factor = widen_scale(scale + j);
