@@ -2,30 +2,37 @@
  * W4A4 over one copy.
  *
  * Both multiply integers with the nibbles as they are, 8 too large, and take 8 times the sum of the group's inputs off.
- * W4A4 has one int8 digit for each input, W4A16 two of 7 bits; or all 14 as int16 where pairs of those are the fastest
- * product (AVX2). A group's sum is an exact integer, so its order is free; it is scaled once. */
+ * W4A4 has one int8 digit for each input, W4A16 two of 7 bits; or all 14 as int16 with AVX2, for which pairs of those are
+ * the fastest product. A group's sum is an exact integer, so its order is free; it is scaled once. */
 #pragma once
 #include "simd.h"
 
 #if ISA_AVX512
 #define INT4_ROWS(digits) ((digits) == 2 ? 6 : 8) /* that share one pass over a block */
-#define INT4_COLUMNS(sums, whole) NV /* vectors of its outputs at a time, of so many sums each: what the registers hold */
+#define INT4_COLUMNS(sums) NV /* vectors of its outputs at a time, of so many sums each: what the registers hold */
 #elif ISA_AVX2
 #define INT4_ROWS(digits) ((void)(digits), 6)
-#define INT4_COLUMNS(sums, whole) ((sums) <= 1 ? NV : (whole) || (sums) <= 3 ? NV / 2 : NV / 4)
+#define INT4_COLUMNS(sums) ((sums) <= 1 ? NV : (sums) <= 3 ? NV / 2 : NV / 4)
 #elif ISA_DOTPROD
 #define INT4_ROWS(digits) ((void)(digits), 6)
-#define INT4_COLUMNS(sums, whole) ((sums) <= 3 ? NV : (sums) <= 6 ? NV / 2 : NV / 4)
+#define INT4_COLUMNS(sums) ((sums) <= 3 ? NV : (sums) <= 6 ? NV / 2 : NV / 4)
 #else
 #define INT4_ROWS(digits) ((void)(digits), 1)
-#define INT4_COLUMNS(sums, whole) NV
+#define INT4_COLUMNS(sums) NV
 #endif
 #define INT4_MOST_ROWS 8
 #define INT4_PANEL 10 /* tiles of rows between two reads of the weights */
 
 typedef uint16_t vscale __attribute__((vector_size(VL * 2), aligned(2), may_alias));
 
-INLINE vf widen_scale(const uint16_t *scale) { return (vf)(__builtin_convertvector(*(const vscale *)scale, vi) << 16); }
+INLINE vf widen_scale(const uint16_t *scale)
+{
+#if ISA_AVX2 && !ISA_AVX512 /* for which gcc would take three more shuffles */
+    return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)scale)), 16);
+#else
+    return (vf)(__builtin_convertvector(*(const vscale *)scale, vi) << 16);
+#endif
+}
 
 INLINE int32_t word_at(const void *p)
 {
@@ -67,31 +74,74 @@ INLINE vi add_nibbles(vi acc, vi low, vi high, vi x_low, vi x_high)
 #if ISA_AVX2 && !ISA_AVXVNNI
 #define INT4_WIDENS 1 /* sums of 16 bits, */
 #define INT4_STEP 512 /* after so many inputs: 512 / 4 pairs of at most 2 * 15 * 7 stay below 2^15 */
-#define INT4_WHOLE(digits) ((digits) == 2) /* inputs are one int16 instead of two digits */
-
-/* acc[rows][columns] += the products of 8 inputs: pairs of nibbles, one in each half of 32 bits, with pairs of int16. */
-INLINE void add_pairs(vi (*acc)[NV], const uint8_t *p, const int8_t *x, const int rows, const int columns)
-{
-    UNROLL for (int pair = 0; pair < 4; pair++) {
-        __m256i nibbles[NV];
-        UNROLL for (int v = 0; v < columns; v++)
-            nibbles[v] = _mm256_and_si256(_mm256_srli_epi16(_mm256_loadu_si256((const void *)(p + v * VL * 4)), 4 * pair),
-                                          _mm256_set1_epi16(15));
-        UNROLL for (int r = 0; r < rows; r++) {
-            __m256i xr = _mm256_set1_epi32(word_at(x + 16 * r + 4 * pair));
-            UNROLL for (int v = 0; v < columns; v++)
-            {
-                acc[r][v] += (vi)_mm256_madd_epi16(nibbles[v], xr);
-                KEEP(acc[r][v]);
-            }
-        }
-    }
-}
 #else
 #define INT4_WIDENS 0
 #define INT4_STEP INT64_MAX
-#define INT4_WHOLE(digits) 0
-#define add_pairs(...) (void)0
+#endif
+
+#if ISA_AVX2
+#define INT4_WHOLE 1 /* W4A16's inputs are one int16 instead of two digits, which int4_pairs takes */
+/* sum += the products of pairs, in place: left to itself gcc moves the sums of six rows between registers and the stack. */
+#if ISA_AVXVNNI
+#define ADD_PAIRS(sum, w, x) __asm__("%{vex%} vpdpwssd %2, %1, %0" : "+x"(sum) : "x"(w), "x"(x))
+#else
+#define ADD_PAIRS(sum, w, x) __asm__("vpaddd %1, %0, %0" : "+x"(sum) : "x"(_mm256_madd_epi16(w, x)))
+#endif
+
+/* What int4_tile does, with inputs that are int16: pairs of nibbles, one in each half of 32 bits, with pairs of inputs. */
+INLINE void int4_pairs(const struct int4_linear_args *a, const uint8_t *w, const uint16_t *scale, const uint16_t *offset,
+                       const int8_t *x, const float *x_scale, const int32_t *sums, float (*totals)[BLOCK], const int rows,
+                       const int has_offset)
+{
+    const int columns = rows == 1 ? NV : 2;
+    const int64_t groups = a->k / a->group, group_bytes = 2 * rows * a->group;
+    const __m256i nibble = _mm256_set1_epi16(15);
+    for (int64_t g = 0; g < groups; g++, w += BLOCK / 2 * a->group, x += group_bytes)
+        for (int v0 = 0; v0 < NV; v0 += columns) {
+            __asm__("" : "+r"(x_scale), "+r"(sums)); /* or they are fetched once for all columns, and spilled */
+            __m256i acc[6][NV];
+            UNROLL for (int r = 0; r < rows; r++) UNROLL for (int v = 0; v < columns; v++)
+                acc[r][v] = _mm256_set1_epi32(sums[r * groups + g]);
+            const uint8_t *p = w + v0 * VL * 4;
+            const int8_t *xk = x, *end = x + group_bytes;
+            do {
+                if (v0 == 0) {
+                    prefetch_weight(p, 1);
+                    prefetch_weight(p + 64, 1);
+                }
+                UNROLL for (int pair = 0; pair < 4; pair++) {
+                    __m256i nibbles[NV];
+                    UNROLL for (int v = 0; v < columns; v++) {
+                        nibbles[v] = _mm256_srli_epi16(_mm256_loadu_si256((const void *)(p + v * VL * 4)), 4 * pair);
+                        if (pair < 3)
+                            nibbles[v] = _mm256_and_si256(nibbles[v], nibble);
+                    }
+                    UNROLL for (int r = 0; r < rows; r++) {
+                        const __m256i xr = _mm256_set1_epi32(word_at(xk + 16 * r + 4 * pair));
+                        UNROLL for (int v = 0; v < columns; v++) ADD_PAIRS(acc[r][v], nibbles[v], xr);
+                    }
+                }
+                p += BLOCK * 4;
+                xk += 16 * rows;
+            } while (xk != end);
+            UNROLL for (int v = 0; v < columns; v++) {
+                const int j = (v0 + v) * VL;
+                const vf factor = widen_scale(scale + g * BLOCK + j);
+                const vf added = has_offset ? widen_scale(offset + g * BLOCK + j) * splat(-0.125f) : (vf){0};
+                UNROLL for (int r = 0; r < rows; r++) {
+                    const vf x_factor = splat(x_scale[r * groups + g]); /* a power of two: exact */
+                    const vf sum = (vf)_mm256_cvtepi32_ps(acc[r][v]) * x_factor;
+                    vf total = fma_(sum, factor, load(totals[r] + j));
+                    if (has_offset)
+                        total = fma_(splat((float)sums[r * groups + g]) * x_factor, added, total);
+                    store(totals[r] + j, total);
+                }
+            }
+        }
+}
+#else
+#define INT4_WHOLE 0
+#define int4_pairs(...) (void)0
 #endif
 
 /* totals[rows][32] of one block. x, x_scale and sums begin with the tile's first row; has_offset is whether there is one. */
@@ -99,15 +149,14 @@ INLINE void int4_tile(const struct int4_linear_args *a, const uint8_t *w, const 
                       const int8_t *x, const float *x_scale, const int32_t *sums, float (*totals)[BLOCK], const int rows,
                       const int digits, const int has_offset)
 {
-    const int whole = INT4_WHOLE(digits), per_row = whole ? 1 : digits, parts = rows * per_row;
-    const int columns = INT4_COLUMNS(parts, whole), widens = INT4_WIDENS && !whole;
+    const int parts = rows * digits, columns = INT4_COLUMNS(parts), widens = INT4_WIDENS;
     const int64_t groups = a->k / a->group;
     const vi nibble = splat_int(0x0f0f0f0f);
     for (int64_t g = 0; g < groups; g++, scale += BLOCK, w += BLOCK * a->group / 2, x += rows * digits * a->group)
         UNROLL for (int v0 = 0; v0 < NV; v0 += columns) {
             vi acc[INT4_MOST_ROWS * 2][NV], wide[INT4_MOST_ROWS * 2][NV]; /* the last digit's sum takes 8 times the inputs off */
             UNROLL for (int c = 0; c < parts; c++) UNROLL for (int v = 0; v < columns; v++)
-                acc[c][v] = wide[c][v] = splat_int(c % per_row == per_row - 1 ? sums[c / per_row * groups + g] : 0);
+                acc[c][v] = wide[c][v] = splat_int(c % digits == digits - 1 ? sums[c / digits * groups + g] : 0);
             const uint8_t *p = w + v0 * VL * 4;
             const int8_t *xk = x;
             for (int64_t left = a->group; left > 0; left -= widens ? INT4_STEP : a->group) {
@@ -117,11 +166,6 @@ INLINE void int4_tile(const struct int4_linear_args *a, const uint8_t *w, const 
                     if (v0 == 0) {
                         prefetch_weight(p, 1);
                         prefetch_weight(p + 64, 1);
-                    }
-                    if (whole) {
-                        add_pairs(acc, p, xk, rows, columns);
-                        xk += 16 * rows;
-                        continue;
                     }
                     vi low[NV], high[NV];
                     UNROLL for (int v = 0; v < columns; v++) {
@@ -151,9 +195,9 @@ INLINE void int4_tile(const struct int4_linear_args *a, const uint8_t *w, const 
                 const vf factor = widen_scale(scale + j);
                 const vf added = has_offset ? widen_scale(offset + g * BLOCK + j) * splat(-0.125f) : (vf){0};
                 UNROLL for (int r = 0; r < rows; r++) {
-                    vi exact = acc[r * per_row][v];
-                    if (per_row == 2) /* unsigned: half of it may pass 2^31 and come back */
-                        exact = (vi)(((vu)exact << INT4_DIGIT_BITS) + (vu)acc[r * per_row + 1][v]);
+                    vi exact = acc[r * digits][v];
+                    if (digits == 2) /* unsigned: half of it may pass 2^31 and come back */
+                        exact = (vi)(((vu)exact << INT4_DIGIT_BITS) + (vu)acc[r * digits + 1][v]);
                     vf sum = __builtin_convertvector(exact, vf), total = load(totals[r] + j);
                     vf x_sum = __builtin_convertvector(splat_int(sums[r * groups + g]), vf);
                     if (digits == 2) { /* by a power of two: exact */
@@ -171,8 +215,13 @@ INLINE void int4_rows(const struct int4_linear_args *a, const uint8_t *w, const 
                       const int8_t *x, const float *x_scale, const int32_t *sums, float (*totals)[BLOCK],
                       const int digits, const int has_offset, int64_t rows)
 {
-#define INT4_CASE(n) \
-    case n: int4_tile(a, w, scale, offset, x, x_scale, sums, totals, n, digits, has_offset); break
+#define INT4_CASE(n)                                                                                        \
+    case n:                                                                                                \
+        if (INT4_WHOLE && digits == 2)                                                                     \
+            int4_pairs(a, w, scale, offset, x, x_scale, sums, totals, n, has_offset);                      \
+        else                                                                                               \
+            int4_tile(a, w, scale, offset, x, x_scale, sums, totals, n, digits, has_offset);               \
+        break
     switch (rows) {
         INT4_CASE(1);
 #if ISA_AVX512 || ISA_AVX2 || ISA_DOTPROD
@@ -236,7 +285,7 @@ static void int4_linear(void *data, int thread, int threads)
  * `stride` bytes apart. */
 INLINE void store_inputs(int8_t *q, int64_t stride, int64_t i, vi values, int64_t n, const int digits)
 {
-#if INT4_WIDENS
+#if INT4_WHOLE
     if (digits == 2) { /* inputs 0 and 2, 4 and 6, 1 and 3, 5 and 7 are the nibbles of 16 bits, see pack_int4 */
         __m128i words = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)values),
                                         _mm256_extracti128_si256((__m256i)values, 1));
