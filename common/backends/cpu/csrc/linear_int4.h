@@ -96,9 +96,10 @@ INLINE void int4_pairs(const struct int4_linear_args *a, const uint8_t *w, const
     const int columns = rows == 1 ? NV : 2;
     const int64_t groups = a->k / a->group, group_bytes = 2 * rows * a->group;
     const __m256i nibble = _mm256_set1_epi16(15);
+    const float *x_sum = x_scale + a->m * groups;
     for (int64_t g = 0; g < groups; g++, w += BLOCK / 2 * a->group, x += group_bytes)
         for (int v0 = 0; v0 < NV; v0 += columns) {
-            __asm__("" : "+r"(x_scale), "+r"(sums)); /* or they are fetched once for all columns, and spilled */
+            __asm__("" : "+r"(x_scale), "+r"(x_sum), "+r"(sums)); /* or they are fetched once for all columns, and spilled */
             __m256i acc[6][NV];
             UNROLL for (int r = 0; r < rows; r++) UNROLL for (int v = 0; v < columns; v++)
                 acc[r][v] = _mm256_set1_epi32(sums[r * groups + g]);
@@ -129,12 +130,9 @@ INLINE void int4_pairs(const struct int4_linear_args *a, const uint8_t *w, const
                 const vf factor = widen_scale(scale + g * BLOCK + j);
                 const vf added = has_offset ? widen_scale(offset + g * BLOCK + j) * splat(-0.125f) : (vf){0};
                 UNROLL for (int r = 0; r < rows; r++) {
-                    const vf x_factor = splat(x_scale[r * groups + g]); /* a power of two: exact */
-                    const vf sum = (vf)_mm256_cvtepi32_ps(acc[r][v]) * x_factor;
-                    vf total = fma_(sum, factor, load(totals[r] + j));
-                    if (has_offset)
-                        total = fma_(splat((float)sums[r * groups + g]) * x_factor, added, total);
-                    store(totals[r] + j, total);
+                    const vf sum = (vf)_mm256_cvtepi32_ps(acc[r][v]) * splat(x_scale[r * groups + g]); /* exact */
+                    const vf total = fma_(sum, factor, load(totals[r] + j));
+                    store(totals[r] + j, has_offset ? fma_(splat(x_sum[r * groups + g]), added, total) : total);
                 }
             }
         }
@@ -199,11 +197,10 @@ INLINE void int4_tile(const struct int4_linear_args *a, const uint8_t *w, const 
                     if (digits == 2) /* unsigned: half of it may pass 2^31 and come back */
                         exact = (vi)(((vu)exact << INT4_DIGIT_BITS) + (vu)acc[r * digits + 1][v]);
                     vf sum = __builtin_convertvector(exact, vf), total = load(totals[r] + j);
-                    vf x_sum = __builtin_convertvector(splat_int(sums[r * groups + g]), vf);
-                    if (digits == 2) { /* by a power of two: exact */
+                    if (digits == 2) /* by a power of two: exact */
                         sum = sum * splat(x_scale[r * groups + g]);
-                        x_sum = x_sum * splat(x_scale[r * groups + g]);
-                    }
+                    vf x_sum = digits == 2 ? splat(x_scale[(a->m + r) * groups + g])
+                                           : __builtin_convertvector(splat_int(sums[r * groups + g]), vf);
                     total = fma_(sum, factor, total);
                     store(totals[r] + j, has_offset ? fma_(x_sum, added, total) : total);
                 }
@@ -353,7 +350,10 @@ static void int4_inputs(void *data, int thread, int threads)
                 store_inputs(q, stride, k, whole, n, digits);
                 sum += whole;
             }
-            a->sums[row * groups + g] = -8 * sum_int_lanes(sum);
+            const int32_t total = -8 * sum_int_lanes(sum);
+            a->sums[row * groups + g] = total;
+            if (digits == 2)
+                a->scale[(a->m + row) * groups + g] = (float)total * a->scale[row * groups + g];
         }
     }
 }
