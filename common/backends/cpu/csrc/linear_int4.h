@@ -27,7 +27,9 @@ typedef uint16_t vscale __attribute__((vector_size(VL * 2), aligned(2), may_alia
 
 INLINE vf widen_scale(const uint16_t *scale)
 {
-#if ISA_AVX2 && !ISA_AVX512 /* for which gcc would take three more shuffles */
+#if ISA_AVX512 /* by name: gcc 12 would take three more shuffles */
+    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)scale)), 16);
+#elif ISA_AVX2
     return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)scale)), 16);
 #else
     return (vf)(__builtin_convertvector(*(const vscale *)scale, vi) << 16);
@@ -41,9 +43,9 @@ INLINE int32_t word_at(const void *p)
     return word;
 }
 
-/* Rows are divided evenly among as few tiles as there can be: the first row of tile `tile`. */
-INLINE int64_t int4_tiles(int64_t m, int digits) { return (m + INT4_ROWS(digits) - 1) / INT4_ROWS(digits); }
-INLINE int64_t int4_tile_row(int64_t m, int digits, int64_t tile) { return m * tile / int4_tiles(m, digits); }
+/* Rows are divided evenly among as few tiles as there can be, of `most` rows: the first row of tile `tile`. */
+INLINE int64_t int4_tiles(int64_t m, int64_t most) { return (m + most - 1) / most; }
+INLINE int64_t int4_tile_row(int64_t m, int64_t most, int64_t tile) { return m * tile / int4_tiles(m, most); }
 
 /* acc += the dot products of four nibbles (0 .. 15), `low` or `high` ones of 8 inputs, with four inputs each. */
 INLINE vi add_nibbles(vi acc, vi low, vi high, vi x_low, vi x_high)
@@ -239,9 +241,24 @@ INLINE void int4_rows(const struct int4_linear_args *a, const uint8_t *w, const 
 #undef INT4_CASE
 }
 
+/* Results of the rows from `row` on, and of a block's outputs. */
+INLINE void int4_finish(const struct int4_linear_args *a, int64_t row, int64_t rows, int64_t column, float (*totals)[BLOCK])
+{
+    const int64_t columns = a->n - column < BLOCK ? a->n - column : BLOCK;
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t j = 0; j < columns; j += VL) {
+            vf y = load(totals[r] + j);
+            if (a->digits == 1)
+                y = y * a->x_scale[row + r];
+            if (a->bias)
+                y = y + load_up_to(a->bias + column + j, columns - j);
+            store_up_to(a->out + (row + r) * a->n + column + j, y, columns - j);
+        }
+}
+
 INLINE void int4_blocks(const struct int4_linear_args *a, const int digits, const int has_offset, int thread, int threads)
 {
-    const int64_t groups = a->k / a->group, tiles = int4_tiles(a->m, digits);
+    const int64_t groups = a->k / a->group, most = INT4_ROWS(digits), tiles = int4_tiles(a->m, most);
     int64_t from, to;
     share((a->n + BLOCK - 1) / BLOCK, thread, threads, &from, &to);
     for (int64_t panel = 0; panel < tiles; panel += INT4_PANEL)
@@ -249,22 +266,13 @@ INLINE void int4_blocks(const struct int4_linear_args *a, const int digits, cons
             const uint8_t *w = a->weight + block * a->k / 2 * BLOCK;
             const uint16_t *scale = a->w_scale + block * groups * BLOCK;
             const uint16_t *offset = has_offset ? a->offset + block * groups * BLOCK : NULL;
-            int64_t column = block * BLOCK, columns = a->n - column < BLOCK ? a->n - column : BLOCK;
             for (int64_t tile = panel; tile < tiles && tile < panel + INT4_PANEL; tile++) {
-                const int64_t row = int4_tile_row(a->m, digits, tile), rows = int4_tile_row(a->m, digits, tile + 1) - row;
+                const int64_t row = int4_tile_row(a->m, most, tile), rows = int4_tile_row(a->m, most, tile + 1) - row;
                 float totals[INT4_MOST_ROWS][BLOCK] __attribute__((aligned(64)));
                 memset(totals, 0, sizeof totals);
                 int4_rows(a, w, scale, offset, a->x + row * digits * a->k, a->x_scale + row * groups, a->sums + row * groups,
                           totals, digits, has_offset, rows);
-                for (int64_t r = 0; r < rows; r++)
-                    for (int64_t j = 0; j < columns; j += VL) {
-                        vf y = load(totals[r] + j);
-                        if (digits == 1)
-                            y = y * a->x_scale[row + r];
-                        if (a->bias)
-                            y = y + load_up_to(a->bias + column + j, columns - j);
-                        store_up_to(a->out + (row + r) * a->n + column + j, y, columns - j);
-                    }
+                int4_finish(a, row, rows, block * BLOCK, totals);
             }
         }
 }
@@ -278,9 +286,9 @@ static void int4_linear(void *data, int thread, int threads)
         a->offset ? int4_blocks(a, 1, 1, thread, threads) : int4_blocks(a, 1, 0, thread, threads);
 }
 
-/* Integers of n inputs from i on, or of the VL lanes, as int4_tile reads them: 8 inputs of every row at a time, a multiple of
- * `stride` bytes apart. */
-INLINE void store_inputs(int8_t *q, int64_t stride, int64_t i, vi values, int64_t n, const int digits)
+/* Integers of n inputs from i on, or of the VL lanes, as int4_tile reads them: `unit` inputs of every row at a time, a
+ * multiple of `stride` bytes apart. */
+INLINE void store_inputs(int8_t *q, int64_t stride, const int64_t unit, int64_t i, vi values, int64_t n, const int digits)
 {
 #if INT4_WHOLE
     if (digits == 2) { /* inputs 0 and 2, 4 and 6, 1 and 3, 5 and 7 are the nibbles of 16 bits, see pack_int4 */
@@ -295,7 +303,7 @@ INLINE void store_inputs(int8_t *q, int64_t stride, int64_t i, vi values, int64_
     const vb bytes[2] = {narrow(digits == 2 ? upper : values), narrow(values - (upper << INT4_DIGIT_BITS))};
     for (int digit = 0; digit < digits; digit++)
         for (int j = 0; j < VL && j < n; j += VL < 8 ? VL : 8)
-            memcpy(q + (i + j) / 8 * stride + digit * 8 + (i + j) % 8, (const char *)&bytes[digit] + j, VL < 8 ? VL : 8);
+            memcpy(q + (i + j) / unit * stride + digit * unit + (i + j) % unit, (const char *)&bytes[digit] + j, VL < 8 ? VL : 8);
 }
 
 /* max|x| of a group, NaN above infinity, as the bits of a float. */
@@ -307,21 +315,21 @@ INLINE uint32_t peak_bits(const float *x, int64_t n)
     return (uint32_t)max_int_lanes(top);
 }
 
-/* The operand of int4_linear. Of floats it makes integers of 14 bits, X = 128 u + l, by a power of two that a group
- * shares: 32 times as fine as bfloat16 at the group's peak, and as fine at a 32nd of it. */
-static void int4_inputs(void *data, int thread, int threads)
+/* The operand of int4_linear, in tiles of `most` rows, `unit` inputs at a time. Of floats it makes integers of 14 bits,
+ * X = 128 u + l, by a power of two that a group shares: 32 times as fine as bfloat16 at the group's peak, and as fine at a
+ * 32nd of it. */
+INLINE void make_inputs(const struct int4_inputs_args *a, const int digits, const int64_t most, const int64_t unit, int thread,
+                        int threads)
 {
-    const struct int4_inputs_args *a = data;
-    const int digits = a->scale ? 2 : 1;
     const int64_t groups = a->k / a->group;
     int64_t from, to, tile = 0;
     share(groups, thread, threads, &from, &to); /* not rows: those of a tile lie in the same lines */
     for (int64_t row = 0; row < a->m; row++) {
-        while (int4_tile_row(a->m, digits, tile + 1) <= row)
+        while (int4_tile_row(a->m, most, tile + 1) <= row)
             tile++;
-        const int64_t first = int4_tile_row(a->m, digits, tile);
-        const int64_t stride = (int4_tile_row(a->m, digits, tile + 1) - first) * digits * 8;
-        int8_t *q = a->q + first * digits * a->k + (row - first) * digits * 8;
+        const int64_t first = int4_tile_row(a->m, most, tile);
+        const int64_t stride = (int4_tile_row(a->m, most, tile + 1) - first) * digits * unit;
+        int8_t *q = a->q + first * digits * a->k + (row - first) * digits * unit;
         for (int64_t g = from; g < to; g++) {
             const int64_t at = row * a->k + g * a->group;
             float inverse = 1;
@@ -347,7 +355,7 @@ static void int4_inputs(void *data, int thread, int threads)
                     memcpy(&bytes, (const int8_t *)a->x + at + i, n < VL ? (size_t)n : sizeof bytes);
                     whole = __builtin_convertvector(bytes, vi);
                 }
-                store_inputs(q, stride, k, whole, n, digits);
+                store_inputs(q, stride, unit, k, whole, n, digits);
                 sum += whole;
             }
             const int32_t total = -8 * sum_int_lanes(sum);
@@ -356,4 +364,10 @@ static void int4_inputs(void *data, int thread, int threads)
                 a->scale[(a->m + row) * groups + g] = (float)total * a->scale[row * groups + g];
         }
     }
+}
+
+static void int4_inputs(void *data, int thread, int threads)
+{
+    const struct int4_inputs_args *a = data;
+    make_inputs(a, a->scale ? 2 : 1, INT4_ROWS(a->scale ? 2 : 1), 8, thread, threads);
 }
