@@ -341,11 +341,18 @@ static inline int64_t tree_chunks(int64_t rows)
 {
     return (rows + 2 * ATTENTION_KEYS - 2) / ATTENTION_KEYS;
 }
+/* Rows that scratch memory has room for: tiles of 16 may begin at any row. */
+static inline int64_t attention_room(int64_t rows)
+{
+    return (rows + 30) / 16 * 16;
+}
 static inline int64_t attention_scratch_bytes(int64_t rows, int64_t dim, int64_t m)
 {
-    /* transposed keys; values as floats; per row scores, a scaled query, and twice an output, maximum and sum, and two factors;
-     * per row its scores over a tree's keys, and three times 32 bits for where such a key lies (and alignment) */
-    int64_t floats = dim * 32 + 64 * ATTENTION_KEYS + rows * (ATTENTION_KEYS + 3 * dim + 6) +
-                     (rows + 3) * tree_chunks(m) * ATTENTION_KEYS + 32;
+    /* transposed keys; values as floats; per row scores, a scaled query, its tiles, and twice an output, maximum and sum, two
+     * factors and what it sees; per row its scores over a tree's keys, and three times 32 bits for where such a key lies
+     * (and alignment) */
+    const int64_t room = attention_room(rows);
+    int64_t floats = dim * 32 + 64 * ATTENTION_KEYS + room * (ATTENTION_KEYS + 4 * dim + 7) +
+                     (room + 3) * tree_chunks(m) * ATTENTION_KEYS + 32;
     return (int64_t)sizeof(float) * (floats - floats % 16);
 }

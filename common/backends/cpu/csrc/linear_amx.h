@@ -6,30 +6,13 @@
  * what the unit adds up is float32. That is a third of the unit's speed and still several times that of multiply-adds.
  * (The unit takes subnormal numbers for zero.) */
 #pragma once
+#include "amx.h"
 #include "linear_float.h"
 #include "linear_int8.h"
 
 #if ISA_AMX
-#define AMX_ROWS 32             /* rows of a call: two tiles */
 #define AMX_PANEL 64            /* rows that share one read of a block from memory */
 #define AMX_BUFFER (512 << 10)  /* bytes of split inputs on the stack: what leaves room for weights in the L2 cache */
-
-/* Tiles 0 to 3: sums, two by two; 4, 5: rows of x; 6, 7: 32 outputs' weights. */
-static void amx_configure(int64_t rows)
-{
-    struct {
-        uint8_t palette, start, reserved[14];
-        uint16_t bytes[16];
-        uint8_t rows[16];
-    } __attribute__((packed)) config = {.palette = 1};
-    const int64_t first = rows < 16 ? rows : 16, second = rows > 16 ? rows - 16 : 1;
-    for (int i = 0; i < 8; i++) {
-        config.bytes[i] = 64;
-        config.rows[i] = (uint8_t)(i >= 6 ? 16 : i < 4 ? (i < 2 ? first : second) : i == 4 ? first : second);
-    }
-    __asm__("" : "+m"(config)); /* all of it is read, of which gcc's intrinsic does not tell */
-    _tile_loadconfig(&config);
-}
 
 /* What a call of a tile does: sums[rows][32] = begin + x @ weights of a block over `steps` times 64 bytes of inputs. Strides
  * are in bytes. */

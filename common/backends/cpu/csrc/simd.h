@@ -90,9 +90,27 @@ INLINE vi max_int(vi a, vi b)
     vi m = a > b;
     return (m & a) | (~m & b);
 }
-/* Of a NaN and a number these give b. */
-INLINE vf max_(vf a, vf b) { return select_(a > b, a, b); }
-INLINE vf min_(vf a, vf b) { return select_(a < b, a, b); }
+/* Of a NaN and a number these give b. x86 has instructions that do. */
+INLINE vf max_(vf a, vf b)
+{
+#if ISA_AVX512
+    return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif ISA_AVX2
+    return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return select_(a > b, a, b);
+#endif
+}
+INLINE vf min_(vf a, vf b)
+{
+#if ISA_AVX512
+    return (vf)_mm512_min_ps((__m512)a, (__m512)b);
+#elif ISA_AVX2
+    return (vf)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+    return select_(a < b, a, b);
+#endif
+}
 
 /* Horizontal sum and maximum, always in the same tree. */
 INLINE float sum_lanes(vf v)
