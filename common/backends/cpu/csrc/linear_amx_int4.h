@@ -9,7 +9,7 @@
 #if ISA_AMX
 #define AMX_INT4_ROWS 16        /* of a tile */
 #define AMX_INT4_PANEL 64       /* rows that share one read of a block */
-#define AMX_INT4_BUFFER 16384   /* bytes of expanded weights */
+#define AMX_INT4_BUFFER 8192    /* bytes of expanded weights */
 
 /* Inputs of a tile; or 0, where the vector unit is as fast or the groups are no tiles. */
 INLINE int64_t amx_int4_step(int64_t m, int64_t group, int64_t digits)
