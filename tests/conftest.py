@@ -78,11 +78,11 @@ def save_checkpoint(model: PreTrainedModel, folder: Path, **options: str) -> Pat
 
 
 @cache
-def _shipped(family: str, precision: str, device: str) -> Model:
-    return load(TINY[family], device=device, precision=precision)
+def _shipped(family: str, precision: str, device: str, kv: str) -> Model:
+    return load(TINY[family], device=device, precision=precision, kv=kv)
 
 
 @pytest.fixture(scope="session")
 def shipped() -> Callable[..., Model]:
-    """shipped(family, precision="full", device="cpu"): a shipped model, loaded once. Do not change it."""
-    return lambda family, precision="full", device="cpu": _shipped(family, precision, device)
+    """shipped(family, precision="full", device="cpu", kv="auto"): a shipped model, loaded once. Do not change it."""
+    return lambda family, precision="full", device="cpu", kv="auto": _shipped(family, precision, device, kv)

@@ -211,7 +211,7 @@ def test_the_verifier_overwrites_what_a_self_drafter_wrote(family, draft, precis
 
 
 @given(st.lists(st.tuples(st.integers(1, 7), st.integers(0, 7)), min_size=1, max_size=6), st.booleans())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_the_cascades_slot_follows_the_confirmed_text(rounds, other_token):
     """Blocks of any size, confirmed up to anywhere: what the quantised model proposes is what it says by itself. With
     the text's last token they are rows of a size that passes have."""
@@ -232,7 +232,7 @@ def test_the_cascades_slot_follows_the_confirmed_text(rounds, other_token):
 @given(
     st.lists(st.tuples(st.lists(st.integers(0, 1), max_size=4), st.lists(st.integers(0, 1), max_size=5)), max_size=8)
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_a_followed_text_holds_what_the_slot_holds(rounds):
     slot = Slot(1, 1, 200, 1, torch.float32, torch.device("cpu"))
     followed, committed = FollowedText(slot), [1]

@@ -92,7 +92,7 @@ def oracle_script(prompt, ids, flip):
     return script
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     data=st.data(), gamma=st.integers(1, 8), family=st.sampled_from(FAMILIES), temperature=st.sampled_from([0.0, 0.9])
 )

@@ -10,7 +10,7 @@ from quasar.backends.cpu.backend import CpuBackend, CpuBfloat16Backend
 from quasar.backends.reference import ReferenceBackend
 from quasar.errors import QuasarError
 
-KV_DEFAULT = "float32"  # on CPU
+KV_DEFAULT = "bfloat16"  # on CPU
 DEVICES = ("auto", "cpu", "cuda", "npu", "reference")
 
 
@@ -19,7 +19,7 @@ def get_backend(device: str = "auto", dtype: torch.dtype | None = None, kv: str 
 
     dtype is that of activations and KV cache; None takes the device's own: float32 on CPU, bfloat16 elsewhere
     (float16 on Ascend inference cards). bfloat16 on CPU is that of the full-precision products alone.
-    kv is what keys and values are kept in, one of KV_FORMATS; only the kernels on CPU have a choice.
+    kv is what the kernels on CPU keep keys and values in, one of KV_FORMATS; "auto" takes KV_DEFAULT.
     Raises QuasarError where the device is unknown or absent.
     """
     if kv not in ("auto", *kernels.KV_FORMATS):

@@ -11,7 +11,8 @@ the contract is cut where devices fuse, not where textbooks cut. Shapes use thes
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -420,6 +421,12 @@ class Backend(ABC):
     def new_slot(self, layers: int, kv_heads: int, capacity: int, head_dim: int) -> Slot:
         """An empty slot for `capacity` positions on this device."""
         return Slot(layers, kv_heads, capacity, head_dim, self.dtype, self.device)
+
+    @contextmanager
+    def exact_kv(self) -> Iterator[None]:
+        """New slots keep keys and values as they are computed, whatever --kv says: so calibration does not depend on
+        it."""
+        yield
 
     def synchronize(self) -> None:
         """Waits until the device has finished; a no-op where calls are synchronous. For clocks."""

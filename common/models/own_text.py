@@ -17,7 +17,8 @@ def own_text(decoder: Decoder, sequences: int = SEQUENCES, tokens: int = TOKENS,
     tokens = min(tokens, c.max_position_embeddings)
     generator = torch.Generator().manual_seed(seed)
     texts = [[int(i)] for i in torch.randint(0, c.vocab_size, (sequences,), generator=generator)]
-    slots = [backend.new_slot(c.num_layers, c.num_kv_heads, tokens, c.head_dim) for _ in texts]
+    with backend.exact_kv():
+        slots = [backend.new_slot(c.num_layers, c.num_kv_heads, tokens, c.head_dim) for _ in texts]
     for _ in range(tokens - 1):
         batch = Batch([Segment(slot, text[-1:]) for slot, text in zip(slots, texts, strict=True)])
         last = torch.tensor([text[-1] for text in texts], device=backend.device)

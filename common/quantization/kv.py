@@ -13,15 +13,11 @@ _TOKENS = 512
 
 def kv_fidelity(decoder: Decoder, texts: Iterable[Sequence[int]]) -> Fidelity:
     """Of the format that the decoder's backend keeps keys and values in, against float32, on the CPU backend."""
-    backend, c = decoder.backend, decoder.config
-    asked = backend.kv
+    c = decoder.config
     tally = FidelityTally()
-    try:
-        for ids in held_out(texts, c.vocab_size, c.max_position_embeddings, _TOKENS):
-            found = []
-            for backend.kv in ("float32", asked):
-                found.append(decoder.read(ids[:-1], len(ids) - 1).log_softmax(dim=-1))
-            tally.add(found[0], found[1], ids[1:])
-    finally:
-        backend.kv = asked
+    for ids in held_out(texts, c.vocab_size, c.max_position_embeddings, _TOKENS):
+        found = decoder.read(ids[:-1], len(ids) - 1)
+        with decoder.backend.exact_kv():
+            exact = decoder.read(ids[:-1], len(ids) - 1)
+        tally.add(exact.log_softmax(dim=-1), found.log_softmax(dim=-1), ids[1:])
     return tally.figures()

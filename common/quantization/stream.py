@@ -150,7 +150,8 @@ class LayerQuantizer:
 
     def _pass(self, layer: DecoderLayer, texts: list[Tensor]) -> list[Tensor]:
         c, sizes = self.config, [len(x) for x in texts]
-        slots = [self.backend.new_slot(1, c.num_kv_heads, size, c.head_dim) for size in sizes]
+        with self.backend.exact_kv():
+            slots = [self.backend.new_slot(1, c.num_kv_heads, size, c.head_dim) for size in sizes]
         batch = Batch([Segment(slot, [0] * size) for slot, size in zip(slots, sizes, strict=True)])
         (rope,) = self.backend.rope_rows(self._cos, self._sin, [layer.attention], batch)
         y, residual = layer(torch.cat(texts), None, *rope, batch)  # a copy: backends may add to their input in place

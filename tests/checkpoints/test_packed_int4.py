@@ -18,7 +18,7 @@ from quasar.checkpoints.compressed_tensors import pack, unpack
 from quasar.checkpoints.weights import Int4Weights
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(1, 9), st.integers(1, 33), st.integers(0, 99))
 def test_packing_is_undone(rows: int, n: int, seed: int) -> None:
     values = torch.randint(-8, 8, (rows, n), dtype=torch.int8, generator=torch.Generator().manual_seed(seed))

@@ -30,7 +30,7 @@ def assert_tree(draft: Draft, most: int) -> None:
 
 @pytest.mark.parametrize("name", [name for name in FREE_DRAFTS if name not in ("none", "ngram", "suffix")])
 @given(tokens, tokens, st.integers(1, 20), st.lists(st.integers(0, 5), max_size=4), st.data())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_whatever_was_seen_the_draft_is_a_tree(name, earlier, text, most, pending, data):
     memory = DraftMemory(Corpus())
     memory.corpus.add(earlier * 4)
@@ -52,7 +52,7 @@ def test_whatever_was_seen_the_draft_is_a_tree(name, earlier, text, most, pendin
 
 
 @given(tokens, st.integers(1, 12))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_a_short_draft_begins_a_long_one(text, most):
     drafter = HybridDrafter()
     drafter.extend(text)

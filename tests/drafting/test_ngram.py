@@ -18,7 +18,7 @@ def by_definition(tokens: list[int], gamma: int) -> list[int]:
     return []
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.lists(st.lists(st.integers(0, 4), max_size=8), max_size=8), st.integers(1, 8))
 def test_equals_the_definition_however_the_tokens_arrive(pieces, gamma):
     drafter, text = NGramDrafter(), []
@@ -30,7 +30,7 @@ def test_equals_the_definition_however_the_tokens_arrive(pieces, gamma):
         assert draft.tokens == by_definition(text, gamma)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.lists(st.integers(0, 4), max_size=30), st.lists(st.integers(0, 4), max_size=12), st.integers(1, 8))
 def test_pending_tokens_count_as_text_and_are_not_learnt(text, pending, gamma):
     drafter = NGramDrafter()

@@ -38,7 +38,7 @@ def check(trie: Successors, context: Context, sequences: list[list[int]], tail: 
 
 
 @given(texts, st.lists(st.integers(0, 2), max_size=6))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_every_end_of_a_followed_text_is_found(sequences, tail):
     trie = Successors(ORDER)
     for sequence in sequences:
@@ -51,7 +51,7 @@ def test_every_end_of_a_followed_text_is_found(sequences, tail):
 
 
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=24))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_the_end_of_the_text_itself(text):
     trie = Successors(ORDER)
     for n, token in enumerate(text):

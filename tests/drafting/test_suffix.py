@@ -22,7 +22,7 @@ def occurrences(texts: list[list[int]], part: list[int]) -> int:
 
 
 @given(texts, st.randoms(use_true_random=False))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_every_substring_is_found_as_often_as_it_occurs(texts, random):
     automaton, states, fed = SuffixAutomaton(), [ROOT] * len(texts), [0] * len(texts)
     while any(n < len(text) for n, text in zip(fed, texts, strict=True)):  # interleaved, as requests are
@@ -42,7 +42,7 @@ def test_every_substring_is_found_as_often_as_it_occurs(texts, random):
 
 
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=20), st.lists(st.integers(0, 2), max_size=5))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_pending_tokens_are_matched_without_being_learnt(text, pending):
     drafter = SuffixDrafter()
     drafter.extend(text)

@@ -75,7 +75,7 @@ def run_schedule(engine: Engine, arrivals: list) -> list[tuple[Handle, bool]]:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=SCHEDULES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=SCHEDULES, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(arrivals=st.lists(requests(), min_size=4, max_size=16), slots=st.integers(1, 6), rows=st.sampled_from([None, 3]))
 def test_ids_in_any_schedule_are_the_ids_alone(family, precision, arrivals, slots, rows):
     """Arrivals, lengths, drafters, seeds, prefixes and cancellations at random."""
@@ -213,7 +213,7 @@ def test_logprobs_are_the_same_with_and_without_drafts():
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("device", ["reference", "cpu"])
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_a_row_has_the_bits_it_has_alone(family, device, data):
     """Logits of random batches of chains and trees, against each path alone in single steps."""

@@ -35,7 +35,7 @@ def product(x, scale, weight, bias=None, dtype=torch.float32):
     return out
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     st.integers(1, 20),  # 17 and more run in the tall tile
     st.integers(1, 4),

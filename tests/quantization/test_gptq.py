@@ -85,7 +85,7 @@ def channel_by_channel(weight: Tensor, moments: Tensor, scale: Tensor, offset: T
     return values
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(1, 150), st.integers(1, 20), st.integers(1, 4), st.booleans(), st.integers(0, 99))
 def test_blocks_do_not_change_the_result(size: int, out: int, groups: int, int4: bool, seed: int) -> None:
     inputs, (low, high) = groups * size, (-8, 7) if int4 else (-127, 127)

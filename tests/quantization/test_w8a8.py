@@ -14,7 +14,7 @@ from quasar.quantization.rounding import fake_quantized_output, quantize_weight,
 BACKEND = get_backend("reference")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 40), st.integers(2, 70), st.integers(1, 50), st.integers(0, 2**31))
 def test_equals_the_fake_quantised_float_result(tokens, inputs, out, seed):
     g = torch.Generator().manual_seed(seed)

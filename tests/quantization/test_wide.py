@@ -33,7 +33,7 @@ from tests.helpers.watching import watch
 TEXTS = [list(range(start, start + 40)) for start in range(0, 120, 20)]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 17), st.integers(2, 70), st.integers(1, 50), st.booleans(), st.integers(0, 2**31))
 def test_numbers_keep_twelve_bits(tokens: int, inputs: int, out: int, with_bias: bool, seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
@@ -55,7 +55,7 @@ def test_a_shifted_input_is_shifted_before_it_gets_its_digits() -> None:
     assert not torch.equal(shifted(x), W8A8Linear(get_backend("reference"), made)(x))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 5), st.sampled_from([1, 70, 8228, 8229, 12288, 60_000]), st.integers(0, 2**31))
 def test_two_digits_are_one_integer(tokens: int, inputs: int, seed: int) -> None:
     x = torch.randn(tokens, inputs, generator=torch.Generator().manual_seed(seed))
@@ -140,7 +140,7 @@ def test_wide_inputs_are_nearer_to_full_precision() -> None:
     assert kl(("qkv", "o", "gate_up", "down")) < 0.8 * kl(())
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 2**31))
 def test_packed_int8_is_unpacked(rows: int, words: int, seed: int) -> None:
     values = torch.randint(-128, 128, (rows, 4 * words), generator=torch.Generator().manual_seed(seed))

@@ -7,7 +7,8 @@ registers, which reads half the bytes of float32 and multiplies the very same nu
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -133,6 +134,14 @@ class CpuBackend(ReferenceBackend):
         if not _has_kernel(head_dim):
             return super().new_slot(layers, kv_heads, capacity, head_dim)
         return CpuSlot(layers, kv_heads, capacity, head_dim, self.kv)
+
+    @contextmanager
+    def exact_kv(self) -> Iterator[None]:
+        asked, self.kv = self.kv, "float32"
+        try:
+            yield
+        finally:
+            self.kv = asked
 
     def kv_bytes(self, layers: int, kv_heads: int, head_dim: int) -> int:
         if not _has_kernel(head_dim):

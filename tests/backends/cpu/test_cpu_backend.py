@@ -10,6 +10,7 @@ from quasar.backends import get_backend
 from quasar.backends.cpu import kernels
 from quasar.errors import QuasarError
 from quasar.models.model import ASSETS
+from quasar.models.weights_cache import WeightsCache
 from quasar.quantization.calibration import read_texts
 from tests.conftest import FAMILIES
 
@@ -19,7 +20,7 @@ PROMPTS = read_texts(ASSETS / "heldout.jsonl")[:4]
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_ids_are_those_of_the_reference_backend(shipped, family):
-    fast, reference = shipped(family, "full", "cpu"), shipped(family, "full", "reference")
+    fast, reference = shipped(family, "full", "cpu", "float32"), shipped(family, "full", "reference")
     assert (fast.decoder.backend.name, reference.decoder.backend.name) == ("cpu", "reference")
     for prompt in PROMPTS:
         ids = fast.encode(prompt)[:100]
@@ -39,7 +40,8 @@ def prompt_logits(model):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_prompt_has_the_logits_of_the_reference_backend(shipped, family):
-    fast, reference = (prompt_logits(shipped(family, "full", device)) for device in ("cpu", "reference"))
+    fast = prompt_logits(shipped(family, "full", "cpu", "float32"))
+    reference = prompt_logits(shipped(family, "full", "reference"))
     assert (fast - reference).norm() <= 1e-5 * reference.norm()
 
 
@@ -48,7 +50,8 @@ def test_w8a8_says_what_the_reference_backend_says_wherever_that_is_sure(shipped
     """The int8 products are equal bit for bit (test_native.py), but sums of float32 in another order move an input by a
     rounding error now and then, and int8 makes a whole step of it. So ids may differ where two tokens are nearly
     equally likely, and only there; and the difference stays below what quantising itself costs."""
-    fast, reference = (prompt_logits(shipped(family, "w8a8", device)) for device in ("cpu", "reference"))
+    fast = prompt_logits(shipped(family, "w8a8", "cpu", "float32"))
+    reference = prompt_logits(shipped(family, "w8a8", "reference"))
     full = prompt_logits(shipped(family, "full", "reference"))
     best = reference.topk(2).values  # [512, 2]
     sure = best[:, 0] - best[:, 1] > 0.25
@@ -120,14 +123,30 @@ def test_int8_keys_and_values_say_what_they_cost(caplog):
 
 @pytest.mark.parametrize("kv", ["bfloat16", "int8"])
 def test_smaller_keys_and_values_change_logits_a_little_and_no_draft_changes_text(shipped, kv):
-    model = load("tiny-qwen3", device="cpu", kv=kv)
-    whole, exact = prompt_logits(model), prompt_logits(shipped("qwen3"))
+    model = shipped("qwen3", kv=kv)
+    whole, exact = prompt_logits(model), prompt_logits(shipped("qwen3", kv="float32"))
     assert 0 < (whole - exact).norm() < {"bfloat16": 5e-3, "int8": 3e-2}[kv] * exact.norm()
     plain, drafted = (
         generate(model, PROMPTS[0], max_new_tokens=40, draft=draft, ignore_eos=True).result().token_ids
         for draft in ("none", "ngram")
     )
     assert drafted == plain
+
+
+def test_bfloat16_is_the_default(shipped):
+    assert shipped("qwen3").decoder.backend.kv == "bfloat16"
+
+
+def test_what_is_calibrated_does_not_depend_on_the_kind_of_keys_and_values(tmp_path):
+    """The cache gives a model that was quantised with one kind to all others."""
+    made = [
+        load("tiny-qwen3", device="cpu", precision="w8a8", kv=kv, cache=WeightsCache(tmp_path, gigabytes=0))
+        for kv in kernels.KV_FORMATS
+    ]
+    for linears in zip(*(model.decoder.linears()[:-1] for model in made), strict=True):
+        for other in linears[1:]:
+            assert torch.equal(linears[0].packed.tensor, other.packed.tensor)
+            assert torch.equal(linears[0].packed.scale, other.packed.scale)
 
 
 def test_unknown_kinds_of_keys_and_values_are_refused():

@@ -45,7 +45,7 @@ def rounded(x: Tensor, group: int) -> Tensor:
     return ((groups / step).round() * step).flatten(1)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(SHAPES, st.booleans(), st.booleans(), st.integers(0, 2**31))
 def test_both_products_are_those_of_the_integers(shape, with_bias, with_offset, seed):
     tokens, groups, outputs, group = shape

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 SHAPES = st.tuples(st.integers(1, 17), st.integers(1, 100), st.integers(1, 150))  # m, n, k
-few = settings(max_examples=15, deadline=None)
+few = settings(max_examples=15)
 
 
 @pytest.fixture(autouse=True)

@@ -69,7 +69,7 @@ def schedules(draw: st.DrawFn) -> list[list[tuple[int, list[int], list[int] | No
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("precision", PRECISIONS)
 @given(schedules(), st.sampled_from([1, 2, 3]))
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=3)
 def test_a_row_has_the_logits_of_plain_decoding_in_every_batch(shipped, family, precision, schedule, threads):
     """Recorded and replayed passes over chains and trees of three sequences against single tokens without recording."""
     torch.set_num_threads(threads)

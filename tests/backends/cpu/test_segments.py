@@ -110,7 +110,7 @@ def check_batch(
     st.sampled_from([1, 3]),
     st.sampled_from(kernels.KV_FORMATS),
 )
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 def test_rows_have_their_bits_in_every_batch(isa, shape, sequences, threads, kv):
     """Batches of trees and chains over slots of any length."""
     spec, backend = spec_of(*shape), CpuBackend(kv)
@@ -172,7 +172,7 @@ def test_large_trees(isa):
 
 
 @given(st.integers(0, 130), trees(12), st.data())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_a_committed_path_is_where_a_chain_would_have_put_it(length, parents, data):
     spec, backend = spec_of(4, 2, 32), CpuBackend()
     slot, chain = new_slot(backend, spec), new_slot(backend, spec)
