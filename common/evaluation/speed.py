@@ -17,7 +17,7 @@ from quasar.backends.base import Backend, Batch, Segment
 from quasar.backends.cpu import kernels
 from quasar.backends.cpu.slot import CpuSlot
 from quasar.models.decoder import Decoder
-from quasar.models.runtime import Runtime
+from quasar.models.runtime import PROMPT_ROWS, Runtime
 
 _READ_BYTES = 512 << 20  # larger than the outer caches
 _READS = 2  # each time; the faster counts
@@ -26,8 +26,8 @@ _WARM_UP = 2
 
 @dataclass(frozen=True)
 class Step:
-    """Passes of one engine behind a context: `run` takes ids [rows] and returns logits [rows, vocab]; `rewind(rows)`
-    then puts the context back as it was, which is not timed.
+    """Passes of one engine behind a context: `run` takes ids [rows] and returns logits [rows_kept(rows), vocab];
+    `rewind(rows)` then puts the context back as it was, which is not timed.
 
     weight_bytes is what a pass reads of weights, keys and values (0 for peers, whose bytes are their own affair).
     """
@@ -93,6 +93,12 @@ class BandwidthProbe:
         return self._bytes / best
 
 
+def rows_kept(rows: int) -> int:
+    """Of how many of the last rows every engine computes logits: a window's all; more are a prompt, which goes by
+    PROMPT_ROWS here, and needs its last."""
+    return rows if rows <= PROMPT_ROWS else 1
+
+
 def decoder_step(decoder: Decoder, context: int, most_rows: int) -> Step:
     """Passes of a decoder behind `context` committed tokens."""
     runtime = Runtime(decoder)
@@ -104,10 +110,13 @@ def decoder_step(decoder: Decoder, context: int, most_rows: int) -> Step:
         slot.repeat(context)
 
     def run(ids: torch.Tensor) -> torch.Tensor:
+        if len(ids) > PROMPT_ROWS:
+            return runtime.prefill(slot, ids.tolist())
         # Never committed: the next pass overwrites it.
         return runtime.run(Batch([Segment(slot, ids.tolist(), logits_to_keep=len(ids))]))
 
-    return Step(run, weight_bytes=decoder.weight_bytes_per_pass + context * runtime.kv_bytes_per_position)
+    weight_bytes = decoder.weight_bytes_per_pass + context * runtime.kv_bytes_per_position
+    return Step(run, lambda rows: slot.rewind(context), weight_bytes)
 
 
 def context_ids(vocab: int, tokens: int) -> torch.Tensor:

@@ -28,15 +28,17 @@ def missing(peer: str) -> bool:
 )
 def test_a_peer_computes_the_same_logits(shipped, family, peer):
     model = shipped(family)
-    ours = decoder_step(model.decoder, 30, 6)
-    theirs = peers.peer_steps(peer, model.config, ASSETS / TINY[family], 30, 6, CPU)
+    ours = decoder_step(model.decoder, 30, 600)
+    theirs = peers.peer_steps(peer, model.config, ASSETS / TINY[family], 30, 600, CPU)
     assert theirs
     for step in theirs.values():
-        for ids in (torch.arange(100, 106), torch.tensor([7]), torch.arange(100, 106)):
+        for ids in (torch.arange(100, 106), torch.tensor([7]), torch.arange(100, 700), torch.arange(100, 106)):
             expected, got = ours.run(ids), step.run(ids).float()
             assert got.shape == expected.shape
-            assert (got - expected).norm() <= 0.02 * expected.norm()  # bf16 and int8 are within 0.5 % here
-            step.rewind(len(ids))
+            # bfloat16 and int8 are within 0.5 % here; OpenVINO with AMX, all of it in bfloat16, within 3.2 %
+            assert (got - expected).norm() <= 0.05 * expected.norm()
+            for engine in (ours, step):
+                engine.rewind(len(ids))
 
 
 def test_a_peer_that_is_not_installed_is_one_clear_line(monkeypatch):

@@ -10,7 +10,7 @@ import torch
 
 from quasar.errors import QuasarError
 from quasar.evaluation.peers.transformers import transformers_model
-from quasar.evaluation.speed import Step, context_ids
+from quasar.evaluation.speed import Step, context_ids, rows_kept
 from quasar.models.config import ModelConfig
 
 _BIASED = ("q_proj.weight", "k_proj.weight", "v_proj.weight")  # Qwen2 has biases there, Llama none
@@ -33,20 +33,20 @@ def llama_cpp_step(config: ModelConfig, folder: Path | None, context: int, most_
         raise QuasarError("--peer llama.cpp: it does not load this model")
     settings = llama_cpp.llama_context_default_params()
     settings.n_ctx = context + most_rows
-    settings.n_batch = settings.n_ubatch = max(context, most_rows)
+    settings.n_batch = max(context, most_rows)  # in parts of its default, 512
     settings.n_threads = settings.n_threads_batch = torch.get_num_threads()
     state = llama_cpp.llama_init_from_model(model, settings)
     batch = llama_cpp.llama_batch_init(settings.n_batch, 0, 1)
 
     def decode(ids: torch.Tensor, committed: int) -> torch.Tensor:
-        batch.n_tokens = len(ids)
+        batch.n_tokens, kept = len(ids), rows_kept(len(ids))
         for i, token in enumerate(ids.tolist()):
             batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = (
-                token, committed + i, 1, 0, 1,
+                token, committed + i, 1, 0, i >= len(ids) - kept,
             )  # fmt: skip
         if code := llama_cpp.llama_decode(state, batch):
             raise RuntimeError(f"llama_decode returned {code}")
-        logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits(state), (len(ids), config.vocab_size))
+        logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits(state), (kept, config.vocab_size))
         return torch.from_numpy(logits)
 
     def run(ids: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quasar.evaluation.peers.transformers import transformers_model
-from quasar.evaluation.speed import Step, context_ids
+from quasar.evaluation.speed import Step, context_ids, rows_kept
 from quasar.models.config import ModelConfig
 
 
@@ -25,12 +25,14 @@ def openvino_step(config: ModelConfig, folder: Path | None, context: int) -> Ste
         _compressed(config, folder), "CPU", {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
     )
     request = compiled.create_infer_request()
+    frequency = config.rope_theta ** -(torch.arange(0, config.head_dim, 2).float() / config.head_dim).repeat(2)
 
     def infer(ids: Tensor, committed: int) -> Tensor:
         rows = len(ids)
-        positions = torch.arange(committed, committed + rows)
+        angle = torch.arange(committed, committed + rows)[:, None] * frequency
         mask = torch.full((rows, committed + rows), -torch.inf).triu(committed + 1)[None, None]
-        request.infer([ids[None].numpy(), positions.numpy(), mask.numpy()])
+        kept = torch.arange(rows - rows_kept(rows), rows)
+        request.infer([given.numpy() for given in (ids[None], angle.cos(), angle.sin(), mask, kept)])
         return torch.from_numpy(request.get_output_tensor(0).data)[0]
 
     infer(context_ids(config.vocab_size, context), 0)
@@ -52,11 +54,17 @@ def _compressed(config: ModelConfig, folder: Path | None) -> Any:
 
     module = _Traceable(config, transformers_model(config, folder, torch.float32)).eval()
     past = [torch.zeros(1, config.num_kv_heads, 3, config.head_dim)] * (2 * config.num_layers)
-    ids, positions, mask = torch.zeros(1, 2, dtype=torch.long), torch.arange(3, 5), torch.zeros(1, 1, 2, 5)
+    ids, angle, mask = torch.zeros(1, 2, dtype=torch.long), torch.zeros(2, config.head_dim), torch.zeros(1, 1, 2, 5)
     with torch.no_grad():
-        model = openvino.convert_model(module, example_input=(ids, positions, mask, *past))
-    names = ["ids", "positions", "mask", *(f"past.{i}" for i in range(len(past)))]
-    shapes = [[1, -1], [-1], [1, 1, -1, -1], *[[1, config.num_kv_heads, -1, config.head_dim]] * len(past)]
+        model = openvino.convert_model(module, example_input=(ids, angle, angle, mask, torch.arange(2), *past))
+    names = ["ids", "cos", "sin", "mask", "kept", *(f"past.{i}" for i in range(len(past)))]
+    shapes = [
+        [1, -1],
+        *[[-1, config.head_dim]] * 2,
+        [1, 1, -1, -1],
+        [-1],
+        *[[1, config.num_kv_heads, -1, config.head_dim]] * len(past),
+    ]
     for port, name, shape in zip(model.inputs, names, shapes, strict=True):
         port.get_tensor().set_names({name})
         port.get_node().set_partial_shape(openvino.PartialShape(shape))
@@ -75,15 +83,14 @@ class _Traceable(nn.Module):
     def __init__(self, config: ModelConfig, model: nn.Module) -> None:
         super().__init__()
         self.config, self.model = config, model
-        frequency = config.rope_theta ** -(torch.arange(0, config.head_dim, 2).float() / config.head_dim)
-        self.register_buffer("frequency", torch.cat([frequency, frequency]))
 
-    def forward(self, ids: Tensor, positions: Tensor, mask: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
-        """ids [1, rows], positions [rows], mask [1, 1, rows, length]; past: k and v [1, kv_heads, committed, head_dim]
-        of each layer. Returns logits [1, rows, vocab], and k and v of each layer with the new rows."""
+    def forward(
+        self, ids: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, kept: Tensor, *past: Tensor
+    ) -> tuple[Tensor, ...]:
+        """ids [1, rows], cos and sin [rows, head_dim] (computed outside: OpenVINO would make angles bfloat16), mask
+        [1, 1, rows, length], kept: rows whose logits are wanted; past: k and v [1, kv_heads, committed, head_dim] of
+        each layer. Returns logits [1, kept, vocab], and k and v of each layer with the new rows."""
         inner = self.model.model
-        angle = positions[:, None].float() * self.frequency
-        cos, sin = angle.cos(), angle.sin()
         x, present = inner.embed_tokens(ids), []
         for i, layer in enumerate(inner.layers):
             h, k, v = self._attend(
@@ -92,7 +99,7 @@ class _Traceable(nn.Module):
             x = x + h
             x = x + layer.mlp(layer.post_attention_layernorm(x))
             present += [k, v]
-        return self.model.lm_head(inner.norm(x)), *present
+        return self.model.lm_head(inner.norm(x.index_select(1, kept))), *present
 
     def _attend(
         self, attention: Any, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, past_k: Tensor, past_v: Tensor

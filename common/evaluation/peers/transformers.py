@@ -18,7 +18,7 @@ from transformers import (
 
 from quasar.checkpoints import open_checkpoint
 from quasar.errors import QuasarError
-from quasar.evaluation.speed import Step, context_ids
+from quasar.evaluation.speed import Step, context_ids, rows_kept
 from quasar.models.config import ModelConfig
 from quasar.models.loader import RandomTensors
 
@@ -34,7 +34,8 @@ def transformers_step(
 
     @torch.inference_mode()
     def run(ids: torch.Tensor) -> torch.Tensor:
-        return model(ids[None].to(device), past_key_values=cache).logits[0]
+        ids, kept = ids[None].to(device), rows_kept(len(ids))
+        return model(ids, past_key_values=cache, logits_to_keep=kept).logits[0]
 
     return Step(run, lambda rows: cache.crop(-rows))
 
