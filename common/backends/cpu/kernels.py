@@ -415,7 +415,7 @@ def int4_linear(x: Tensor | Quantized, weight: PackedInt4, bias: Tensor | None =
     source = _pointer(values, _float32 if scale is None else _int8, m * k)
     q, sums, out = _new((m, digits, k), _int8), _new((m, groups), torch.int32), _new((m, n))
     if scale is None:
-        scale = _new((m, groups))
+        scale = _new((m, 2, groups))
         scale_pointer = made_scale = scale.data_ptr()
     else:
         scale_pointer, made_scale = _pointer(scale, _float32, m), 0

@@ -72,34 +72,48 @@ def test_both_products_are_those_of_the_integers(shape, with_bias, with_offset, 
 def test_sums_of_a_group_are_exact_at_the_extremes(weight, x, groups):
     """A group of 1024 too, which is more than 16 bits hold."""
     packed = kernels.PackedInt4(torch.full((5, 1024), weight, dtype=torch.int8), torch.ones(5, groups).bfloat16())
-    for tokens in (1, 3, 6, 8):
+    for tokens in (1, 3, 6, 8, 16, 33):
         y = kernels.int4_linear((torch.full((tokens, 1024), x, dtype=torch.int8), torch.ones(tokens)), packed)
         assert y.tolist() == [[1024.0 * weight * x] * 5] * tokens
         y = kernels.int4_linear(torch.full((tokens, 1024), float(x)), packed)
         assert y.tolist() == [[1024.0 * weight * x] * 5] * tokens
 
 
-def test_a_nan_stays_in_its_row():
+@pytest.mark.parametrize("group", [32, 64, 128, 256])
+@pytest.mark.parametrize(("weight", "x"), [(-8, 8191.0), (-8, -8191.0), (7, 8191.0), (7, -8191.0)])
+def test_sums_of_the_largest_inputs_are_exact(group, weight, x):
+    """8191 is the largest integer of 14 bits: both digits are at their ends, and so are the sums of a group."""
+    packed = kernels.PackedInt4(torch.full((40, 3 * group), weight, dtype=torch.int8), torch.ones(40, 3).bfloat16())
+    for tokens in (1, 2, 6, 16, 17):
+        y = kernels.int4_linear(torch.full((tokens, 3 * group), x), packed)
+        assert y.tolist() == [[float(3 * group * weight * x)] * 40] * tokens
+
+
+@pytest.mark.parametrize("tokens", [7, 20])
+def test_a_nan_stays_in_its_row(tokens):
     values, scale, _ = random_weight(40, 2, 64, 5)
-    packed, x = kernels.PackedInt4(values, scale), torch.randn(7, 128)
-    x[3, 5] = torch.nan
+    packed, x = kernels.PackedInt4(values, scale, scale), torch.randn(tokens, 128)
+    x[3, 5], x[4, 70] = torch.nan, torch.inf
     y = kernels.int4_linear(x, packed)
-    assert y[3].isnan().all()
-    assert y[[0, 1, 2, 4, 5, 6]].isfinite().all()
+    assert y[3:5].isnan().all()
+    assert y[:3].isfinite().all() and y[5:].isfinite().all()
 
 
+@pytest.mark.parametrize("group", [8, 32, 64, 128, 512])
 @pytest.mark.parametrize("quantized", [False, True])
-def test_a_row_does_not_depend_on_its_company(quantized):
-    values, scale, _ = random_weight(130, 3, 128, 1)
-    offset = torch.randn(scale.shape, generator=torch.Generator().manual_seed(3)).bfloat16()
+@pytest.mark.parametrize("has_offset", [False, True])
+def test_a_row_does_not_depend_on_its_company(group, quantized, has_offset):
+    """Whichever number of rows another kernel begins at; the inputs are no multiple of 64 where groups are 32."""
+    values, scale, _ = random_weight(130, 3, group, 1)
+    offset = torch.randn(scale.shape, generator=torch.Generator().manual_seed(3)).bfloat16() if has_offset else None
     packed, backend = kernels.PackedInt4(values, scale, offset), CpuBackend()
-    x = torch.randn(70, 384, generator=torch.Generator().manual_seed(2))
+    x = torch.randn(70, 3 * group, generator=torch.Generator().manual_seed(2))
 
     def product(rows: Tensor) -> Tensor:
         return backend.int4_linear(backend.quantize_int4(rows) if quantized else rows, packed, None)
 
     alone = torch.cat([product(row) for row in x.split(1)])
-    for tokens in (2, 7, 8, 9, 16, 70):
+    for tokens in range(1, 71):
         assert torch.equal(product(x[:tokens].contiguous()), alone[:tokens])
 
 

@@ -4,6 +4,7 @@
 #include "linear_int4.h"
 #include "linear_int8.h"
 #include "linear_amx.h"
+#include "linear_amx_int4.h"
 #include "read.h"
 #include "rows.h"
 

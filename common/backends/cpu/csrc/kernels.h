@@ -40,7 +40,7 @@ struct int4_inputs_args {
     int64_t m;
     const void *x;           /* float [m, k]; or int8 [m, k] between -7 and 7 where there is no scale */
     int8_t *q;               /* [m, k, digits], in an order of int4_linear's own: tile by tile, 8 inputs at a time */
-    float *scale;            /* [m, k / group], powers of two; or NULL: the inputs are digits already */
+    float *scale;            /* [2, m, k / group]: powers of two, then `sums` times those; or NULL: x is digits already */
     int32_t *sums;           /* [m, k / group]: -8 times the sum of a group's integers */
     int64_t k, group;
 };
@@ -48,7 +48,7 @@ struct int4_inputs_args {
 struct int4_linear_args {
     int64_t m;
     const int8_t *x;         /* what int4_inputs made */
-    const float *x_scale;    /* [m, k / group] with two digits, [m] with one */
+    const float *x_scale;    /* from int4_inputs with two digits, [m] with one */
     const int32_t *sums;     /* [m, k / group], from int4_inputs */
     const uint8_t *weight;   /* [ceil(n / 32), k / 8, 32, 4], see pack.c */
     const uint16_t *w_scale; /* bfloat16 [ceil(n / 32), k / group, 32] */
