@@ -33,7 +33,9 @@ few=(-k "not reference and not distribution and not shipped")
 
 copy=build/sanitizers-$kind
 mkdir -p "$copy"
-git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents --update -t "$copy" 2>/dev/null || true
+rm -rf "$copy/common" "$copy/tests" # files that the checkout has no more
+git ls-files -z --cached --others --exclude-standard |
+    xargs -0 cp --parents --preserve=timestamps -t "$copy" 2>/dev/null || true
 cd "$copy"
 source=common/backends/cpu/csrc
 include=$("$python" -c "import sysconfig; print(sysconfig.get_path('include'))")

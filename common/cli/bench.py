@@ -38,7 +38,7 @@ def add_parser(subparsers: Any) -> None:
         type=_numbers,
         default=[1, 2, 4, 6, 8, 16],
         metavar="M,M",
-        help="new tokens per pass (default: 1,2,4,6,8,16)",
+        help="new tokens per pass (default: 1,2,4,6,8,16); more than 512 are a prompt: its last token alone has logits",
     )
     step.add_argument("--context", type=int, default=128, metavar="N", help="committed tokens (default: %(default)s)")
     step.add_argument(
