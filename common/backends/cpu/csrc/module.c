@@ -644,7 +644,7 @@ static PyObject *py_takes_int16(PyObject *Py_UNUSED(self), PyObject *Py_UNUSED(u
 }
 
 /* Counts the changes of what these functions take and do; kernels.py says for which number it is written. */
-#define INTERFACE 3
+#define INTERFACE 4
 
 #define FAST(name, function) {name, (PyCFunction)(void (*)(void))function, METH_FASTCALL, NULL}
 
